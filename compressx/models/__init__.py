@@ -1,0 +1,70 @@
+"""Networks as flax.linen modules, under one index.
+
+Every model is called as `model.apply(variables, x, train=False)` with x float32 `[n, h, w, c]`, normalised, and returns
+logits `[n, classes]`. Those with batch normalisation take `mutable=["batch_stats"]` while training.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+
+from compressx.models.lenet import DigitsCNN, LeNet5, LeNet5Caffe, LeNet300
+from compressx.models.mobilenet import MobileNetV2
+from compressx.models.resnet import CifarResNet, ResNet
+from compressx.models.vgg import VGG16
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "digits_cnn": DigitsCNN,
+    "lenet_300_100": LeNet300,
+    "lenet5": LeNet5,
+    "lenet5_caffe": LeNet5Caffe,
+    "vgg16": VGG16,
+    "resnet20": partial(CifarResNet, blocks=3),
+    "resnet32": partial(CifarResNet, blocks=5),
+    "resnet56": partial(CifarResNet, blocks=9),
+    "resnet18": partial(ResNet, blocks=(2, 2, 2, 2)),
+    "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
+    "mobilenet_v2": MobileNetV2,
+}
+
+
+def build(name: str, classes: int, **options: Any) -> nn.Module:
+    """Makes the model of that name.
+
+    Args:
+      name: a key of `MODELS`.
+      classes: number of classes, at least 1.
+      **options: fields of the model, such as `width`, `stem`, `head`.
+
+    Raises:
+      ValueError: no such model, no such option, or classes < 1.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}; the models are {', '.join(sorted(MODELS))}")
+    if classes < 1:
+        raise ValueError(f"model {name!r}: classes must be at least 1, got {classes}")
+    make = MODELS[name]
+    module, fixed = (make.func, set(make.keywords)) if isinstance(make, partial) else (make, set())
+    fields = {field.name for field in dataclasses.fields(module) if field.init}  # type: ignore[arg-type]
+    allowed = sorted(fields - fixed - {"classes", "parent", "name"})
+    unknown = sorted(set(options) - set(allowed))
+    if unknown:
+        raise ValueError(f"model {name!r} has no option {', '.join(unknown)}; its options are {', '.join(allowed)}")
+    return make(classes=classes, **options)
+
+
+__all__ = [
+    "MODELS",
+    "CifarResNet",
+    "DigitsCNN",
+    "LeNet5",
+    "LeNet5Caffe",
+    "LeNet300",
+    "MobileNetV2",
+    "ResNet",
+    "VGG16",
+    "build",
+]
