@@ -1,0 +1,69 @@
+# One command each for a person with Python 3.11 and make, and nothing else. `make` lists them.
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VENV    ?= .venv
+EXTRAS  ?= test,lint
+WORKERS ?= 2
+WORKDIR ?= runs/demo
+ARGS    ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+
+# Data sets beside the checkout are used unless COMPRESSX_DATA names others.
+ifndef COMPRESSX_DATA
+ifneq ($(wildcard ../shared/data),)
+export COMPRESSX_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env demo test test-all lint types tables bench clean
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@echo "  Variables: PYTHON, VENV, EXTRAS ($(EXTRAS)), WORKERS ($(WORKERS)), WORKDIR ($(WORKDIR)), ARGS (for pytest and demo), COMPRESSX_DATA"
+
+env: $(STAMP)  ## make the pinned environment in .venv, where it is missing or out of date
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 found. Install Python 3.11, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than Python 3.11. Name a newer one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment: its venv and ensurepip modules are needed (python3.11-venv on Debian)." >&2; exit 1; }
+	@echo "Installing the pinned environment into $(VENV): a minute or two."
+	@$(PIP) install -q -c constraints.txt pip setuptools
+	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: env  ## train, compress, pack and report a small network on the embedded data set; again to resume
+	$(BIN)/python -m experiments.cnn --config=configs/cnn.py:digits --workdir=$(WORKDIR) $(ARGS)
+	@echo "Report: $(abspath $(WORKDIR))/report.html"
+
+test: env  ## run the default test suite
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+test-all: env  ## run every test, the slow ones too, with more examples per property
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m '' --hypothesis-profile=thorough $(ARGS)
+
+lint: env  ## check the code with ruff
+	$(BIN)/python -m ruff check .
+
+types: env  ## check the types with mypy
+	$(BIN)/python -m mypy
+
+tables: env  ## rebuild the tables of README and docs from docs/results
+	$(BIN)/python -m compressx.report.tables
+
+bench: env  ## list the benchmarks and how to run them
+	@echo "Install what they compare with:  $(PIP) install -c constraints.txt -e '.[benchmarks]'"
+	@$(BIN)/python -c 'import ast, pathlib; \
+	[print(f"$(BIN)/python -m benchmarks.{p.stem:20} # {(ast.get_docstring(ast.parse(p.read_text())) or str()).split(chr(10))[0]}") \
+	for p in sorted(pathlib.Path("benchmarks").glob("[!_]*.py"))]'
+
+clean:  ## remove caches and build outputs; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

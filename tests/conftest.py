@@ -1,0 +1,94 @@
+"""Settings that every test runs under: two devices, strict numerics, nothing drawn by chance in CI.
+
+The environment is changed before jax is imported, and processes that tests start inherit it.
+
+    COMPRESSX_TEST_PLATFORM   where jax runs ('cpu' unless set; 'cuda' or 'tpu' to test a device)
+    COMPRESSX_DATA            folder of data sets; tests that need it skip with a reason where it is absent
+    COMPRESSX_CACHE           folder of compiled programs, '.pytest_cache/xla' unless set; empty: keep none
+"""
+
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _machine() -> str:
+    """Names what a compiled program depends on: the instruction set and jaxlib's version."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    facts = f"{platform.machine()} {features} {version('jaxlib')}"
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _set_environment() -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
+    os.environ["JAX_PLATFORMS"] = os.environ.get("COMPRESSX_TEST_PLATFORM", "cpu")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    # Most of the suite's time is compilation. A cached program gives the same bits as a fresh one.
+    cache = os.environ.get("COMPRESSX_CACHE", str(_ROOT / ".pytest_cache" / "xla"))
+    if cache:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache).resolve() / _machine())
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+_set_environment()
+
+import jax  # noqa: E402  (reads the environment when imported)
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A deadline would fail on the first, compiling example. CI draws the same examples every time.
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=40,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("default"), max_examples=400)
+hypothesis.settings.load_profile("default")
+
+_NO_DATA = "needs data: set COMPRESSX_DATA to the folder that docs/data.md describes"
+
+
+def _data_folder() -> Path | None:
+    folder = os.environ.get("COMPRESSX_DATA")
+    return Path(folder) if folder and Path(folder).is_dir() else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked `data` where there are none."""
+    if _data_folder() is None:
+        for item in items:
+            if item.get_closest_marker("data"):
+                item.add_marker(pytest.mark.skip(reason=_NO_DATA))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Gives the folder in `$COMPRESSX_DATA`; skips the test where there is none."""
+    folder = _data_folder()
+    if folder is None:
+        pytest.skip(_NO_DATA)
+    return folder
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Gives NumPy's generator with a fixed seed, the same in every test."""
+    return np.random.default_rng(0)
