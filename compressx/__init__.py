@@ -1,0 +1,17 @@
+"""compressx: a JAX toolkit for researchers who compress neural networks for real hardware."""
+
+from compressx import constraints as constraints
+from compressx import rho as rho
+from compressx import views as views
+from compressx.admm import AdmmState as AdmmState
+from compressx.admm import admm as admm
+from compressx.constraints import *  # noqa: F403  (the factories are listed in constraints.__all__)
+from compressx.harden import ConstraintViolation as ConstraintViolation
+from compressx.harden import harden as harden
+from compressx.retrain import RetrainState as RetrainState
+from compressx.retrain import retract as retract
+from compressx.retrain import retrain as retrain
+from compressx.rules import Bound as Bound
+from compressx.rules import resolve as resolve
+
+__version__ = "0.1.0"

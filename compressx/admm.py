@@ -1,0 +1,244 @@
+"""ADMM as an optax gradient transformation: the penalty, the Z and U updates, rho, the residuals.
+
+    minimise f(W)  subject to  W in S_1, ..., W in S_n          (the sets of each leaf's constraint)
+
+    gradient:      g + rho * sum_k (W - Z_k + U_k)               every step
+    every `every` steps:  Z_k <- P_k(W + U_k),  U_k <- U_k + W - Z_k
+
+This is ADMM over the whole network, with the inner problem solved inexactly by the optimizer that follows in the
+chain; it is not the layer-wise ADMM by which a layer's outputs are fitted one layer at a time.
+
+Sources: S. Boyd et al., "Distributed Optimization and Statistical Learning via the Alternating Direction Method of
+Multipliers", 2011 (scaled form, 3.1.1); W. Niu et al., "PatDNN", 2020 (several sets, each with Z and U).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from compressx import rho as rho_schedules
+from compressx.constraints.base import Constraint
+from compressx.rho import RhoSchedule
+from compressx.rules import Bound, Rules, resolve
+
+
+class AdmmState(NamedTuple):
+    """State of `admm`. Names are those of `rules.Bound` (a leaf's path, or a joint rule's pattern).
+
+    Attributes:
+      step: int32 [], gradient steps done.
+      updates: int32 [], Z and U updates done.
+      z: one tree per set number, shaped as params; unconstrained leaves (and leaves with fewer sets) are
+        `optax.MaskedNode()`, which stores nothing. Dtype and sharding of the leaf.
+      u: the scaled duals, likewise.
+      structure: name -> tuple over sets of what the set leaves open.
+      rho: name -> float32 [].
+      primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update.
+      dual: name -> float32 [sets], ||Z_k - Z_k previous|| / ||W|| at the last update.
+    """
+
+    step: Array
+    updates: Array
+    z: tuple[Any, ...]
+    u: tuple[Any, ...]
+    structure: dict[str, tuple[Any, ...]]
+    rho: dict[str, Array]
+    primal: dict[str, Array]
+    dual: dict[str, Array]
+
+
+Rho = float | Array | RhoSchedule | Sequence[tuple[str, float | RhoSchedule]]
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """Leaves with `MaskedNode`s kept in their places."""
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+
+
+def _norm(x: Any) -> Array:
+    return jnp.sqrt(sum((jnp.sum(jnp.square(v.astype(jnp.float32))) for v in jax.tree.leaves(x)), jnp.zeros((), jnp.float32)))
+
+
+def _sets(b: Bound) -> tuple[Constraint, ...]:
+    return b.constraint.sets
+
+
+def _schedules(rho: Rho, bound: Sequence[Bound]) -> dict[str, RhoSchedule]:
+    def one(value: Any) -> RhoSchedule:
+        return value if isinstance(value, RhoSchedule) else rho_schedules.constant(value)
+
+    if not isinstance(rho, Sequence) or isinstance(rho, RhoSchedule):
+        return {b.name: one(rho) for b in bound}
+    # per-leaf values are rules too: bind them to the paths with the same matching
+    import re
+
+    chosen = {}
+    for b in bound:
+        hits = [value for pattern, value in rho if any(re.fullmatch(pattern, p) for p in b.paths)]
+        if not hits:
+            raise ValueError(f"no rho given for {b.name}; the rho patterns are {[p for p, _ in rho]}")
+        chosen[b.name] = one(hits[0])
+    return chosen
+
+
+def admm(
+    rules: Rules,
+    *,
+    rho: Rho = 1e-3,
+    every: int = 100,
+    refresh_every: int | None = None,
+    rescale_dual: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Pulls the constrained leaves towards their sets while any optimizer trains them.
+
+    Put it before the optimizer, so that the penalty is part of the gradient: `optax.chain(admm(...), optax.adam(1e-3))`;
+    or between `scale_by_adam` and `scale_by_learning_rate`, so that Adam does not normalise the penalty (decoupled).
+    Stored: two copies (Z, U) of every constrained leaf per set, nothing else of a leaf's size.
+
+    Args:
+      rules: pairs (pattern, constraint), see `compressx.rules`.
+      rho: penalty weight: a number, a schedule (`compressx.rho`), or pairs (pattern, number or schedule) per leaf.
+      every: gradient steps between Z and U updates, >= 1.
+      refresh_every: updates between refreshes of what the sets leave open (fragment signs, pattern libraries); None
+        keeps the first choice.
+      rescale_dual: keep rho * U, the true dual, unchanged when rho moves. The papers' public code does not (False).
+
+    Returns:
+      A transform whose state is an `AdmmState`; `update` needs `params`.
+
+    Raises:
+      ValueError: `every` or `refresh_every` below 1; at init, whatever `rules.resolve` finds.
+    """
+    for name, value in (("every", every), ("refresh_every", refresh_every)):
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def init_fn(params: Any) -> AdmmState:
+        bound = resolve(rules, params)
+        schedules = _schedules(rho, bound)
+        leaves, treedef = jax.tree.flatten(params)
+        depth = max((len(_sets(b)) for b in bound), default=0)
+        z = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
+        u = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
+        structure: dict[str, tuple[Any, ...]] = {}
+        for b in bound:
+            w = b.take(leaves)
+            structure[b.name] = tuple(p.init(w) for p in _sets(b))
+            for k, (part, s) in enumerate(zip(_sets(b), structure[b.name], strict=True)):
+                b.put(z[k], part.project(w, s))
+                b.put(u[k], jax.tree.map(jnp.zeros_like, w))
+        # a distinct array for every entry: shared buffers cannot be donated
+        residuals = [{b.name: jnp.full(len(_sets(b)), jnp.inf, jnp.float32) for b in bound} for _ in range(2)]
+        return AdmmState(
+            step=jnp.zeros((), jnp.int32),
+            updates=jnp.zeros((), jnp.int32),
+            z=tuple(treedef.unflatten(x) for x in z),
+            u=tuple(treedef.unflatten(x) for x in u),
+            structure=structure,
+            rho={name: s.init() for name, s in schedules.items()},
+            primal=residuals[0],
+            dual=residuals[1],
+        )
+
+    def update_fn(updates: Any, state: AdmmState, params: Any = None, **extra_args: Any) -> tuple[Any, AdmmState]:
+        del extra_args
+        if params is None:
+            raise ValueError("admm needs the parameters: call update(updates, state, params)")
+        bound = resolve(rules, params)
+        schedules = _schedules(rho, bound)
+        leaves = jax.tree.leaves(params)
+        gradients, treedef = jax.tree.flatten(updates)
+        if not isinstance(rho, Sequence):  # a plain number may be injected and change between steps
+            state = state._replace(rho={name: jnp.asarray(rho, jnp.float32) for name in state.rho})
+
+        due = (state.step + 1) % every == 0
+        state = lax.cond(
+            due,
+            lambda s, w: _dual_step(s, w, bound, schedules, refresh_every, rescale_dual),
+            lambda s, w: s,
+            state._replace(step=optax.safe_increment(state.step)),
+            leaves,
+        )
+        for b in bound:
+            g = b.take(gradients)
+            for k in range(len(_sets(b))):
+                z, u = b.take(_leaves(state.z[k])), b.take(_leaves(state.u[k]))
+                r = state.rho[b.name]
+                g = jax.tree.map(
+                    lambda g, w, z, u, r=r: g + (r.astype(w.dtype) * (w - z + u)).astype(g.dtype), g, b.take(leaves), z, u
+                )
+            b.put(gradients, g)
+        return treedef.unflatten(gradients), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _dual_step(
+    state: AdmmState,
+    leaves: Sequence[Array],
+    bound: Sequence[Bound],
+    schedules: dict[str, RhoSchedule],
+    refresh_every: int | None,
+    rescale_dual: bool,
+) -> AdmmState:
+    """One Z and U update of every leaf, with the residuals and the next rho."""
+    number = optax.safe_increment(state.updates)
+    trees_z, trees_u = [_leaves(t) for t in state.z], [_leaves(t) for t in state.u]
+    treedef_z = [jax.tree.structure(t, is_leaf=lambda x: isinstance(x, optax.MaskedNode)) for t in state.z]
+    structure, rho, primal, dual = (dict(d) for d in (state.structure, state.rho, state.primal, state.dual))
+    for b in bound:
+        w = b.take(leaves)
+        size = jnp.maximum(_norm(w), jnp.finfo(jnp.float32).tiny)
+        residuals, moves, chosen = [], [], []
+        for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
+            u, before = b.take(trees_u[k]), b.take(trees_z[k])
+            v = jax.tree.map(jnp.add, w, u)
+            if refresh_every is not None:
+                s = lax.cond(number % refresh_every == 0, part.refresh, lambda _, s: s, v, s)
+            z = part.project(v, s)
+            b.put(trees_z[k], z)
+            b.put(trees_u[k], jax.tree.map(lambda v, z: v - z, v, z))
+            residuals.append(_norm(jax.tree.map(jnp.subtract, w, z)))
+            moves.append(_norm(jax.tree.map(jnp.subtract, z, before)))
+            chosen.append(s)
+        structure[b.name] = tuple(chosen)
+        primal[b.name], dual[b.name] = jnp.stack(residuals) / size, jnp.stack(moves) / size
+        old = rho[b.name]
+        rho[b.name] = schedules[b.name].update(old, _norm(residuals), _norm(moves), number)
+        if rescale_dual:
+            scale = old / rho[b.name]
+            for k in range(len(_sets(b))):
+                b.put(trees_u[k], jax.tree.map(lambda u, s=scale: u * s.astype(u.dtype), b.take(trees_u[k])))
+    return state._replace(
+        updates=number,
+        z=tuple(d.unflatten(t) for d, t in zip(treedef_z, trees_z, strict=True)),
+        u=tuple(d.unflatten(t) for d, t in zip(treedef_z, trees_u, strict=True)),
+        structure=structure,
+        rho=rho,
+        primal=primal,
+        dual=dual,
+    )
+
+
+def find_state(opt_state: Any) -> AdmmState:
+    """The `AdmmState` inside any optimizer state (a chain, `MultiSteps`, `partition`, ...).
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AdmmState)) if isinstance(s, AdmmState)]
+    if len(found) != 1:
+        raise ValueError(f"expected one AdmmState in the optimizer state, found {len(found)}")
+    return found[0]
+
+
+def metrics(opt_state: Any) -> dict[str, Array]:
+    """rho and the residuals as a flat dictionary: `primal/<name>`, `dual/<name>` (largest over sets), `rho/<name>`."""
+    state = find_state(opt_state)
+    out = {f"primal/{n}": jnp.max(v) for n, v in state.primal.items()}
+    out |= {f"dual/{n}": jnp.max(v) for n, v in state.dual.items()}
+    return out | {f"rho/{n}": v for n, v in state.rho.items()}

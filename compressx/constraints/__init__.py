@@ -1,0 +1,55 @@
+"""Sets of weights and their projections, one file per family. A new family is one file and its lines in `KINDS`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from compressx.constraints.base import LEVEL as LEVEL
+from compressx.constraints.base import SIGN as SIGN
+from compressx.constraints.base import SUPPORT as SUPPORT
+from compressx.constraints.base import TIE as TIE
+from compressx.constraints.base import Constraint as Constraint
+from compressx.constraints.base import count as count
+from compressx.constraints.base import intersection as intersection
+from compressx.constraints.base import support as support
+from compressx.constraints.base import violations as violations
+from compressx.constraints.select import top_k_mask as top_k_mask
+from compressx.constraints.select import top_k_masks as top_k_masks
+from compressx.constraints.sparsity import block, channels, columns, filters, filters_and_columns, n_of_m, unstructured
+
+# name in a spec -> factory
+KINDS: dict[str, Callable[..., Constraint]] = {
+    "unstructured": unstructured,
+    "n_of_m": n_of_m,
+    "block": block,
+    "filters": filters,
+    "columns": columns,
+    "channels": channels,
+    "filters_and_columns": filters_and_columns,
+}
+
+
+def from_spec(spec: Mapping[str, Any]) -> Constraint:
+    """The constraint that a spec (as saved in a file) describes; inverse of `Constraint.spec`.
+
+    Raises:
+      ValueError: the kind is unknown or an argument does not fit it.
+    """
+    kind = spec.get("kind")
+    if kind == "all":
+        parts = spec.get("parts")
+        if not isinstance(parts, list) or not parts:
+            raise ValueError(f"an intersection needs a list of parts, got {parts!r}")
+        return intersection(*(from_spec(p) for p in parts))
+    if kind not in KINDS:
+        raise ValueError(f"unknown constraint {kind!r}; known: {', '.join(sorted(KINDS))}")
+    try:
+        return KINDS[kind](**{k: v for k, v in spec.items() if k != "kind"})
+    except TypeError as error:
+        raise ValueError(f"constraint {kind!r} cannot be built from {dict(spec)!r}: {error}") from None
+
+
+__all__ = [
+    *("Constraint", "SUPPORT", "SIGN", "TIE", "LEVEL", "KINDS", "from_spec", "intersection", "support", "violations"),
+    *("count", "top_k_mask", "top_k_masks"),
+    *KINDS,
+]

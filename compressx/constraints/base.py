@@ -1,0 +1,186 @@
+"""The `Constraint` type: a set of weights, known by its projection, and the algebra of such sets.
+
+A method of this toolkit is "train a network whose weights lie in a set". A `Constraint` is that set as a tuple of pure
+functions, as an optax transform is. `a & b` is the intersection; ADMM gives each of its parts a Z and a U of its own.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# The order in which the parts of an intersection are projected. Every set keeps its points when weights are zeroed
+# (SUPPORT), then when wrong signs are zeroed (SIGN), then when live magnitudes are tied (TIE) or put on levels (LEVEL):
+# so one pass in this order ends inside all of them.
+SUPPORT, SIGN, TIE, LEVEL = range(4)
+_STAGES = ("support", "sign", "tied magnitudes", "levels")
+
+
+class Constraint(NamedTuple):
+    """A set of weights, as a tuple of pure functions of a leaf `w`; all of them jit and vmap.
+
+    Attributes:
+      spec: JSON-able description, `{"kind": name, argument: value, ...}`; `constraints.from_spec` rebuilds the set.
+      init: `init(w) -> structure`, what the set leaves open (fragment signs, pattern library, block sizes, a scale),
+        chosen for w; a pytree, `()` where nothing is open.
+      project: `project(w, structure) -> w`, the nearest point of the set; idempotent, bit for bit.
+      refresh: `refresh(w, structure) -> structure`, the open part chosen anew during training.
+      freeze: `freeze(w, structure) -> piece`, the convex piece of the set around a feasible w, in which retraining
+        moves: a pytree (a mask, signs, ties, levels).
+      retract: `retract(w, piece) -> w`, the nearest point of that piece.
+      stage: SUPPORT, SIGN, TIE or LEVEL, the place in an intersection.
+      parts: the sets of an intersection, in stage order; `()` for a single set.
+      joint: True where `w` is a tuple of leaves (all that one rule matches) and not one leaf.
+    """
+
+    spec: Mapping[str, Any]
+    init: Callable[[Any], Any]
+    project: Callable[[Any, Any], Any]
+    refresh: Callable[[Any, Any], Any]
+    freeze: Callable[[Any, Any], Any]
+    retract: Callable[[Any, Any], Any]
+    stage: int = SUPPORT
+    parts: tuple["Constraint", ...] = ()
+    joint: bool = False
+
+    def __and__(self, other: "Constraint") -> "Constraint":
+        return intersection(self, other)
+
+    @property
+    def sets(self) -> tuple["Constraint", ...]:
+        """The single sets: the parts of an intersection, or this one."""
+        return self.parts or (self,)
+
+    def __str__(self) -> str:
+        if self.parts:
+            return " & ".join(str(p) for p in self.parts)
+        arguments = ", ".join(f"{k}={v}" for k, v in self.spec.items() if k != "kind" and v is not None)
+        return f"{self.spec['kind']}({arguments})"
+
+
+def tree_where(mask: Any, w: Any) -> Any:
+    """`w` where the mask is true and exactly 0 elsewhere, over a leaf or a tuple of leaves."""
+    return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), mask, w)
+
+
+def support(
+    spec: Mapping[str, Any],
+    select: Callable[[Any], Any],
+    alive: Callable[[Any], Any] | None = None,
+    joint: bool = False,
+) -> Constraint:
+    """A set of weights whose non-zeros lie in one of certain supports.
+
+        project(w) = argmin ||z - w||_2  subject to  supp(z) in the family,  hence  z = w * select(w).
+
+    This is how a new sparsity constraint is made: one function from a weight to the mask of what stays.
+
+    Args:
+      spec: see `Constraint`.
+      select: `select(w) -> mask`, the admissible support of largest energy; boolean, of w's shape.
+      alive: `alive(w) -> mask`, the places where a feasible w may move in retraining; by default its non-zeros. Sets
+        that keep whole groups give the groups with any non-zero, so that a kept weight that is 0 may move again.
+      joint: whether w is a tuple of leaves.
+
+    Returns:
+      The constraint; its piece is the mask, kept exactly by retraining.
+    """
+    keep = alive or (lambda w: jax.tree.map(lambda x: x != 0, w))
+    return Constraint(
+        spec=spec,
+        init=lambda w: (),
+        project=lambda w, _: tree_where(select(w), w),
+        refresh=lambda w, structure: structure,
+        freeze=lambda w, _: keep(w),
+        retract=lambda w, piece: tree_where(piece, w),
+        stage=SUPPORT,
+        joint=joint,
+    )
+
+
+def intersection(*constraints: Constraint) -> Constraint:
+    """The weights that lie in all of the sets: `a & b`.
+
+    In ADMM each set has its own Z and U (the extended ADMM of PatDNN and of the SOT-MRAM engine). To harden, the sets
+    are projected once in the order support, sign, ties, levels, whatever the order they are written in, each support
+    set on what the earlier ones left; the result lies in all of them. Where the nearest point of the intersection has a
+    closed form, the constraint for it is a factory of its own and is to be preferred.
+
+    Raises:
+      ValueError: two sets both fix the signs, ties or levels, or joint and single-leaf sets are mixed.
+    """
+    parts = sorted((p for c in constraints for p in c.sets), key=lambda p: p.stage)
+    for stage in (SIGN, TIE, LEVEL):
+        clash = [str(p) for p in parts if p.stage == stage]
+        if len(clash) > 1:
+            raise ValueError(
+                f"{' and '.join(clash)} cannot be intersected: both fix the {_STAGES[stage]} of a weight, and no weight "
+                "but 0 is sure to satisfy both; give each leaf one of them"
+            )
+    if len({p.joint for p in parts}) > 1:
+        raise ValueError(
+            "a constraint over several leaves together and one over a single leaf cannot be intersected: "
+            + " & ".join(str(p) for p in parts)
+        )
+    sets = tuple(parts)
+
+    def chain(step: Callable[[Constraint, Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def run(w: Any, each: Any) -> Any:
+            for part, e in zip(sets, each, strict=True):
+                w = step(part, w, e)
+            return w
+
+        return run
+
+    return Constraint(
+        spec={"kind": "all", "parts": [dict(p.spec) for p in sets]},
+        init=lambda w: tuple(p.init(w) for p in sets),
+        project=chain(lambda p, w, s: p.project(w, s)),
+        refresh=lambda w, each: tuple(p.refresh(w, s) for p, s in zip(sets, each, strict=True)),
+        freeze=lambda w, each: tuple(p.freeze(w, s) for p, s in zip(sets, each, strict=True)),
+        retract=chain(lambda p, w, piece: p.retract(w, piece)),
+        stage=sets[-1].stage,
+        parts=sets,
+        joint=sets[0].joint,
+    )
+
+
+def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
+    """How many entries of w a projection would change: 0 exactly where w lies in every set (int32)."""
+    total = jnp.zeros((), jnp.int32)
+    structures = structure if constraint.parts else (structure,)
+    for part, s in zip(constraint.sets, structures, strict=True):
+        changed = jax.tree.map(lambda a, b: jnp.sum(a != b, dtype=jnp.int32), part.project(w, s), w)
+        total = total + sum(jax.tree.leaves(changed), jnp.zeros((), jnp.int32))
+    return total
+
+
+def count(density: float | None, n: int, keep: int | None = None, what: str = "weights") -> int:
+    """The exact number to keep of n: `keep` as given, or `floor(density * n + 1/2)`.
+
+    Raises:
+      ValueError: both or neither are given, the density is not in (0, 1], keep is not in 1..n, or nothing would stay.
+    """
+    if (density is None) == (keep is None):
+        raise ValueError(f"give exactly one of density and keep, got density={density}, keep={keep}")
+    if keep is not None:
+        if not 1 <= keep <= n:
+            raise ValueError(f"keep={keep} is impossible for {n} {what}; it must lie in 1..{n}")
+        return keep
+    assert density is not None
+    check_density(density)
+    k = math.floor(density * n + 0.5)
+    if k == 0 and n:
+        raise ValueError(
+            f"density={density} of {n} {what} keeps none of them; raise the density, give keep=, or leave this leaf out"
+        )
+    return k
+
+
+def check_density(density: float, name: str = "density") -> None:
+    """Raises ValueError unless 0 < density <= 1."""
+    if not 0 < density <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {density}")

@@ -1,0 +1,81 @@
+"""Schedules of rho, the weight of ADMM's quadratic penalty; one value per constrained leaf and set of leaves.
+
+A schedule is a pair of pure functions: `init() -> rho` and
+`update(rho, primal, dual, updates) -> rho`, called after every Z and U update with primal = ||W - Z||_2,
+dual = ||Z - Z_previous||_2 (over all sets of the leaf) and the number of updates done, this one included.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+
+class RhoSchedule(NamedTuple):
+    """How rho moves: `init()` is its first value, `update(rho, primal, dual, updates)` the next (float32 scalars)."""
+
+    init: Callable[[], Array]
+    update: Callable[[Array, Array, Array, Array], Array]
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def constant(rho: float | Array) -> RhoSchedule:
+    """rho stays as it is."""
+    _positive(rho=rho)  # type: ignore[arg-type]
+    return RhoSchedule(lambda: jnp.asarray(rho, jnp.float32), lambda value, primal, dual, updates: value)
+
+
+def staged(rho: float, factor: float = 10.0, every: int = 4, maximum: float | None = None) -> RhoSchedule:
+    """rho is multiplied by `factor` after every `every` updates, up to `maximum`.
+
+    The recipe of the FORMS and PatDNN groups' public code: 1e-4, then x10 at each of four stages.
+    """
+    _positive(rho=rho, factor=factor, every=every)
+
+    def update(value: Array, primal: Array, dual: Array, updates: Array) -> Array:
+        raised = jnp.where(updates % every == 0, value * factor, value)
+        return raised if maximum is None else jnp.minimum(raised, jnp.float32(maximum))
+
+    return RhoSchedule(lambda: jnp.asarray(rho, jnp.float32), update)
+
+
+def residual_balancing(rho: float, ratio: float = 10.0, factor: float = 2.0) -> RhoSchedule:
+    """rho follows the residuals: x factor where primal > ratio * rho-scaled dual, / factor where the dual leads.
+
+        primal ||W - Z||, dual rho * ||Z - Z_previous||
+
+    Source: S. Boyd et al., "Distributed Optimization and Statistical Learning via the ADMM", 2011, eq. 3.13.
+    """
+    _positive(rho=rho, ratio=ratio, factor=factor)
+
+    def update(value: Array, primal: Array, dual: Array, updates: Array) -> Array:
+        scaled = value * dual
+        up, down = primal > ratio * scaled, scaled > ratio * primal
+        return jnp.where(up, value * factor, jnp.where(down, value / factor, value))
+
+    return RhoSchedule(lambda: jnp.asarray(rho, jnp.float32), update)
+
+
+def rtmobile(rho: float = 1e-3) -> RhoSchedule:
+    """RTMobile's rule, with a = ||W - Z||^2 and b = ||Z - Z_previous||^2:
+
+        rho <= 0.02:  rho * 1.2 where a / b >= 0.1, else rho / 1.2
+        0.02 < rho <= 0.5:  rho + 0.02
+        rho > 0.5:  frozen
+
+    Source: P. Dong et al., "RTMobile", 2020, the authors' released training code; its first rho is not published.
+    """
+    _positive(rho=rho)
+
+    def update(value: Array, primal: Array, dual: Array, updates: Array) -> Array:
+        a, b = jnp.square(primal), jnp.square(dual)
+        early = jnp.where(a >= 0.1 * b, value * 1.2, value / 1.2)  # a / b >= 0.1 without dividing by 0
+        return jnp.where(value > 0.5, value, jnp.where(value > 0.02, value + 0.02, early))
+
+    return RhoSchedule(lambda: jnp.asarray(rho, jnp.float32), update)

@@ -1,0 +1,143 @@
+"""Rules: which constraint holds on which leaf, by path; checked against the tree.
+
+Rules are an ordered sequence of pairs `(pattern, constraint)`. A pattern is a regular expression that must match the
+whole slash-joined path of a leaf (`params/conv1/kernel`); the first rule that matches wins; a constraint of None leaves
+the leaf free. A rule that takes no leaf is an error that lists the paths. Any pytree works: Linen and Haiku
+dictionaries, `nnx.split` state, Equinox modules, dataclasses, lists.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from compressx.constraints.base import Constraint
+
+Rules = Sequence[tuple[str, Constraint | None]]
+
+
+class Bound(NamedTuple):
+    """A constraint and the leaves it holds on (one leaf, or all leaves of the rule where the constraint is joint).
+
+    Attributes:
+      name: the leaf's path; for a joint constraint the rule's pattern.
+      paths: paths of the leaves.
+      indices: their places among `jax.tree.leaves(params)`.
+      constraint: the set.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    indices: tuple[int, ...]
+    constraint: Constraint
+
+    def take(self, leaves: Sequence[Any]) -> Any:
+        """The constraint's argument: the leaf, or the tuple of leaves."""
+        if self.constraint.joint:
+            return tuple(leaves[i] for i in self.indices)
+        return leaves[self.indices[0]]
+
+    def put(self, leaves: list[Any], value: Any) -> None:
+        """Writes a value shaped like `take`'s answer back into a list of leaves."""
+        for i, v in zip(self.indices, value if self.constraint.joint else (value,), strict=True):
+            leaves[i] = v
+
+
+def path_name(key_path: Sequence[Any]) -> str:
+    """The slash-joined name of a leaf; NNX's trailing `.value` is left out, so that rules read alike for all libraries."""
+    name = jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+    return name.removesuffix("/value").removesuffix("/.value")
+
+
+def paths(tree: Any) -> list[str]:
+    """The names of all leaves, in leaf order."""
+    return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def resolve(rules: Rules, params: Any) -> tuple[Bound, ...]:
+    """Binds rules to the leaves of a tree, and checks that every constraint fits its leaves.
+
+    Args:
+      rules: ordered pairs (pattern, constraint or None).
+      params: any pytree of arrays (or of `jax.ShapeDtypeStruct`).
+
+    Returns:
+      One `Bound` per constrained leaf (per rule for joint constraints), in rule order, then leaf order.
+
+    Raises:
+      ValueError: a rule takes no leaf (the text lists the paths), a pattern is no regular expression, or a constraint
+        cannot hold on a leaf (the text names the leaf, its shape and why).
+    """
+    leaves = jax.tree.leaves(params)
+    names = paths(params)
+    taken: dict[int, int] = {}
+    found: list[list[int]] = []
+    for number, (pattern, _) in enumerate(rules):
+        try:
+            compiled = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"rule {number}: {pattern!r} is not a regular expression: {error}") from None
+        found.append([i for i, name in enumerate(names) if compiled.fullmatch(name)])
+    for number, matches in enumerate(found):
+        for i in matches:
+            taken.setdefault(i, number)
+    bound: list[Bound] = []
+    for number, (pattern, constraint) in enumerate(rules):
+        mine = [i for i in found[number] if taken[i] == number]
+        if not mine:
+            why = "matches nothing"
+            if found[number]:
+                first = sorted({rules[taken[i]][0] for i in found[number]})
+                why = f"matches only leaves that earlier rules took ({', '.join(map(repr, first))})"
+            listing = "\n  ".join(names) or "(no leaves)"
+            raise ValueError(f"rule {number}: {pattern!r} {why}. Patterns match the whole path; the paths are:\n  {listing}")
+        if constraint is None:
+            continue
+        if constraint.joint:
+            bound.append(Bound(pattern, tuple(names[i] for i in mine), tuple(mine), constraint))
+        else:
+            bound.extend(Bound(names[i], (names[i],), (i,), constraint) for i in mine)
+    for b in bound:
+        _check(b, leaves)
+    return tuple(bound)
+
+
+def _check(b: Bound, leaves: Sequence[Any]) -> None:
+    def run(w: Any) -> Any:
+        return b.constraint.project(w, b.constraint.init(w))
+
+    w = b.take(leaves)
+    for path, leaf in zip(b.paths, w if b.constraint.joint else (w,), strict=True):
+        if not hasattr(leaf, "dtype") or not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            raise ValueError(f"{path}: only floating-point leaves can be constrained, got {getattr(leaf, 'dtype', type(leaf))}")
+    try:
+        jax.eval_shape(run, w)
+    except (ValueError, TypeError) as error:
+        shapes = ", ".join(f"{p} {tuple(leaf.shape)}" for p, leaf in zip(b.paths, jax.tree.leaves(w), strict=True))
+        raise ValueError(f"{shapes}: {b.constraint} does not fit: {error}") from None
+
+
+def table(bound: Sequence[Bound], params: Any) -> list[dict[str, Any]]:
+    """Rows (path, shape, constraint) for every leaf of the tree, to be logged when a run starts."""
+    by_index = {i: b for b in bound for i in b.indices}
+    rows = []
+    for i, (name, leaf) in enumerate(zip(paths(params), jax.tree.leaves(params), strict=True)):
+        held = by_index.get(i)
+        rows.append({"path": name, "shape": list(leaf.shape), "constraint": str(held.constraint) if held else None})
+    return rows
+
+
+def check_finite(params: Any, what: str = "weight") -> None:
+    """Raises ValueError naming the first leaf that holds a NaN or an infinity (concrete arrays only)."""
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    numeric = [(p, x) for p, x in flat if jax.numpy.issubdtype(jax.numpy.asarray(x).dtype, jax.numpy.floating)]
+    finite: list[Array] = [jax.numpy.all(jax.numpy.isfinite(x)) for _, x in numeric]
+    for (path, leaf), ok in zip(numeric, jax.device_get(finite), strict=True):
+        if not ok:
+            bad = int(jax.numpy.sum(~jax.numpy.isfinite(leaf)))
+            raise ValueError(
+                f"{path_name(path)} {tuple(leaf.shape)}: {bad} {what} values are NaN or infinite; "
+                "the training before this step diverged (lower the learning rate or rho)"
+            )

@@ -1,0 +1,125 @@
+"""Views: bijections between a stored weight and the array in which a structure is plain.
+
+A view never changes a value: `back(to(w), w.shape)` is `w`, bit for bit. Stored weights are Flax's: convolution
+`[kh, kw, cin, cout]`, dense `[in, out]`. Papers write filters as rows; here filters are always the **last** axis.
+
+Shapes: P = kh * kw * cin positions (the rows of the GEMM, its reduction axis), F = cout filters (its columns).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Shape = tuple[int, ...]
+
+
+class View(NamedTuple):
+    """A pair of inverse functions between a stored weight and a working array.
+
+    Attributes:
+      to: `to(w)` is the working array.
+      back: `back(x, shape)` is the stored weight of shape `shape`; `back(to(w), w.shape)` equals `w` exactly.
+    """
+
+    to: Callable[[Array], Array]
+    back: Callable[[Array, Shape], Array]
+
+
+def _need(w: Array, ndim: int, what: str) -> None:
+    if w.ndim < ndim:
+        raise ValueError(f"{what} needs a weight of at least {ndim} axes, got shape {w.shape}")
+
+
+def identity() -> View:
+    """The weight as it is stored."""
+    return View(lambda w: w, lambda x, shape: x)
+
+
+def gemm() -> View:
+    """The matrix a layer multiplies with: `[kh, kw, cin, cout] -> [P, F]`, `[in, out] -> [in, out]`.
+
+    Position p = (i * kw + j) * cin + c for tap (i, j) and input channel c; rows are reduced over, columns are filters.
+    """
+
+    def to(w: Array) -> Array:
+        _need(w, 2, "the GEMM view")
+        return w.reshape(-1, w.shape[-1])
+
+    return View(to, lambda x, shape: x.reshape(shape))
+
+
+def channels() -> View:
+    """Input channels first: `[kh, kw, cin, cout] -> [cin, kh*kw*cout]`, `[in, out] -> [in, out]`."""
+
+    def to(w: Array) -> Array:
+        _need(w, 2, "the channel view")
+        x = jnp.moveaxis(w, -2, 0)
+        return x.reshape(x.shape[0], -1)
+
+    def back(x: Array, shape: Shape) -> Array:
+        moved = (shape[-2], *shape[:-2], shape[-1])
+        return jnp.moveaxis(x.reshape(moved), 0, -2)
+
+    return View(to, back)
+
+
+def kernels() -> View:
+    """Convolution kernels with their taps last: `[kh, kw, cin, cout] -> [cin, cout, kh*kw]`.
+
+    Tap t = i * kw + j, so a 3x3 kernel's centre is tap 4.
+    """
+
+    def to(w: Array) -> Array:
+        if w.ndim != 4:
+            raise ValueError(f"the kernel view needs a convolution weight [kh, kw, cin, cout], got shape {w.shape}")
+        kh, kw, cin, cout = w.shape
+        return w.reshape(kh * kw, cin, cout).transpose(1, 2, 0)
+
+    def back(x: Array, shape: Shape) -> Array:
+        return x.transpose(2, 0, 1).reshape(shape)
+
+    return View(to, back)
+
+
+def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Number of blocks down and across a matrix, the ragged ones at the edge counted."""
+    return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
+
+
+def blocks(block: tuple[int, int], base: View | None = None) -> View:
+    """The matrix cut into a grid of blocks: `[R, C] -> [ceil(R/bh), ceil(C/bw), bh, bw]`.
+
+    Blocks at the ragged edges are padded with zeros, which `back` cuts off again; a selection that counts members must
+    leave the padding out.
+
+    Args:
+      block: `(bh, bw)`, rows (positions) and columns (filters) of a block.
+      base: view that makes the matrix; the GEMM view by default.
+    """
+    bh, bw = block
+    if bh < 1 or bw < 1:
+        raise ValueError(f"block must be at least 1x1, got {block}")
+    base = base or gemm()
+
+    def to(w: Array) -> Array:
+        m = base.to(w)
+        rows, cols = block_grid((m.shape[0], m.shape[1]), block)
+        m = jnp.pad(m, ((0, rows * bh - m.shape[0]), (0, cols * bw - m.shape[1])))
+        return m.reshape(rows, bh, cols, bw).transpose(0, 2, 1, 3)
+
+    def back(x: Array, shape: Shape) -> Array:
+        rows, cols = x.shape[0] * bh, x.shape[1] * bw
+        m = x.transpose(0, 2, 1, 3).reshape(rows, cols)
+        height, width = _matrix_shape(base, shape)
+        return base.back(m[:height, :width], shape)
+
+    return View(to, back)
+
+
+def _matrix_shape(base: View, shape: Shape) -> tuple[int, int]:
+    out = jax.eval_shape(base.to, jax.ShapeDtypeStruct(shape, jnp.float32))
+    return out.shape[0], out.shape[1]
