@@ -35,8 +35,8 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) \
 	  || { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment: its venv and ensurepip modules are needed (python3.11-venv on Debian)." >&2; exit 1; }
 	@echo "Installing the pinned environment into $(VENV): a minute or two."
-	@$(PIP) install -q -c constraints.txt pip setuptools
-	@$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(PIP) install -qq -c constraints.txt pip setuptools
+	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: env  ## train, compress, pack and report a small network on the embedded data set; again to resume

@@ -1,0 +1,1 @@
+"""Drivers: flags to one frozen config, a run, and its report. No maths here."""
