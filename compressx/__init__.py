@@ -5,9 +5,14 @@ from compressx import rho as rho
 from compressx import views as views
 from compressx.admm import AdmmState as AdmmState
 from compressx.admm import admm as admm
+from compressx.admm import find_state as find_admm_state
+from compressx.admm import metrics as admm_metrics
 from compressx.constraints import *  # noqa: F403  (the factories are listed in constraints.__all__)
 from compressx.harden import ConstraintViolation as ConstraintViolation
+from compressx.harden import check as check
+from compressx.harden import count_violations as count_violations
 from compressx.harden import harden as harden
+from compressx.harden import structures as structures
 from compressx.retrain import RetrainState as RetrainState
 from compressx.retrain import retract as retract
 from compressx.retrain import retrain as retrain

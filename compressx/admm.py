@@ -12,6 +12,7 @@ Sources: S. Boyd et al., "Distributed Optimization and Statistical Learning via 
 Multipliers", 2011 (scaled form, 3.1.1); W. Niu et al., "PatDNN", 2020 (several sets, each with Z and U).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def _norm(x: Any) -> Array:
-    return jnp.sqrt(sum((jnp.sum(jnp.square(v.astype(jnp.float32))) for v in jax.tree.leaves(x)), jnp.zeros((), jnp.float32)))
+    parts = [jnp.sum(jnp.square(v.astype(jnp.float32))) for v in jax.tree.leaves(x)]
+    return jnp.sqrt(sum(parts, jnp.zeros((), jnp.float32)))
 
 
 def _sets(b: Bound) -> tuple[Constraint, ...]:
@@ -73,9 +75,6 @@ def _schedules(rho: Rho, bound: Sequence[Bound]) -> dict[str, RhoSchedule]:
 
     if not isinstance(rho, Sequence) or isinstance(rho, RhoSchedule):
         return {b.name: one(rho) for b in bound}
-    # per-leaf values are rules too: bind them to the paths with the same matching
-    import re
-
     chosen = {}
     for b in bound:
         hits = [value for pattern, value in rho if any(re.fullmatch(pattern, p) for p in b.paths)]
@@ -95,7 +94,7 @@ def admm(
 ) -> optax.GradientTransformationExtraArgs:
     """Pulls the constrained leaves towards their sets while any optimizer trains them.
 
-    Put it before the optimizer, so that the penalty is part of the gradient: `optax.chain(admm(...), optax.adam(1e-3))`;
+    Put it before the optimizer, so that the penalty is part of the gradient: `optax.chain(admm(...), optax.adam(lr))`;
     or between `scale_by_adam` and `scale_by_learning_rate`, so that Adam does not normalise the penalty (decoupled).
     Stored: two copies (Z, U) of every constrained leaf per set, nothing else of a leaf's size.
 
@@ -136,8 +135,8 @@ def admm(
         return AdmmState(
             step=jnp.zeros((), jnp.int32),
             updates=jnp.zeros((), jnp.int32),
-            z=tuple(treedef.unflatten(x) for x in z),
-            u=tuple(treedef.unflatten(x) for x in u),
+            z=tuple(jax.tree.unflatten(treedef, x) for x in z),
+            u=tuple(jax.tree.unflatten(treedef, x) for x in u),
             structure=structure,
             rho={name: s.init() for name, s in schedules.items()},
             primal=residuals[0],
@@ -168,11 +167,10 @@ def admm(
             for k in range(len(_sets(b))):
                 z, u = b.take(_leaves(state.z[k])), b.take(_leaves(state.u[k]))
                 r = state.rho[b.name]
-                g = jax.tree.map(
-                    lambda g, w, z, u, r=r: g + (r.astype(w.dtype) * (w - z + u)).astype(g.dtype), g, b.take(leaves), z, u
-                )
+                penalty = jax.tree.map(lambda w, z, u, r=r: r.astype(w.dtype) * (w - z + u), b.take(leaves), z, u)
+                g = jax.tree.map(lambda g, p: g + p.astype(g.dtype), g, penalty)
             b.put(gradients, g)
-        return treedef.unflatten(gradients), state
+        return jax.tree.unflatten(treedef, gradients), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -189,7 +187,7 @@ def _dual_step(
     number = optax.safe_increment(state.updates)
     trees_z, trees_u = [_leaves(t) for t in state.z], [_leaves(t) for t in state.u]
     treedef_z = [jax.tree.structure(t, is_leaf=lambda x: isinstance(x, optax.MaskedNode)) for t in state.z]
-    structure, rho, primal, dual = (dict(d) for d in (state.structure, state.rho, state.primal, state.dual))
+    structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
     for b in bound:
         w = b.take(leaves)
         size = jnp.maximum(_norm(w), jnp.finfo(jnp.float32).tiny)
@@ -215,8 +213,8 @@ def _dual_step(
                 b.put(trees_u[k], jax.tree.map(lambda u, s=scale: u * s.astype(u.dtype), b.take(trees_u[k])))
     return state._replace(
         updates=number,
-        z=tuple(d.unflatten(t) for d, t in zip(treedef_z, trees_z, strict=True)),
-        u=tuple(d.unflatten(t) for d, t in zip(treedef_z, trees_u, strict=True)),
+        z=tuple(jax.tree.unflatten(d, t) for d, t in zip(treedef_z, trees_z, strict=True)),
+        u=tuple(jax.tree.unflatten(d, t) for d, t in zip(treedef_z, trees_u, strict=True)),
         structure=structure,
         rho=rho,
         primal=primal,
@@ -230,7 +228,8 @@ def find_state(opt_state: Any) -> AdmmState:
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AdmmState)) if isinstance(s, AdmmState)]
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AdmmState))
+    found = [s for s in leaves if isinstance(s, AdmmState)]
     if len(found) != 1:
         raise ValueError(f"expected one AdmmState in the optimizer state, found {len(found)}")
     return found[0]

@@ -16,7 +16,7 @@ class ConstraintViolation(ValueError):
 
 
 def structures(params: Any, rules: Rules, state: AdmmState | None = None) -> dict[str, Any]:
-    """What every set leaves open (signs, libraries, scales), by name: ADMM's choice if a state is given, else `init`'s."""
+    """What every set leaves open (signs, libraries, scales), by name: as in ADMM's state, or chosen for params."""
     leaves = jax.tree.leaves(params)
     out = {}
     for b in resolve(rules, params):
@@ -32,7 +32,7 @@ def project(params: Any, rules: Rules, structure: dict[str, Any]) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     for b in resolve(rules, params):
         b.put(leaves, b.constraint.project(b.take(leaves), structure[b.name]))
-    return treedef.unflatten(leaves)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def count_violations(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, Array]:

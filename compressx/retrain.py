@@ -52,7 +52,7 @@ def retrain(rules: Rules, structure: dict[str, Any] | None = None) -> optax.Grad
             w = b.take(leaves)
             target = _retract(b, jax.tree.map(lambda w, d: w + d.astype(w.dtype), w, b.take(moves)), state)
             b.put(moves, jax.tree.map(lambda t, w, d: (t - w).astype(d.dtype), target, w, b.take(moves)))
-        return treedef.unflatten(moves), state
+        return jax.tree.unflatten(treedef, moves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -62,11 +62,11 @@ def _retract(b: Bound, w: Any, state: RetrainState) -> Any:
 
 
 def retract(params: Any, rules: Rules, state: RetrainState) -> Any:
-    """Every constrained leaf at the nearest point of its piece (pure); for loops that want levels exact at every step."""
+    """Every constrained leaf at the nearest point of its piece (pure); keeps levels exact where a loop wants that."""
     leaves, treedef = jax.tree.flatten(params)
     for b in resolve(rules, params):
         b.put(leaves, _retract(b, b.take(leaves), state))
-    return treedef.unflatten(leaves)
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def find_state(opt_state: Any) -> RetrainState:

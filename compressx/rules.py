@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from compressx.constraints.base import Constraint
@@ -46,7 +47,7 @@ class Bound(NamedTuple):
 
 
 def path_name(key_path: Sequence[Any]) -> str:
-    """The slash-joined name of a leaf; NNX's trailing `.value` is left out, so that rules read alike for all libraries."""
+    """The slash-joined name of a leaf; NNX's trailing `value` is left out, so that rules read alike everywhere."""
     name = jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
     return name.removesuffix("/value").removesuffix("/.value")
 
@@ -92,7 +93,7 @@ def resolve(rules: Rules, params: Any) -> tuple[Bound, ...]:
                 first = sorted({rules[taken[i]][0] for i in found[number]})
                 why = f"matches only leaves that earlier rules took ({', '.join(map(repr, first))})"
             listing = "\n  ".join(names) or "(no leaves)"
-            raise ValueError(f"rule {number}: {pattern!r} {why}. Patterns match the whole path; the paths are:\n  {listing}")
+            raise ValueError(f"rule {number}: {pattern!r} {why}. Patterns match the whole path; paths:\n  {listing}")
         if constraint is None:
             continue
         if constraint.joint:
@@ -110,8 +111,9 @@ def _check(b: Bound, leaves: Sequence[Any]) -> None:
 
     w = b.take(leaves)
     for path, leaf in zip(b.paths, w if b.constraint.joint else (w,), strict=True):
-        if not hasattr(leaf, "dtype") or not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
-            raise ValueError(f"{path}: only floating-point leaves can be constrained, got {getattr(leaf, 'dtype', type(leaf))}")
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{path}: only floating-point leaves can be constrained, got {dtype or type(leaf)}")
     try:
         jax.eval_shape(run, w)
     except (ValueError, TypeError) as error:
@@ -132,11 +134,11 @@ def table(bound: Sequence[Bound], params: Any) -> list[dict[str, Any]]:
 def check_finite(params: Any, what: str = "weight") -> None:
     """Raises ValueError naming the first leaf that holds a NaN or an infinity (concrete arrays only)."""
     flat = jax.tree_util.tree_leaves_with_path(params)
-    numeric = [(p, x) for p, x in flat if jax.numpy.issubdtype(jax.numpy.asarray(x).dtype, jax.numpy.floating)]
-    finite: list[Array] = [jax.numpy.all(jax.numpy.isfinite(x)) for _, x in numeric]
+    numeric = [(p, x) for p, x in flat if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
+    finite: list[Array] = [jnp.all(jnp.isfinite(x)) for _, x in numeric]
     for (path, leaf), ok in zip(numeric, jax.device_get(finite), strict=True):
         if not ok:
-            bad = int(jax.numpy.sum(~jax.numpy.isfinite(leaf)))
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
             raise ValueError(
                 f"{path_name(path)} {tuple(leaf.shape)}: {bad} {what} values are NaN or infinite; "
                 "the training before this step diverged (lower the learning rate or rho)"

@@ -117,8 +117,8 @@ def intersection(*constraints: Constraint) -> Constraint:
         clash = [str(p) for p in parts if p.stage == stage]
         if len(clash) > 1:
             raise ValueError(
-                f"{' and '.join(clash)} cannot be intersected: both fix the {_STAGES[stage]} of a weight, and no weight "
-                "but 0 is sure to satisfy both; give each leaf one of them"
+                f"{' and '.join(clash)} cannot be intersected: both fix the {_STAGES[stage]} of a weight, and no "
+                "weight but 0 is sure to satisfy both; give each leaf one of them"
             )
     if len({p.joint for p in parts}) > 1:
         raise ValueError(

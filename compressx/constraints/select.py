@@ -87,7 +87,9 @@ def _first(flags: Array, need: Array, axis: int | None) -> Array:
 
 
 def top_k_masks(scores: Sequence[Array], k: int) -> list[Array]:
-    """Masks that keep exactly the k largest scores over several arrays; ties go to the earlier array, then the lower index.
+    """Masks that keep exactly the k largest scores over several arrays.
+
+    Ties go to the earlier array, then to the lower index.
 
     Args:
       scores: non-negative arrays of any shapes, one floating dtype (signs are ignored).

@@ -3,8 +3,8 @@
 Every factory here is a view (what a group is) times a selection (which groups stay). Groups are ranked by energy, the
 sum of squares, which makes the selection the Euclidean projection; ties go to the lower index.
 
-Shapes: conv `[kh, kw, cin, cout]`, dense `[in, out]`; GEMM view `[P, F]`, P = kh*kw*cin positions, F = filters. What the
-papers call a *column* (one position in all filters) is a row of our GEMM view.
+Shapes: conv `[kh, kw, cin, cout]`, dense `[in, out]`; GEMM view `[P, F]`, P = kh*kw*cin positions, F = filters. What
+the papers call a *column* (one position in all filters) is a row of our GEMM view.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def unstructured(density: float | None = None, *, keep: int | None = None, scope
       keep: k itself, instead of a density.
       scope: "leaf" ranks inside every leaf; "global" ranks all leaves of the rule together under one threshold.
 
-    Source: S. Han, J. Pool, J. Tran, W. Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015;
-    as an ADMM set: T. Zhang et al., "A Systematic DNN Weight Pruning Framework using ADMM", 2018.
+    Source: S. Han, J. Pool, J. Tran, W. Dally, "Learning both Weights and Connections for Efficient Neural Networks",
+    2015; as an ADMM set: T. Zhang et al., "A Systematic DNN Weight Pruning Framework using ADMM", 2018.
     """
     if scope not in ("leaf", "global"):
         raise ValueError(f'scope must be "leaf" or "global", got {scope!r}')
@@ -53,7 +53,7 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Constraint:
     Args:
       n: non-zeros a group may keep, 1..m.
       m: group length; it must divide the axis.
-      axis: axis of the stored weight along which groups run; -2, the input channels, is the one that hardware reduces over.
+      axis: axis of the stored weight along which groups run; -2, the input channels, is the one hardware reduces over.
 
     Source: A. Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
     """
