@@ -1,0 +1,81 @@
+"""Storage formats: weights with no redundancy left, exact bytes, one safe file. A format is one file and its line here."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from compressx.formats.base import CompressedFileError as CompressedFileError
+from compressx.formats.base import Format as Format
+from compressx.formats.base import Packed as Packed
+from compressx.formats.base import dense_nbytes as dense_nbytes
+from compressx.formats.base import dtype_of, fail, same
+from compressx.formats.base import nbytes as nbytes
+from compressx.formats.dense import DENSE
+
+MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
+
+# name -> format; where two take the same bytes, the first one here is chosen
+FORMATS: dict[str, Format] = {f.name: f for f in (DENSE,)}
+
+
+def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | None = None) -> Packed:
+    """The weight in a storage format, from which `unpack` gives back every bit.
+
+    Args:
+      w: a concrete array, `[kh, kw, cin, cout]`, `[in, out]` or any other shape.
+      constraint: the constraint it satisfies (formats for a structure need it), or None.
+      structure: what that constraint leaves open, as hardening used it.
+      format: a key of `FORMATS`; None takes the one with the fewest bytes among those that hold w exactly.
+
+    Raises:
+      ValueError: unknown format, or w (or its constraint) does not fit the format asked for.
+    """
+    w = np.asarray(w)
+    if format is None:
+        packed = [p for f in FORMATS.values() if (p := _try(f, w, constraint, structure)) is not None]
+        if not packed:
+            raise ValueError(f"no format holds a weight of dtype {w.dtype.name}, shape {w.shape}")
+        return min(packed, key=nbytes)
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    reason = FORMATS[format].supports(w, constraint)
+    if reason is not True:
+        raise ValueError(f"format {format!r} does not hold a weight of shape {w.shape}: {reason}")
+    return _proved(w, FORMATS[format].pack(w, constraint, structure))
+
+
+def _try(f: Format, w: np.ndarray, constraint: Any, structure: Any) -> Packed | None:
+    if f.supports(w, constraint) is not True:
+        return None
+    try:
+        packed = f.pack(w, constraint, structure)
+    except ValueError:  # the values do not lie where the format can write them
+        return None
+    return _proved(w, packed)
+
+
+def _proved(w: np.ndarray, packed: Packed) -> Packed:
+    if not same(FORMATS[packed.format].unpack(packed), w):
+        raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {w.shape}; this is a bug of the format")
+    return packed
+
+
+def unpack(packed: Packed, max_bytes: int = MAX_BYTES) -> np.ndarray:
+    """The weight that was packed, bit for bit.
+
+    Raises:
+      CompressedFileError: the packed data is inconsistent, or unfolds to more than `max_bytes`.
+    """
+    if packed.format not in FORMATS:
+        fail(str(packed.format), f"unknown format; known: {', '.join(FORMATS)}")
+    size = math.prod(packed.shape) * dtype_of(packed).itemsize
+    if size > max_bytes:
+        fail(packed.format, f"shape {list(packed.shape)} needs {size} bytes, more than max_bytes={max_bytes}")
+    w = FORMATS[packed.format].unpack(packed)
+    if w.shape != tuple(packed.shape) or w.dtype != dtype_of(packed):
+        raise RuntimeError(f"format {packed.format!r} unpacked to {w.dtype} {w.shape}; this is a bug of the format")
+    return w
+
+
+__all__ = ["CompressedFileError", "FORMATS", "Format", "MAX_BYTES", "Packed", "dense_nbytes", "nbytes", "pack", "unpack"]

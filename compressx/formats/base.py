@@ -1,0 +1,196 @@
+"""What a storage format is, and the checks that every format makes on arrays it did not write.
+
+A format turns one weight into a few plain arrays from which exactly that weight comes back, bit for bit. Its size is
+the bytes of those arrays, indices included. Packed arrays may come from a hostile file: `unpack` believes nothing, and
+every check here raises `CompressedFileError`. Everything runs on the host, in NumPy.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+Meta = dict[str, Any]  # JSON: str -> int | float | str | list
+
+
+class CompressedFileError(ValueError):
+    """Packed data that is damaged, truncated, foreign, too large or inconsistent; the text names the entry."""
+
+
+class Packed(NamedTuple):
+    """One weight in a storage format.
+
+    Attributes:
+      format: name of the format, a key of `formats.FORMATS`.
+      shape: shape of the weight, as stored: conv `[kh, kw, cin, cout]`, dense `[in, out]`.
+      dtype: name of the weight's dtype, a key of `DTYPES`.
+      arrays: the arrays that hold it; their bytes are its size.
+      meta: small JSON-able facts (widths, block shapes, orders) that the arrays cannot say.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    dtype: str
+    arrays: dict[str, np.ndarray]
+    meta: Meta
+
+
+class Format(NamedTuple):
+    """A storage format, as a tuple of pure functions.
+
+    Attributes:
+      name: its name, as in `Packed.format`.
+      supports: `supports(w, constraint)` is True, or the reason (a str) why not; a look at shape, dtype and constraint,
+        cheap. The constraint may be None.
+      pack: `pack(w, constraint, structure) -> Packed`; ValueError where the values of w are not exactly representable
+        (a weight off its levels, a block that is not unified): it never rounds.
+      unpack: `unpack(packed) -> w`, the exact inverse, bit for bit and in dtype. It checks everything it reads and
+        raises `CompressedFileError`; `formats.unpack` has bounded the product of the shape before.
+    """
+
+    name: str
+    supports: Callable[[np.ndarray, Any], bool | str]
+    pack: Callable[[np.ndarray, Any, Any], Packed]
+    unpack: Callable[[Packed], np.ndarray]
+
+
+# The dtypes a weight and a packed array may have; those that safetensors stores and NumPy computes with.
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(getattr(ml_dtypes, name, name))
+    for name in (
+        *("float64", "float32", "float16", "bfloat16"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
+    )
+}
+
+
+def nbytes(packed: Packed) -> int:
+    """Bytes of the real arrays, indices included."""
+    return sum(a.nbytes for a in packed.arrays.values())
+
+
+def dense_nbytes(packed: Packed) -> int:
+    """Bytes of the weight as a dense array."""
+    return math.prod(packed.shape) * dtype_of(packed).itemsize
+
+
+def fail(entry: str, message: str) -> NoReturn:
+    """Raises CompressedFileError, the entry first."""
+    raise CompressedFileError(f"{entry}: {message}")
+
+
+def dtype_of(packed: Packed) -> np.dtype[Any]:
+    """The weight's dtype."""
+    if packed.dtype not in DTYPES:
+        fail(packed.format, f"dtype {packed.dtype!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[packed.dtype]
+
+
+def take(packed: Packed, name: str, dtype: str | tuple[str, ...], shape: tuple[int | None, ...]) -> np.ndarray:
+    """The array `name`, checked to exist with one of the dtypes and with the shape (None: any extent)."""
+    entry = f"{packed.format}/{name}"
+    if name not in packed.arrays:
+        fail(entry, f"missing; the file has {', '.join(packed.arrays) or 'no arrays'}")
+    array = packed.arrays[name]
+    names = (dtype,) if isinstance(dtype, str) else dtype
+    if array.dtype.name not in names:
+        fail(entry, f"dtype {array.dtype.name}, expected {' or '.join(names)}")
+    if array.ndim != len(shape) or any(n is not None and n != m for n, m in zip(shape, array.shape, strict=True)):
+        expected = "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"
+        fail(entry, f"shape {list(array.shape)}, expected {expected}")
+    return array
+
+
+def only(packed: Packed, *names: str) -> None:
+    """Refuses arrays that the format does not know."""
+    unknown = sorted(set(packed.arrays) - set(names))
+    if unknown:
+        fail(f"{packed.format}/{unknown[0]}", f"unknown array; the format has {', '.join(names)}")
+
+
+def integer(packed: Packed, name: str, low: int, high: int) -> int:
+    """The integer `name` of the meta, checked to lie in low..high."""
+    value = packed.meta.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        fail(f"{packed.format}/{name}", f"{value!r} is not an integer in {low}..{high}")
+    return value
+
+
+def choice(packed: Packed, name: str, values: tuple[Any, ...]) -> Any:
+    """The value `name` of the meta, checked to be one of `values` (compared by type too)."""
+    value = packed.meta.get(name)
+    for v in values:
+        if type(v) is type(value) and v == value:
+            return v
+    fail(f"{packed.format}/{name}", f"{value!r} is not one of {', '.join(map(repr, values))}")
+
+
+def check_range(entry: str, x: np.ndarray, high: int) -> None:
+    """Indices must lie in 0..high-1."""
+    if x.size and not (int(x.min()) >= 0 and int(x.max()) < high):
+        fail(entry, f"values {int(x.min())}..{int(x.max())} leave the range 0..{high - 1}")
+
+
+def check_increasing(entry: str, x: np.ndarray, high: int) -> None:
+    """A list of ids: strictly increasing, in 0..high-1."""
+    check_range(entry, x, high)
+    if x.size > 1 and not bool(np.all(x[1:] > x[:-1])):
+        fail(entry, "ids do not increase strictly")
+
+
+def check_offsets(entry: str, x: np.ndarray, total: int) -> None:
+    """Offsets into a list: the first is 0, the last is its length, none decreases."""
+    if not x.size or int(x[0]) != 0 or int(x[-1]) != total:
+        ends = f"{int(x[0])}..{int(x[-1])}" if x.size else "nothing"
+        fail(entry, f"offsets run over {ends}, expected 0..{total}")
+    if not bool(np.all(x[1:] >= x[:-1])):
+        fail(entry, "offsets decrease")
+
+
+def check_finite(entry: str, x: np.ndarray) -> None:
+    """Scales and levels that weights are computed from must be finite. (Stored weights may be anything: bits are kept.)"""
+    if not bool(np.all(np.isfinite(x))):
+        fail(entry, "holds NaN or infinity")
+
+
+def index_dtype(high: int) -> np.dtype[Any]:
+    """The smallest unsigned dtype that holds 0..high-1."""
+    for name in ("uint8", "uint16", "uint32"):
+        if high - 1 <= np.iinfo(name).max:
+            return np.dtype(name)
+    return np.dtype("uint64")
+
+
+def nonzero(w: np.ndarray) -> np.ndarray:
+    """Where any bit of a weight is set (bool). A negative zero counts as a value, so that it comes back as one."""
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[w.dtype.itemsize]
+    return np.ascontiguousarray(w).view(unsigned).reshape(w.shape) != 0
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal in shape, dtype and every bit (NaN payloads and signs of zero included)."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def filters_first(w: np.ndarray) -> np.ndarray:
+    """The GEMM view as papers write it, a filter a row: `[..., cout] -> [F, P]`, position p = (i * kw + j) * cin + c."""
+    return np.ascontiguousarray(w.reshape(math.prod(w.shape[:-1]), w.shape[-1]).T)
+
+
+def filters_last(m: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Inverse of `filters_first`."""
+    return np.ascontiguousarray(m.T).reshape(shape)
+
+
+def rank(least: int) -> Callable[[np.ndarray, Any], bool | str]:
+    """A `supports` that asks for a known dtype and at least so many axes."""
+
+    def supports(w: np.ndarray, constraint: Any) -> bool | str:
+        del constraint
+        if w.dtype.name not in DTYPES:
+            return f"dtype {w.dtype.name} cannot be stored"
+        return w.ndim >= least or f"needs at least {least} axes, got shape {w.shape}"
+
+    return supports
