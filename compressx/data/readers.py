@@ -1,0 +1,172 @@
+"""Readers of file formats that treat every byte as hostile: bounded, checked, and executing nothing."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import math
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from compressx.data.dataset import Array, Arrays
+from compressx.data.source import Blob, DataFileError
+
+_XZ_MEMORY = 1 << 28  # an xz header may ask for gigabytes of dictionary
+
+
+def gunzip(blob: Blob, limit: int) -> bytes:
+    """Returns the decompressed bytes, at most `limit` of them."""
+    try:
+        stream = zlib.decompressobj(wbits=31)
+        data = stream.decompress(blob.data, limit + 1)
+        # More than one gzip member is legal; each goes on where the last one ended.
+        while stream.eof and stream.unused_data and len(data) <= limit:
+            rest = stream.unused_data
+            stream = zlib.decompressobj(wbits=31)
+            data += stream.decompress(rest, limit + 1 - len(data))
+    except zlib.error as error:
+        raise DataFileError(f"{blob.path}: not a sound gzip file ({error}); fetch it again") from error
+    if len(data) > limit:
+        raise DataFileError(f"{blob.path}: unpacks to more than the {limit} bytes expected")
+    if not stream.eof:
+        raise DataFileError(f"{blob.path}: the gzip file is truncated; fetch it again")
+    return data
+
+
+def unxz(blob: Blob, size: int) -> bytes:
+    """Returns the decompressed bytes, which must be exactly `size`."""
+    stream = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+    try:
+        data = stream.decompress(blob.data, size + 1)
+    except lzma.LZMAError as error:
+        raise DataFileError(f"{blob.path}: not a sound xz file ({error}); fetch it again") from error
+    if len(data) == size and not stream.eof and not stream.needs_input:
+        data += stream.decompress(b"", 1)
+    if len(data) == size and not stream.eof or len(data) < size:
+        state = "is truncated" if not stream.eof else f"unpacks to {len(data)} bytes, expected {size}"
+        raise DataFileError(f"{blob.path}: the xz file {state}; fetch it again")
+    if len(data) > size or stream.unused_data:
+        raise DataFileError(f"{blob.path}: holds more than the {size} bytes expected")
+    return data
+
+
+def idx(blob: Blob, shape: tuple[int, ...]) -> Array:
+    """Reads a gzipped idx file of uint8 (the MNIST format), whose header must state exactly `shape`."""
+    header = 4 + 4 * len(shape)
+    size = math.prod(shape)
+    data = gunzip(blob, header + size)
+    magic = bytes([0, 0, 8, len(shape)])
+    if data[:4] != magic:
+        raise DataFileError(f"{blob.path}: begins with {data[:4].hex()}, not with the idx magic {magic.hex()}")
+    if len(data) < header:
+        raise DataFileError(f"{blob.path}: ends inside its header")
+    stated = tuple(int(n) for n in np.frombuffer(data, ">u4", len(shape), 4))
+    if stated != shape:
+        raise DataFileError(f"{blob.path}: states the shape {list(stated)}, expected {list(shape)}")
+    if len(data) != header + size:
+        raise DataFileError(f"{blob.path}: holds {len(data) - header} values, its header states {size}")
+    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+
+
+def delta_images(blob: Blob, shape: tuple[int, int, int, int]) -> Array:
+    """Reads xz-packed uint8 images `[n, c, h, w]` stored as differences to the left neighbour modulo 256.
+
+    Returns:
+      uint8 `[n, h, w, c]`.
+    """
+    deltas = np.frombuffer(unxz(blob, math.prod(shape)), np.uint8).reshape(shape)
+    return np.ascontiguousarray(np.cumsum(deltas, axis=-1, dtype=np.uint8).transpose(0, 2, 3, 1))
+
+
+def raw_labels(blob: Blob, count: int) -> Array:
+    """Reads `count` labels of one byte each."""
+    if len(blob.data) != count:
+        raise DataFileError(f"{blob.path}: holds {len(blob.data)} labels, expected {count}")
+    return np.frombuffer(blob.data, np.uint8)
+
+
+def class_labels(blob: Blob, values: Array, classes: int) -> Array:
+    """Returns labels as int32 after checking that each is below `classes`."""
+    if values.size and int(values.max()) >= classes:
+        where = int(np.argmax(values >= classes))
+        raise DataFileError(f"{blob.path}: label {int(values[where])} at row {where}, expected 0 to {classes - 1}")
+    return values.astype(np.int32)
+
+
+def npz(blob: Blob, limit: int) -> Arrays:
+    """Reads a NumPy .npz archive of plain arrays; an entry of Python objects (a pickle) is refused.
+
+    Args:
+      blob: the file.
+      limit: bytes that all entries may have together when unpacked.
+
+    Returns:
+      The arrays by name.
+
+    Raises:
+      DataFileError: damaged, too large, or not plain arrays; the message names file and entry.
+    """
+    arrays: Arrays = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(blob.data)) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > limit:
+                raise DataFileError(f"{blob.path}: unpacks to more than the {limit} bytes expected")
+            for member in members:
+                name = member.filename.removesuffix(".npy")
+                if name in arrays:
+                    raise DataFileError(f"{blob.path}: entry {name!r} occurs twice")
+                arrays[name] = _npy(archive.read(member), f"{blob.path}: entry {name!r}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+        raise DataFileError(f"{blob.path}: not a sound .npz file ({error}); fetch it again") from error
+    return arrays
+
+
+def tar_gz(blob: Blob, sizes: Mapping[str, int], limit: int) -> dict[str, bytes]:
+    """Returns the named members of a .tar.gz, each of exactly the given size; nothing is written to disk.
+
+    Args:
+      blob: the file.
+      sizes: member name to its size in bytes.
+      limit: bytes that the whole archive may have when unpacked.
+    """
+    data = io.BytesIO(gunzip(blob, limit))
+    found = {}
+    try:
+        with tarfile.open(fileobj=data, mode="r:") as archive:
+            for member in archive:
+                if member.name in sizes and member.isreg():
+                    if member.size != sizes[member.name]:
+                        size = sizes[member.name]
+                        raise DataFileError(f"{blob.path}: {member.name} has {member.size} bytes, expected {size}")
+                    handle = archive.extractfile(member)
+                    found[member.name] = handle.read() if handle else b""
+    except (tarfile.TarError, EOFError, OSError, OverflowError) as error:
+        raise DataFileError(f"{blob.path}: not a sound tar archive ({error}); fetch it again") from error
+    for name, size in sizes.items():
+        if len(found.get(name, b"")) != size:
+            raise DataFileError(f"{blob.path}: lacks {name} ({size} bytes)")
+    return found
+
+
+def _npy(data: bytes, where: str) -> Array:
+    # NumPy's own reader allocates what the header asks for before it looks at how much is there.
+    try:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(stream)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise DataFileError(f"{where} is not a NumPy array ({error})") from error
+    if dtype.hasobject:
+        raise DataFileError(f"{where} holds Python objects, which are never loaded")
+    body = data[stream.tell() :]
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(body):
+        raise DataFileError(f"{where} holds {len(body)} bytes, its header states {list(shape)} of {dtype}")
+    if dtype.itemsize == 0:
+        return np.zeros(shape, dtype)
+    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
