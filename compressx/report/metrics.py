@@ -206,7 +206,7 @@ def _records(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise MetricsError(f"{path}, line {number}: not a record ({error}); the file is damaged") from None
         step = record.get("step") if isinstance(record, dict) else None
         if not isinstance(step, int) or isinstance(step, bool) or step < last:
-            raise MetricsError(f"{path}, line {number}: step is {step!r} after {last}; an int that never falls is needed")
+            raise MetricsError(f"{path}, line {number}: step {step!r} after {last}; an int that never falls is due")
         last = step
         out.append((end, {key: item if key == "phase" else _restore(item) for key, item in record.items()}))
     return out

@@ -32,7 +32,8 @@ def test_records_come_back_with_numpy_and_jax_scalars(tmp_path):
 
     path = tmp_path / "new" / "metrics.jsonl"
     with metrics.MetricsWriter(path) as writer:
-        writer.write(np.int32(3), "dense", loss=jnp.float32(0.25), ok=True, name="é\n", n=[1, None], b=jnp.bfloat16(0.5))
+        half = jnp.bfloat16(0.5)
+        writer.write(np.int32(3), "dense", loss=jnp.float32(0.25), ok=True, name="é\n", n=[1, None], b=half)
     assert metrics.read_metrics(path) == [
         {"step": 3, "phase": "dense", "loss": 0.25, "ok": True, "name": "é\n", "n": [1, None], "b": 0.5}
     ]
