@@ -10,8 +10,11 @@ The environment is changed before jax is imported, and processes that tests star
 import hashlib
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -48,9 +51,48 @@ def _set_environment() -> None:
 _set_environment()
 
 import jax  # noqa: E402  (reads the environment when imported)
+from jax._src import dtypes as _jax_dtypes  # noqa: E402  (see _spare_third_parties)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_JAX_FOLDER = str(Path(jax.__file__).parent)
+
+
+def _called_by_third_party(frame: FrameType | None) -> bool:
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "site-packages" in file:
+            if not file.startswith(_JAX_FOLDER):
+                return True
+        elif file.startswith(str(_ROOT)):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _spare_third_parties() -> None:
+    """Holds this project's code, and no other, to strict dtype promotion.
+
+    optax multiplies int32 counters by Python floats (Adam's bias correction, cosine schedules, MultiSteps), and so does
+    flax's avg_pool: strict promotion refuses that, and jax can only be strict everywhere or nowhere. So where a
+    promotion is refused, the innermost caller outside jax decides: code of this project fails, any other passes.
+    """
+    strict = _jax_dtypes.lattice_result_type
+
+    def lattice_result_type(*args: Any) -> Any:
+        try:
+            return strict(*args)
+        except jax.dtypes.TypePromotionError:
+            if not _called_by_third_party(sys._getframe(1)):
+                raise
+            with jax.numpy_dtype_promotion("standard"):
+                return strict(*args)
+
+    _jax_dtypes.lattice_result_type = lattice_result_type
+
+
+_spare_third_parties()
 
 # A deadline would fail on the first, compiling example. CI draws the same examples every time.
 hypothesis.settings.register_profile(
