@@ -1,4 +1,4 @@
-"""Storage formats: weights with no redundancy left, exact bytes, one safe file. A format is one file and its line here."""
+"""Storage formats: weights with no redundancy left, in exact bytes. A new one is a file and its line in `FORMATS`."""
 
 import math
 from typing import Any
@@ -11,12 +11,14 @@ from compressx.formats.base import Packed as Packed
 from compressx.formats.base import dense_nbytes as dense_nbytes
 from compressx.formats.base import dtype_of, fail, same
 from compressx.formats.base import nbytes as nbytes
+from compressx.formats.compact import COMPACT
 from compressx.formats.dense import DENSE
+from compressx.formats.sparse import BITMASK, COO_DELTA, csr
 
 MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
 
 # name -> format; where two take the same bytes, the first one here is chosen
-FORMATS: dict[str, Format] = {f.name: f for f in (DENSE,)}
+FORMATS: dict[str, Format] = {f.name: f for f in (DENSE, COMPACT, BITMASK, csr(32), csr(16), COO_DELTA)}
 
 
 def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | None = None) -> Packed:
@@ -57,7 +59,7 @@ def _try(f: Format, w: np.ndarray, constraint: Any, structure: Any) -> Packed | 
 
 def _proved(w: np.ndarray, packed: Packed) -> Packed:
     if not same(FORMATS[packed.format].unpack(packed), w):
-        raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {w.shape}; this is a bug of the format")
+        raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {w.shape}: a bug of the format")
     return packed
 
 
@@ -78,4 +80,7 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES) -> np.ndarray:
     return w
 
 
-__all__ = ["CompressedFileError", "FORMATS", "Format", "MAX_BYTES", "Packed", "dense_nbytes", "nbytes", "pack", "unpack"]
+__all__ = [
+    *("CompressedFileError", "FORMATS", "Format", "MAX_BYTES", "Packed"),
+    *("dense_nbytes", "nbytes", "pack", "unpack"),
+]

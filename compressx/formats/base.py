@@ -150,7 +150,7 @@ def check_offsets(entry: str, x: np.ndarray, total: int) -> None:
 
 
 def check_finite(entry: str, x: np.ndarray) -> None:
-    """Scales and levels that weights are computed from must be finite. (Stored weights may be anything: bits are kept.)"""
+    """Scales and levels that weights are computed from must be finite. (Stored weights may be any bits.)"""
     if not bool(np.all(np.isfinite(x))):
         fail(entry, "holds NaN or infinity")
 
@@ -175,7 +175,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def filters_first(w: np.ndarray) -> np.ndarray:
-    """The GEMM view as papers write it, a filter a row: `[..., cout] -> [F, P]`, position p = (i * kw + j) * cin + c."""
+    """The GEMM view as papers write it, a filter a row: `[kh, kw, cin, cout] -> [F, P]`, p = (i * kw + j) * cin + c."""
     return np.ascontiguousarray(w.reshape(math.prod(w.shape[:-1]), w.shape[-1]).T)
 
 

@@ -1,0 +1,166 @@
+"""Formats for weights with zeros anywhere: a bit a weight, compressed rows, or delta indices; and the values that stay.
+
+None of them needs a constraint. Their values are the weights' own bits (float32, bfloat16, float16, ...), and a
+negative zero is a value. Bytes of a weight of n entries, nnz of them non-zero, v bytes each, F filters:
+
+    bitmask    ceil(n / 8) + nnz v
+    csr        4 nnz + 4 (F + 1) + nnz v        (csr16: 2 nnz + 4 (F + 1) + nnz v)
+    coo-delta  ceil(codes b / 8) + nnz v        (b bits a code, chosen for the fewest bytes)
+"""
+
+from typing import Any
+
+import numpy as np
+
+from compressx.formats.base import (
+    Format,
+    Packed,
+    check_increasing,
+    check_offsets,
+    check_range,
+    dtype_of,
+    fail,
+    filters_first,
+    filters_last,
+    integer,
+    nonzero,
+    only,
+    rank,
+    take,
+)
+
+MAX_WIDTH = 16  # bits of a delta code
+
+
+def _size(packed: Packed) -> int:
+    return int(np.prod(packed.shape, dtype=np.int64))
+
+
+# --- bitmask: one bit a weight in stored order (first weight in the highest bit), then the values in the same order.
+
+
+def _pack_bitmask(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+    del constraint, structure
+    mask = nonzero(w)
+    return Packed("bitmask", w.shape, w.dtype.name, {"mask": np.packbits(mask.reshape(-1)), "values": w[mask]}, {})
+
+
+def _unpack_bitmask(packed: Packed) -> np.ndarray:
+    only(packed, "mask", "values")
+    n = _size(packed)
+    stored = take(packed, "mask", "uint8", (-(-n // 8),))
+    mask = np.unpackbits(stored)
+    if mask[n:].any():
+        fail("bitmask/mask", "bits after the last weight are set")
+    values = take(packed, "values", dtype_of(packed).name, (int(mask.sum(dtype=np.int64)),))
+    w = np.zeros(n, dtype_of(packed))
+    w[mask[:n].astype(bool)] = values
+    return w.reshape(packed.shape)
+
+
+BITMASK = Format("bitmask", rank(0), _pack_bitmask, _unpack_bitmask)
+
+
+# --- csr: compressed sparse rows of the filters-first GEMM view [F, P], a filter a row, as the papers count it.
+
+
+def csr(bits: int) -> Format:
+    """Compressed sparse rows with column ids of 32 bits (`csr`, the papers' yardstick) or 16 (`csr16`).
+
+    Arrays: `indptr` uint32 `[F + 1]`, `indices` (positions, increasing in a row) `[nnz]`, `values` `[nnz]`.
+    """
+    name, ids = {32: ("csr", "uint32"), 16: ("csr16", "uint16")}[bits]
+    fits = rank(2)
+
+    def supports(w: np.ndarray, constraint: Any) -> bool | str:
+        reason = fits(w, constraint)
+        if reason is not True:
+            return reason
+        positions = w.size // max(w.shape[-1], 1)
+        return positions <= 1 << bits or f"{positions} positions need more than {bits} bits"
+
+    def pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+        del constraint, structure
+        m = filters_first(w)
+        mask = nonzero(m)
+        indptr = np.zeros(m.shape[0] + 1, np.uint32)
+        np.cumsum(mask.sum(axis=1, dtype=np.uint32), dtype=np.uint32, out=indptr[1:])
+        indices = np.nonzero(mask)[1].astype(ids)
+        return Packed(name, w.shape, w.dtype.name, {"indptr": indptr, "indices": indices, "values": m[mask]}, {})
+
+    def unpack(packed: Packed) -> np.ndarray:
+        only(packed, "indptr", "indices", "values")
+        if len(packed.shape) < 2:
+            fail(name, f"shape {list(packed.shape)} has no rows and columns")
+        filters = packed.shape[-1]
+        positions = int(np.prod(packed.shape[:-1], dtype=np.int64))
+        indices = take(packed, "indices", ids, (None,)).astype(np.int64)
+        values = take(packed, "values", dtype_of(packed).name, indices.shape)
+        indptr = take(packed, "indptr", "uint32", (filters + 1,)).astype(np.int64)
+        check_offsets(f"{name}/indptr", indptr, indices.size)
+        check_range(f"{name}/indices", indices, positions)
+        places = np.repeat(np.arange(filters, dtype=np.int64), np.diff(indptr)) * positions + indices
+        check_increasing(f"{name}/indices", places, filters * positions)
+        m = np.zeros(filters * positions, dtype_of(packed))
+        m[places] = values
+        return filters_last(m.reshape(filters, positions), packed.shape)
+
+    return Format(name, supports, pack, unpack)
+
+
+# --- coo-delta: the number of zeros before each value, in stored order, in codes of b bits.
+
+
+def _best_width(gaps: np.ndarray) -> tuple[int, int]:
+    """The width of least bytes (the smaller on a tie) and the number of codes it takes."""
+    best = (0, 0, 0)
+    for width in range(1, MAX_WIDTH + 1):
+        codes = gaps.size + int(np.sum(gaps // ((1 << width) - 1), dtype=np.int64))
+        size = -(-codes * width // 8)
+        if width == 1 or size < best[0]:
+            best = (size, width, codes)
+    return best[1], best[2]
+
+
+def _pack_delta(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+    del constraint, structure
+    flat = np.ascontiguousarray(w).reshape(-1)
+    places = np.flatnonzero(nonzero(flat))
+    gaps = np.diff(places, prepend=-1) - 1
+    width, count = _best_width(gaps)
+    escape = (1 << width) - 1
+    codes = np.full(count, escape, np.uint16)
+    # The code of a value comes after its escapes.
+    codes[np.cumsum(gaps // escape + 1) - 1] = gaps % escape
+    bits = np.empty((count, width), np.uint8)
+    for i in range(width):
+        bits[:, i] = codes >> (width - 1 - i) & 1
+    arrays = {"codes": np.packbits(bits.reshape(-1)), "values": flat[places]}
+    return Packed("coo-delta", w.shape, w.dtype.name, arrays, {"width": width, "codes": count})
+
+
+def _unpack_delta(packed: Packed) -> np.ndarray:
+    only(packed, "codes", "values")
+    n = _size(packed)
+    width = integer(packed, "width", 1, MAX_WIDTH)
+    count = integer(packed, "codes", 0, n)
+    bits = np.unpackbits(take(packed, "codes", "uint8", (-(-count * width // 8),)))
+    if bits[count * width :].any():
+        fail("coo-delta/codes", "bits after the last code are set")
+    codes = np.zeros(count, np.int64)
+    for digit in bits[: count * width].reshape(count, width).T:
+        codes = 2 * codes + digit
+    is_value = codes < (1 << width) - 1
+    values = take(packed, "values", dtype_of(packed).name, (int(is_value.sum(dtype=np.int64)),))
+    places = (np.cumsum(codes + is_value) - 1)[is_value]
+    check_range("coo-delta/codes", places, n)
+    w = np.zeros(n, dtype_of(packed))
+    w[places] = values
+    return w.reshape(packed.shape)
+
+
+# A code below 2^b - 1 skips so many zeros and then places the next value; the code 2^b - 1 is an escape, which skips
+# 2^b - 1 zeros and places nothing (cheaper than the filler zeros of Deep Compression, which cost a value each). Zeros
+# after the last value have no code.
+# Source of the scheme: S. Han, H. Mao, W. Dally, "Deep Compression", 2016, section 2.
+COO_DELTA = Format("coo-delta", rank(0), _pack_delta, _unpack_delta)
