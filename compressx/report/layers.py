@@ -61,7 +61,7 @@ def cells(layer: Layer) -> tuple[str, ...]:
     """The row as text, in the order of `HEADER`."""
     return (
         layer.path,
-        " × ".join(str(n) for n in layer.shape),
+        "×".join(str(n) for n in layer.shape),
         layer.constraint or fmt.ABSENT,
         fmt.count(layer.kept),
         fmt.count(layer.total),
