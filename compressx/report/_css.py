@@ -33,7 +33,7 @@ table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-n
 th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; }
-td.w { overflow-wrap: anywhere; min-width: 8rem; }
+td.w { overflow-wrap: break-word; max-width: 30rem; }
 tr.total td { font-weight: 650; border-top: 2px solid var(--line); }
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 figure { margin: 1.2rem 0 1.8rem; }

@@ -46,7 +46,7 @@ def _add(table: Table, layer: Layer, style: str) -> None:
     _, shape, _, kept, of, density, _, packed, rate = layer_table.cells(layer)
     name = Text(layer.path, style)
     if layer.constraint:
-        name.append(f"\n{constraint}", "dim")
+        name.append(f"\n{layer.constraint}", "dim")
     table.add_row(name, *(Text(cell, style) for cell in (shape, f"{kept}/{of}", density, packed, rate)))
 
 

@@ -34,7 +34,7 @@ def groups(summary: Mapping[str, Any]) -> list[tuple[str, list[Tile]]]:
         ("dense", "dense"),
         ("dense_same_budget", "dense, same budget"),
         ("one_shot", "one-shot"),
-        ("hardened", "hardened, not retrained"),
+        ("hardened", "hardened only"),
         ("compressed", "compressed"),
     ):
         if metric[key] is not None:
@@ -84,8 +84,12 @@ def _cost(summary: Mapping[str, Any]) -> list[Tile]:
     elif rate["all_weights"] is not None:
         tiles.append(Tile("fewer weights", fmt.rate(rate["all_weights"]), "", "main"))
     if rate["bytes"] is not None:
-        note = f"{fmt.size(size['dense'])} to {fmt.size(size['packed'])}" if size["packed"] is not None else ""
-        tiles.append(Tile("fewer bytes, indices included", fmt.rate(rate["bytes"]), note))
+        note = (
+            f"{fmt.size(size['dense'])} to {fmt.size(size['packed'])}, indices included"
+            if size["packed"] is not None
+            else ""
+        )
+        tiles.append(Tile("fewer bytes", fmt.rate(rate["bytes"]), note))
     elif size["packed"] is not None:
         tiles.append(Tile("packed", fmt.size(size["packed"]), f"dense {fmt.size(size['dense'])}"))
     if latency["compressed"] is not None:
@@ -100,5 +104,5 @@ def _cost(summary: Mapping[str, Any]) -> list[Tile]:
         tiles.append(Tile("violations", fmt.count(summary["violations"]), note, "bad" if bad else "good"))
     if residual["primal"] is not None:
         note = f"dual {residual['dual']:.3g}" if residual["dual"] is not None else ""
-        tiles.append(Tile("primal residual at the end", f"{residual['primal']:.3g}", note))
+        tiles.append(Tile("primal residual", f"{residual['primal']:.3g}", note))
     return tiles

@@ -209,9 +209,8 @@ def _configuration(config: Mapping[str, Any]) -> str:
 def _environment(run: Mapping[str, Any]) -> str:
     rows = []
     for key, value in flatten(run.get("machine") or {}):
-        rows.append(
-            (key.replace("_", " "), fmt.size(int(value)) if key == "memory_bytes" and value.isdigit() else value)
-        )
+        is_memory = key == "memory_bytes" and value.isdigit()
+        rows.append(("memory", fmt.size(int(value))) if is_memory else (key.replace("_", " "), value))
     rows += list(flatten(run.get("versions") or {}))
     return _table(Table(("what", "value"), rows)) if rows else "<p>The run recorded no environment.</p>"
 
