@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from compressx.formats.base import MAX_BYTES as MAX_BYTES
 from compressx.formats.base import CompressedFileError as CompressedFileError
 from compressx.formats.base import Format as Format
 from compressx.formats.base import Packed as Packed
@@ -13,9 +14,11 @@ from compressx.formats.base import dtype_of, fail, same
 from compressx.formats.base import nbytes as nbytes
 from compressx.formats.compact import COMPACT
 from compressx.formats.dense import DENSE
+from compressx.formats.file import SavedModel as SavedModel
+from compressx.formats.file import Sizes as Sizes
+from compressx.formats.file import load_model as load_model
+from compressx.formats.file import save_model as save_model
 from compressx.formats.sparse import BITMASK, COO_DELTA, csr
-
-MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
 
 # name -> format; where two take the same bytes, the first one here is chosen
 FORMATS: dict[str, Format] = {f.name: f for f in (DENSE, COMPACT, BITMASK, csr(32), csr(16), COO_DELTA)}
@@ -71,7 +74,8 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES) -> np.ndarray:
     """
     if packed.format not in FORMATS:
         fail(str(packed.format), f"unknown format; known: {', '.join(FORMATS)}")
-    size = math.prod(packed.shape) * dtype_of(packed).itemsize
+    # Empty axes are left out: a shape [0, 10**12] has no bytes, yet ids over its second axis would.
+    size = math.prod(max(n, 1) for n in packed.shape) * dtype_of(packed).itemsize
     if size > max_bytes:
         fail(packed.format, f"shape {list(packed.shape)} needs {size} bytes, more than max_bytes={max_bytes}")
     w = FORMATS[packed.format].unpack(packed)
@@ -83,4 +87,5 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES) -> np.ndarray:
 __all__ = [
     *("CompressedFileError", "FORMATS", "Format", "MAX_BYTES", "Packed"),
     *("dense_nbytes", "nbytes", "pack", "unpack"),
+    *("SavedModel", "Sizes", "load_model", "save_model"),
 ]

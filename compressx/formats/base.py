@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
+MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
+
 Meta = dict[str, Any]  # JSON: str -> int | float | str | list
 
 

@@ -222,7 +222,7 @@ DAMAGE = {
     "codes": ("coo-delta", lambda p: p._replace(meta={**p.meta, "codes": 1 << 60}), "coo-delta/codes: .* is not"),
     "code": (
         "coo-delta",
-        lambda p: formats.pack(FAR, format="coo-delta")._replace(shape=(59,)),
+        lambda p: FAR._replace(shape=(59,)),
         "coo-delta/codes: values .* leave the range 0..58",
     ),
     "row": (
