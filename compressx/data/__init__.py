@@ -17,6 +17,8 @@ from compressx.data import augment as augment
 from compressx.data import batches as batches
 from compressx.data import cifar, cifar10_subset, digits, idx_images, synthetic
 from compressx.data import readers as readers
+from compressx.data.cifar import CHECKPOINT_MEAN as CHECKPOINT_MEAN
+from compressx.data.cifar import CHECKPOINT_STD as CHECKPOINT_STD
 from compressx.data.dataset import Dataset as Dataset
 from compressx.data.dataset import Info as Info
 from compressx.data.dataset import channel_moments as channel_moments

@@ -14,6 +14,10 @@ _PIXELS = 3 * 32 * 32
 _ARCHIVE = 200 << 20  # both archives hold 184 MB
 _SITE = "https://www.cs.toronto.edu/~kriz/"
 
+# What the CIFAR-10 ResNet checkpoints were trained with; not the moments of CIFAR-10 itself, which `Info` has.
+CHECKPOINT_MEAN = (0.485, 0.456, 0.406)
+CHECKPOINT_STD = (0.229, 0.224, 0.225)
+
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _CIFAR100_CLASSES = tuple(

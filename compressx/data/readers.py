@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import io
 import lzma
 import math
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -16,41 +19,44 @@ from compressx.data.dataset import Array, Arrays
 from compressx.data.source import Blob, DataFileError
 
 _XZ_MEMORY = 1 << 28  # an xz header may ask for gigabytes of dictionary
+_DECODER_ERRORS = (
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, struct.error),
+    *(EOFError, OSError, RuntimeError, ValueError, OverflowError, KeyError),
+)
+
+
+@contextlib.contextmanager
+def _sound(blob: Blob, kind: str) -> Iterator[None]:
+    """Turns whatever a decoder raises for bad bytes into one `DataFileError` that names the file."""
+    try:
+        yield
+    except DataFileError:
+        raise
+    except _DECODER_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        raise DataFileError(f"{blob.path}: not a sound {kind} file ({reason}); fetch it again") from error
 
 
 def gunzip(blob: Blob, limit: int) -> bytes:
     """Returns the decompressed bytes, at most `limit` of them."""
-    try:
-        stream = zlib.decompressobj(wbits=31)
-        data = stream.decompress(blob.data, limit + 1)
-        # More than one gzip member is legal; each goes on where the last one ended.
-        while stream.eof and stream.unused_data and len(data) <= limit:
-            rest = stream.unused_data
-            stream = zlib.decompressobj(wbits=31)
-            data += stream.decompress(rest, limit + 1 - len(data))
-    except zlib.error as error:
-        raise DataFileError(f"{blob.path}: not a sound gzip file ({error}); fetch it again") from error
+    with _sound(blob, "gzip"), gzip.GzipFile(fileobj=io.BytesIO(blob.data)) as stream:
+        data = stream.read(limit + 1)
     if len(data) > limit:
         raise DataFileError(f"{blob.path}: unpacks to more than the {limit} bytes expected")
-    if not stream.eof:
-        raise DataFileError(f"{blob.path}: the gzip file is truncated; fetch it again")
     return data
 
 
 def unxz(blob: Blob, size: int) -> bytes:
-    """Returns the decompressed bytes, which must be exactly `size`."""
+    """Returns the decompressed bytes of a single xz stream, which must be exactly `size`."""
     stream = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
-    try:
+    with _sound(blob, "xz"):
         data = stream.decompress(blob.data, size + 1)
-    except lzma.LZMAError as error:
-        raise DataFileError(f"{blob.path}: not a sound xz file ({error}); fetch it again") from error
-    if len(data) == size and not stream.eof and not stream.needs_input:
-        data += stream.decompress(b"", 1)
-    if len(data) == size and not stream.eof or len(data) < size:
-        state = "is truncated" if not stream.eof else f"unpacks to {len(data)} bytes, expected {size}"
-        raise DataFileError(f"{blob.path}: the xz file {state}; fetch it again")
     if len(data) > size or stream.unused_data:
         raise DataFileError(f"{blob.path}: holds more than the {size} bytes expected")
+    if not stream.eof:
+        raise DataFileError(f"{blob.path}: the xz file is truncated; fetch it again")
+    if len(data) < size:
+        raise DataFileError(f"{blob.path}: unpacks to {len(data)} bytes, expected {size}")
     return data
 
 
@@ -111,18 +117,15 @@ def npz(blob: Blob, limit: int) -> Arrays:
       DataFileError: damaged, too large, or not plain arrays; the message names file and entry.
     """
     arrays: Arrays = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(blob.data)) as archive:
-            members = archive.infolist()
-            if sum(member.file_size for member in members) > limit:
-                raise DataFileError(f"{blob.path}: unpacks to more than the {limit} bytes expected")
-            for member in members:
-                name = member.filename.removesuffix(".npy")
-                if name in arrays:
-                    raise DataFileError(f"{blob.path}: entry {name!r} occurs twice")
-                arrays[name] = _npy(archive.read(member), f"{blob.path}: entry {name!r}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
-        raise DataFileError(f"{blob.path}: not a sound .npz file ({error}); fetch it again") from error
+    with _sound(blob, ".npz"), zipfile.ZipFile(io.BytesIO(blob.data)) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > limit:
+            raise DataFileError(f"{blob.path}: unpacks to more than the {limit} bytes expected")
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            if name in arrays:
+                raise DataFileError(f"{blob.path}: entry {name!r} occurs twice")
+            arrays[name] = _npy(archive.read(member), f"{blob.path}: entry {name!r}")
     return arrays
 
 
@@ -136,17 +139,11 @@ def tar_gz(blob: Blob, sizes: Mapping[str, int], limit: int) -> dict[str, bytes]
     """
     data = io.BytesIO(gunzip(blob, limit))
     found = {}
-    try:
-        with tarfile.open(fileobj=data, mode="r:") as archive:
-            for member in archive:
-                if member.name in sizes and member.isreg():
-                    if member.size != sizes[member.name]:
-                        size = sizes[member.name]
-                        raise DataFileError(f"{blob.path}: {member.name} has {member.size} bytes, expected {size}")
-                    handle = archive.extractfile(member)
-                    found[member.name] = handle.read() if handle else b""
-    except (tarfile.TarError, EOFError, OSError, OverflowError) as error:
-        raise DataFileError(f"{blob.path}: not a sound tar archive ({error}); fetch it again") from error
+    with _sound(blob, "tar"), tarfile.open(fileobj=data, mode="r:") as archive:
+        for member in archive:
+            if member.name in sizes and member.isreg():
+                handle = archive.extractfile(member) if member.size == sizes[member.name] else None
+                found[member.name] = handle.read() if handle else b""
     for name, size in sizes.items():
         if len(found.get(name, b"")) != size:
             raise DataFileError(f"{blob.path}: lacks {name} ({size} bytes)")
@@ -162,11 +159,9 @@ def _npy(data: bytes, where: str) -> Array:
         shape, fortran, dtype = header(stream)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise DataFileError(f"{where} is not a NumPy array ({error})") from error
-    if dtype.hasobject:
-        raise DataFileError(f"{where} holds Python objects, which are never loaded")
+    if dtype.kind not in "biufcSU" or dtype.itemsize == 0:
+        raise DataFileError(f"{where} holds {dtype}, not plain numbers or strings; Python objects are never loaded")
     body = data[stream.tell() :]
     if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(body):
         raise DataFileError(f"{where} holds {len(body)} bytes, its header states {list(shape)} of {dtype}")
-    if dtype.itemsize == 0:
-        return np.zeros(shape, dtype)
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")

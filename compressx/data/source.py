@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
+import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import NamedTuple
 from compressx.data.dataset import Arrays, Info
 
 GUIDE = "docs/data.md"
+UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being made
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -111,20 +116,24 @@ def find_file(relpath: str, data_dir: str | os.PathLike[str] | None = None) -> P
 def find_files(source: Source, split: str, data_dir: str | os.PathLike[str] | None, download: bool) -> list[Path]:
     """Finds all files of a split in one folder, or downloads them; raises `DataNotFoundError`."""
     files = source.splits[split]
-    places = search_places(data_dir)
+    names = [file.path for file in files]
+    downloads = cache_dir() / "downloads"  # in the same layout
+    places = [*search_places(data_dir), downloads]
     for place in places:
-        paths = [place / file.path for file in files]
-        if all(path.is_file() for path in paths):
-            return paths
-    advice = f"how to obtain it: {source.obtain} ({GUIDE})"
-    if download and all(file.url for file in files):
-        try:
-            return _download(source.info.name, files)
-        except Exception as error:  # whatever the network, the disk or tfds raises: the files are not there
-            advice = f"the download failed ({type(error).__name__}: {error}); {advice}"
-            message = _not_found(f"data set {source.info.name!r}", [file.path for file in files], places, advice)
-            raise DataNotFoundError(message) from error
-    raise DataNotFoundError(_not_found(f"data set {source.info.name!r}", [f.path for f in files], places, advice))
+        if all((place / name).is_file() for name in names):
+            return [place / name for name in names]
+    reason = "there is no download of it"
+    cause: Exception | None = None
+    if all(file.url for file in files):
+        reason = "a download was not wanted"
+        if download:
+            try:
+                return _download(files, downloads)
+            except Exception as error:  # whatever the network, the disk or tfds raises: the files are not there
+                reason = f"the download failed ({type(error).__name__}: {error})"
+                cause = error
+    advice = f"{reason}; put it in data_dir or $COMPRESSX_DATA; how to obtain it: {source.obtain} ({GUIDE})"
+    raise DataNotFoundError(_not_found(f"data set {source.info.name!r}", names, places, advice)) from cause
 
 
 def read_blobs(files: Sequence[File], paths: Sequence[Path]) -> list[Blob]:
@@ -151,16 +160,30 @@ def _not_found(what: str, files: Sequence[str], places: Sequence[Path], advice: 
     return f"{what} not found. Files: {', '.join(files)}. Looked in: {looked}. {advice[0].upper()}{advice[1:]}"
 
 
-def _download(name: str, files: Sequence[File]) -> list[Path]:
+def _download(files: Sequence[File], folder: Path) -> list[Path]:
+    """Downloads by tfds, checks and only then moves the files to their places under `folder`."""
+    for file in files:
+        _reach(file.url)
     import tensorflow_datasets as tfds  # half a second, and needed here only
 
-    manager = tfds.download.DownloadManager(download_dir=cache_dir() / "downloads", dataset_name=name)
-    found = manager.download({file.path: file.url for file in files})
-    paths = [Path(found[file.path]) for file in files]
-    for file, path in zip(files, paths, strict=True):
-        with path.open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        if digest != file.sha256:
-            path.unlink()
-            raise DataFileError(f"{file.url}: sha256 {digest}, expected {file.sha256}")
-    return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as unfinished:
+        found = tfds.download.DownloadManager(download_dir=unfinished).download({f.path: f.url for f in files})
+        for file in files:
+            with open(found[file.path], "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            if digest != file.sha256:
+                raise DataFileError(f"{file.url} has the sha256 {digest}, expected {file.sha256}")
+        for file in files:
+            (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(found[file.path], folder / file.path)
+    return [folder / file.path for file in files]
+
+
+def _reach(url: str) -> None:
+    """Raises `OSError` at once where there is no network; tfds would retry for more than three minutes."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return  # the proxy may reach what this machine cannot
+    socket.create_connection((host, parts.port or (443 if parts.scheme == "https" else 80)), timeout=10).close()

@@ -24,11 +24,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from compressx.data.dataset import Arrays
-from compressx.data.source import Blob, DataFileError, Source, cache_dir
+from compressx.data.source import UNFINISHED, Blob, DataFileError, Source, cache_dir
 
 _FORMAT = 1  # raised when the layout of the cache changes
 _BLOCK_BYTES = 1 << 20
-_UNFINISHED = ".unfinished-"
 
 
 class Blocks(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -95,7 +94,7 @@ def cached(source: Source, split: str, blobs: Sequence[Blob], read: Callable[[],
 def _prepare(arrays: Arrays, split: str, folder: Path) -> Arrays:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
-    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
     try:
         # tfds announces each step on the terminal; this is no step that a user asked for.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -129,7 +128,7 @@ def _read(folder: Path, split: str) -> Arrays:
 
 def _sweep(parent: Path) -> None:
     """Removes what killed processes left behind more than a day ago."""
-    for path in parent.glob(f"{_UNFINISHED}*"):
+    for path in parent.glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > 86400:
                 shutil.rmtree(path, ignore_errors=True)
