@@ -12,6 +12,8 @@ from compressx.constraints.base import count as count
 from compressx.constraints.base import intersection as intersection
 from compressx.constraints.base import support as support
 from compressx.constraints.base import violations as violations
+from compressx.constraints.library import select_library as select_library
+from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
 from compressx.constraints.select import top_k_mask as top_k_mask
 from compressx.constraints.select import top_k_masks as top_k_masks
 from compressx.constraints.sparsity import block, channels, columns, filters, filters_and_columns, n_of_m, unstructured
@@ -25,6 +27,9 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "columns": columns,
     "channels": channels,
     "filters_and_columns": filters_and_columns,
+    "pattern": pattern,
+    "connectivity": connectivity,
+    "pattern_connectivity": pattern_connectivity,
 }
 
 
@@ -50,6 +55,6 @@ def from_spec(spec: Mapping[str, Any]) -> Constraint:
 
 __all__ = [
     *("Constraint", "SUPPORT", "SIGN", "TIE", "LEVEL", "KINDS", "from_spec", "intersection", "support", "violations"),
-    *("count", "top_k_mask", "top_k_masks"),
+    *("count", "select_library", "top_k_mask", "top_k_masks"),
     *KINDS,
 ]
