@@ -1,1 +1,1 @@
-"""One file per driver. A variant is an experiment with its expected result in its docstring."""
+"""Experiments: one file per driver, one variant per experiment."""

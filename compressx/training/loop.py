@@ -1,0 +1,411 @@
+"""The loop over phases, epochs and steps: it trains, records, saves and resumes; all mathematics is elsewhere."""
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from compressx.admm import find_state as find_admm
+from compressx.data import batches
+from compressx.harden import check, structures
+from compressx.report.metrics import MetricsWriter
+from compressx.retrain import find_state as find_retrain
+from compressx.retrain import retract
+from compressx.rules import check_finite
+from compressx.training import gradual, optimizers
+from compressx.training.checkpoint import CheckpointError, Checkpoints
+from compressx.training.config import Admm, ConfigError
+from compressx.training.mesh import Placement, agree
+from compressx.training.phases import DENSE, Phase, Weights, harden
+from compressx.training.progress import Display
+from compressx.training.state import Sums, Task, TrainState, averages, make_evaluate, make_runner, make_step
+
+
+class Diverged(RuntimeError):
+    """Training produced NaN or infinity; the message names the phase, the epoch and the leaf."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what, and how it is run; the phases come beside it.
+
+    Attributes:
+      task: the loss and the score.
+      init: makes the first weights (structure `{}`).
+      train: training set, host arrays with a leading axis n.
+      test: reported after every epoch; never chooses anything.
+      validation: part of the training set held out, or None.
+      seed: of the order of examples and of all keys, 0 to 2**32 - 1.
+      batch: examples a step. The n mod batch examples an epoch leaves over are others in every epoch.
+      eval_batch: examples a step of evaluation.
+      optimizer: "adam" or "sgd".
+      placement: where arrays lie.
+      chunk: steps between looks at the clock.
+      save_steps: steps between checkpoints; 0 is only by time.
+      save_seconds: seconds between checkpoints; 0 is only by steps. The ends of phases are always saved.
+    """
+
+    task: Task
+    init: Callable[[], Weights]
+    train: Mapping[str, Any]
+    test: Mapping[str, Any]
+    validation: Mapping[str, Any] | None = None
+    seed: int = 0
+    batch: int = 64
+    eval_batch: int = 1000
+    optimizer: str = "adam"
+    placement: Placement = Placement()
+    chunk: int = 50
+    save_steps: int = 0
+    save_seconds: float = 60.0
+
+
+class Outcome(NamedTuple):
+    """What `train` leaves.
+
+    Attributes:
+      results: phase name -> {"start": figures, "end": figures, "primal": .., "dual": ..}.
+      seconds: time spent training, over all sessions.
+      checkpoints: where the phases' weights lie.
+      resumed: the step at which this session went on, or None.
+    """
+
+    results: dict[str, Any]
+    seconds: float
+    checkpoints: Checkpoints
+    resumed: int | None
+
+
+class _Begun(NamedTuple):
+    """A phase ready to train."""
+
+    state: TrainState
+    tx: optax.GradientTransformationExtraArgs
+    structure: dict[str, Any]
+
+
+def train(job: Job, phases: tuple[Phase, ...], workdir: Path, display: Display) -> Outcome:
+    """Runs all phases, from the newest checkpoint if there is one; ends with the same bits whether interrupted or not.
+
+    Raises:
+      Diverged, CheckpointError, ConfigError, ConstraintViolation: each says what and where.
+    """
+    job.placement.check_batch(job.batch)
+    return _Run(job, phases, workdir, display).go()
+
+
+def total_steps(job: Job, phases: tuple[Phase, ...]) -> int:
+    """Steps of the whole run."""
+    each = batches.steps_per_epoch(_size(job.train), job.batch)
+    return sum(p.fit.epochs for p in phases) * each
+
+
+def like(weights: Weights, phase: Phase, placement: Placement) -> Weights:
+    """Shapes and layouts of what a phase leaves, for loading it."""
+
+    def abstract(x: Any) -> Any:
+        if placement.mesh is None:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        sharding = jax.sharding.NamedSharding(placement.mesh, placement.spec(x.shape))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    structure: Any = {}
+    if phase.rules is not None:
+        rules = phase.rules
+        structure = jax.eval_shape(lambda p: structures(p, rules), weights.params)
+    return jax.tree.map(abstract, Weights(weights.params, weights.batch_stats, structure))
+
+
+class _Run:
+    """One call of `train`: what does not change during it, and the small steps it is made of."""
+
+    def __init__(self, job: Job, phases: tuple[Phase, ...], workdir: Path, display: Display) -> None:
+        self.job, self.phases, self.display = job, phases, display
+        self.place = job.placement
+        self.first = job.init()
+        self.checkpoints = Checkpoints(workdir / "checkpoints", display.say)
+        self.metrics_path = workdir / "metrics.jsonl"
+        self.metrics: MetricsWriter | None = None
+        self.train_data = self.place.copy(dict(job.train))
+        self.sets = {"": self.place.copy(dict(job.test))}
+        if job.validation is not None:
+            self.sets["validation_"] = self.place.copy(dict(job.validation))
+        self.evaluate = make_evaluate(job.task, job.eval_batch)
+        self.per_epoch = batches.steps_per_epoch(_size(job.train), job.batch)
+        self.results: dict[str, Any] = {}
+        self.spent, self.started, self.saved_at = 0.0, time.monotonic(), time.monotonic()
+
+    # -- the phases ---------------------------------------------------------------------------------------------------
+
+    def go(self) -> Outcome:
+        index, begun, resumed = self._resume()
+        done_before = index == len(self.phases)
+        with self.checkpoints:
+            while index < len(self.phases):
+                phase = self.phases[index]
+                if begun is None:
+                    begun = self._begin(phase)
+                    self._write_start(phase, index, begun)
+                self._train(phase, index, begun)
+                index, begun = index + 1, None
+            if not done_before:
+                self._save_done()
+        if self.metrics is not None:
+            self.metrics.close()
+        return Outcome(self.results, self._seconds(), self.checkpoints, resumed)
+
+    def _begin(self, phase: Phase) -> _Begun:
+        """The phase's optimizer and first state, from the weights it starts with."""
+        weights = self._load(phase.start) if phase.start else self.first
+        steps, name = phase.fit.epochs * self.per_epoch, self.job.optimizer
+        structure = weights.structure
+        if phase.kind == "admm":
+            assert isinstance(phase.fit, Admm) and phase.rules is not None
+            args = (phase.rules, phase.within, structure)
+            tx = optimizers.constrained(name, phase.fit, steps, self.per_epoch, *args)
+        elif phase.kind in ("retrain", "gradual"):
+            assert phase.rules is not None
+            rules = phase.rules
+            if phase.kind == "retrain":
+                weights = harden(weights, rules)
+                structure = weights.structure
+            else:
+                structure = jax.jit(lambda p: structures(p, rules))(weights.params)
+            tx = optimizers.retraining(name, phase.fit, steps, rules, structure)
+        else:
+            tx, structure = optimizers.dense(name, phase.fit, steps), {}
+        params = self.place.put(weights.params)
+        state = TrainState(
+            params=params,
+            batch_stats=self.place.put(weights.batch_stats),
+            opt_state=jax.jit(tx.init)(params),
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.fold_in(jax.random.key(self.job.seed), np.uint32(_number(phase.name))),
+            sums=Sums.zero(),
+        )
+        return _Begun(self.place.put(state), tx, structure)
+
+    def _write_start(self, phase: Phase, index: int, begun: _Begun) -> None:
+        """Records what the phase starts from (for retraining: the hardened weights), and saves it."""
+        figures = self._figures(begun.state)
+        self.results[phase.name] = {"start": figures}
+        self._record(self._offset(index), phase.name, epoch=0, **figures)
+        self._save(phase, index, begun.state, 0)
+
+    def _train(self, phase: Phase, index: int, begun: _Begun) -> None:
+        state, fit = begun.state, phase.fit
+        teacher = None
+        if fit.distill:
+            dense = self._load(DENSE)
+            teacher = (self.place.put(dense.params), self.place.put(dense.batch_stats))
+        step = make_step(self.job.task, begun.tx, fit, self.place.batch)
+        if self.place.mesh is not None:
+            plain, keep = step, self.place.keep
+            step = lambda s, data, order, teacher: keep(plain(s, data, order, teacher))  # noqa: E731
+        runner = make_runner(step)
+        steps, offset, done = fit.epochs * self.per_epoch, self._offset(index), int(state.step)
+        due = optimizers.every(fit, self.per_epoch) if isinstance(fit, Admm) else 0
+        self.display.move(phase.name, offset + done)
+        facts: dict[str, Any] = {}
+        while done < steps:
+            epoch, within = divmod(done, self.per_epoch)
+            if within == 0 or not facts:
+                order = self.place.copy(self._order(phase, epoch))
+                facts = {"epoch": epoch}
+            stop = min(self._next(done, self.job.chunk), (epoch + 1) * self.per_epoch)
+            if phase.kind == "gradual":
+                stop = min(stop, self._next(done, due))
+            if self.job.save_steps:
+                stop = min(stop, self._next(done, self.job.save_steps))
+            state = runner(state, self.train_data, order, teacher, stop - done)
+            done = stop
+            if phase.kind == "gradual" and done % due == 0:
+                state = self._prune(phase, state, (done // due) / max(steps // due, 1))
+            jax.block_until_ready(state.step)
+            self.display.move(phase.name, offset + done)
+            if done % self.per_epoch == 0:
+                state = self._end_epoch(phase, state, offset + done)
+            if done < steps and self._save_is_due(done):
+                self._save(phase, index, state, done)
+        self._end(phase, begun, state)
+
+    def _order(self, phase: Phase, epoch: int) -> np.ndarray:
+        seed = (_number(phase.name) << 32) | self.job.seed
+        return batches.epoch_batches(seed, epoch, _size(self.job.train), self.job.batch)
+
+    def _prune(self, phase: Phase, state: TrainState, t: float) -> TrainState:
+        """One step of gradual pruning: the smallest weights go, and stay gone."""
+        assert phase.rules is not None
+        params, piece = gradual.prune(state.params, phase.rules, t)
+        opt_state = gradual.with_piece(state.opt_state, piece)
+        return self.place.put(state._replace(params=params, opt_state=opt_state))
+
+    def _end_epoch(self, phase: Phase, state: TrainState, global_step: int) -> TrainState:
+        epoch = int(state.step) // self.per_epoch
+        mean = averages(state.sums)
+        try:
+            check_finite(state.params)
+            check_finite(state.batch_stats, "running statistic")
+        except ValueError as error:
+            raise Diverged(f"phase {phase.name}, epoch {epoch}: {error}") from None
+        if not np.isfinite(mean["loss"]):
+            raise Diverged(
+                f"phase {phase.name}, epoch {epoch}: the loss is {mean['loss']} though all weights are finite; "
+                "lower the learning rate or rho"
+            )
+        figures = self._figures(state)
+        residuals = _residuals(state.opt_state) if phase.kind == "admm" else {}
+        values = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures, **residuals}
+        self._record(global_step, phase.name, epoch=epoch, **values)
+        self.results[phase.name]["end"] = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures}
+        self.results[phase.name].update({k: v for k, v in residuals.items() if k in ("primal", "dual")})
+        shown = {"loss": mean["loss"], "accuracy": figures["accuracy"]}
+        if residuals.get("primal"):
+            shown["residual"] = max(residuals["primal"].values())
+        self.display.epoch(phase.name, epoch, phase.fit.epochs, global_step, shown)
+        return state._replace(sums=self.place.put(Sums.zero()))
+
+    def _end(self, phase: Phase, begun: _Begun, state: TrainState) -> None:
+        """Keeps what the phase leaves: for retraining, exactly inside its sets."""
+        params, structure = state.params, begun.structure
+        if phase.kind == "admm":
+            assert phase.rules is not None
+            structure = structures(params, phase.rules, find_admm(state.opt_state))
+        if phase.kind == "retrain":
+            assert phase.rules is not None
+            rules = phase.rules
+            piece = find_retrain(state.opt_state)
+            params = jax.jit(lambda p, s: retract(p, rules, s))(params, piece)
+            check(params, rules, structure)
+        self.results[phase.name].setdefault("end", self.results[phase.name]["start"])
+        self.checkpoints.save_weights(phase.name, Weights(params, state.batch_stats, structure))
+
+    # -- what is measured ---------------------------------------------------------------------------------------------
+
+    def _figures(self, state: TrainState) -> dict[str, float]:
+        out = {}
+        for prefix, data in self.sets.items():
+            mean = self.evaluate(state.params, state.batch_stats, data)
+            out |= {f"{prefix}accuracy": mean["accuracy"], f"{prefix or 'test_'}loss": mean["loss"]}
+        return out
+
+    def _record(self, step: int, phase: str, **values: Any) -> None:
+        if jax.process_index() == 0:
+            if self.metrics is None:
+                self.metrics = MetricsWriter(self.metrics_path)
+            self.metrics.write(step, phase, **values)
+
+    # -- saving and resuming ------------------------------------------------------------------------------------------
+
+    def _save_is_due(self, done: int) -> bool:
+        if self.job.save_steps and done % self.job.save_steps == 0:
+            return True
+        return bool(self.job.save_seconds) and agree(time.monotonic() - self.saved_at >= self.job.save_seconds)
+
+    def _meta(self, phase: str, step: int, global_step: int) -> dict[str, Any]:
+        size = 0
+        if self.metrics is not None:
+            self.metrics.sync()
+            size = self.metrics_path.stat().st_size
+        return {
+            "phase": phase,
+            "epoch": step // self.per_epoch,
+            "step": step,
+            "global_step": global_step,
+            "metrics_bytes": size,
+            "results": self.results,
+            "seconds": self._seconds(),
+        }
+
+    def _save(self, phase: Phase, index: int, state: TrainState, step: int) -> None:
+        global_step = self._offset(index) + step
+        # a phase of no steps starts at the same global step as the next one: the index keeps the numbers apart
+        self.checkpoints.save(global_step + index, state, self._meta(phase.name, step, global_step))
+        self.saved_at = time.monotonic()
+
+    def _save_done(self) -> None:
+        end = self._offset(len(self.phases))
+        self.checkpoints.save(end + len(self.phases), {"done": np.ones(1, np.int32)}, self._meta("", 0, end))
+
+    def _resume(self) -> tuple[int, _Begun | None, int | None]:
+        """Where to go on: the phase, its state (None at its very start), and the global step (None for a new run)."""
+        found, faults = self.checkpoints.read_meta()
+        damaged = {}
+        for number, meta in found:
+            try:
+                index, begun = self._reopen(number, meta)
+            except CheckpointError as error:
+                faults.append(str(error))
+                damaged[number] = error
+                continue
+            for line in faults:
+                self.display.say(f"{line}; going back to the one before it")
+            self.checkpoints.drop_newer(number)
+            self.results, self.spent = meta["results"], float(meta["seconds"])
+            if jax.process_index() == 0:
+                os.truncate(self.metrics_path, meta["metrics_bytes"])
+                self.metrics = MetricsWriter(self.metrics_path, meta["global_step"])
+            return index, begun, int(meta["global_step"])
+        if faults:
+            raise CheckpointError(
+                "no checkpoint can be read:\n  " + "\n  ".join(faults) + f"\nremove {self.checkpoints.folder} to start anew"
+            )
+        return 0, None, None
+
+    def _reopen(self, number: int, meta: dict[str, Any]) -> tuple[int, _Begun | None]:
+        if meta["phase"] == "":
+            return len(self.phases), None
+        names = [p.name for p in self.phases]
+        if meta["phase"] not in names:
+            raise CheckpointError(f"checkpoint {number} is in phase {meta['phase']!r}; this run has {', '.join(names)}")
+        index = names.index(meta["phase"])
+        begun = self._begin(self.phases[index])
+        return index, begun._replace(state=self.checkpoints.restore(number, meta, begun.state))
+
+    def _load(self, name: str) -> Weights:
+        phase = next(p for p in self.phases if p.name == name)
+        return self.checkpoints.load_weights(name, like(self.first, phase, self.place))
+
+    # -- small things -------------------------------------------------------------------------------------------------
+
+    def _offset(self, index: int) -> int:
+        return sum(p.fit.epochs for p in self.phases[:index]) * self.per_epoch
+
+    def _seconds(self) -> float:
+        return self.spent + time.monotonic() - self.started
+
+    @staticmethod
+    def _next(done: int, step: int) -> int:
+        return (done // step + 1) * step
+
+
+def _residuals(opt_state: Any) -> dict[str, Any]:
+    """rho and the residuals by leaf (the largest over its sets), once there has been an update."""
+    state = jax.device_get(find_admm(opt_state)._replace(z=(), u=(), structure={}))
+    if int(state.updates) == 0:
+        return {}
+    return {
+        "primal": {n: float(np.max(v)) for n, v in state.primal.items()},
+        "dual": {n: float(np.max(v)) for n, v in state.dual.items()},
+        "rho": {n: float(v) for n, v in state.rho.items()},
+    }
+
+
+def _number(name: str) -> int:
+    """32 bits of a phase's name: data order and keys of a phase do not depend on which others are run."""
+    return zlib.crc32(name.encode())
+
+
+def _size(data: Mapping[str, Any]) -> int:
+    return int(jax.tree.leaves(dict(data))[0].shape[0])
+
+
+__all__ = ["ConfigError", "Diverged", "Job", "Outcome", "like", "total_steps", "train"]

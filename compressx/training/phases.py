@@ -1,0 +1,143 @@
+"""A run as a list of phases, each starting from the weights that another left.
+
+    dense -> [admm -> retrain] for each stage        and from the same dense weights, the baselines
+
+Hardening is the start of `retrain`: the weights are projected once and checked, and then trained inside the piece of
+the set they landed in.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from compressx import constraints
+from compressx.constraints.base import Constraint
+from compressx.harden import check, project, structures
+from compressx.rules import Rules, check_finite, resolve
+from compressx.training.config import Admm, ConfigError, Fit, Plan, Rule, Stage
+from compressx.training.gradual import check_scalable
+
+DENSE = "dense"
+ONE_SHOT, SAME_BUDGET, GRADUAL = "one_shot", "dense_same_budget", "gradual"
+
+
+class Phase(NamedTuple):
+    """A stretch of training with one optimizer and one learning-rate schedule.
+
+    Attributes:
+      name: unique in the run; data order and random keys depend on it and the seed alone.
+      kind: "dense", "admm", "retrain" (hardens first) or "gradual" (prunes more and more, then is followed by retrain).
+      start: phase whose weights it starts from; "" for the initial weights.
+      fit: how long and how fast.
+      rules: what it moves towards or stays inside; None for "dense".
+      within: rules whose support it must not leave while it moves ("admm" of a later stage).
+    """
+
+    name: str
+    kind: str
+    start: str
+    fit: Fit
+    rules: tuple[tuple[str, Constraint | None], ...] | None = None
+    within: tuple[tuple[str, Constraint | None], ...] | None = None
+
+
+class Weights(NamedTuple):
+    """What a phase leaves: parameters, running statistics, and what its sets left open by name (`{}` without sets)."""
+
+    params: Any
+    batch_stats: Any
+    structure: dict[str, Any]
+
+
+def build_rules(rules: tuple[Rule, ...]) -> tuple[tuple[str, Constraint | None], ...]:
+    """Constraints from their specs.
+
+    Raises:
+      ConfigError: a spec that no constraint has; names the rule.
+    """
+    built = []
+    for pattern, spec in rules:
+        try:
+            built.append((pattern, None if spec is None else constraints.from_spec(_lists(spec))))
+        except ValueError as error:
+            raise ConfigError(f"rule {pattern!r}: {error}") from None
+    return tuple(built)
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def plan(config: Plan) -> tuple[Phase, ...]:
+    """The phases of a run, in the order in which they run."""
+    phases = [Phase(DENSE, "dense", "", config.dense)]
+    phases += _method(config.method, config.stages)
+    for name in config.baselines:
+        if name == SAME_BUDGET and config.method == "dense" or name == config.method:
+            raise ConfigError(f"baselines: {name!r} is the method itself")
+        phases += _method("dense" if name == SAME_BUDGET else name, config.stages)
+    return tuple(phases)
+
+
+def final(config: Plan) -> str:
+    """The phase whose weights are the run's result."""
+    return _method(config.method, config.stages)[-1].name
+
+
+def _method(method: str, stages: tuple[Stage, ...]) -> list[Phase]:
+    moving = sum(s.admm.epochs for s in stages)
+    inside = sum(s.retrain.epochs for s in stages)
+    last = stages[-1]
+    rules = build_rules(last.rules)
+    whole = dataclasses.replace(last.retrain, epochs=moving + inside)
+    if method == "one_shot":
+        return [Phase(ONE_SHOT, "retrain", DENSE, whole, rules)]
+    if method == "dense":
+        return [Phase(SAME_BUDGET, "dense", DENSE, whole)]
+    if method == "gradual":
+        check_scalable(last.rules)
+        shrinking = dataclasses.replace(last.admm, epochs=moving)
+        staying = dataclasses.replace(last.retrain, epochs=inside)
+        return [
+            Phase(GRADUAL, "gradual", DENSE, shrinking, rules),
+            Phase(f"{GRADUAL}_retrain", "retrain", GRADUAL, staying, rules),
+        ]
+    phases: list[Phase] = []
+    start, within = DENSE, None
+    for number, stage in enumerate(stages):
+        mark = f"_{number + 1}" if len(stages) > 1 else ""
+        rules = build_rules(stage.rules)
+        phases.append(Phase(f"admm{mark}", "admm", start, stage.admm, rules, within))
+        phases.append(Phase(f"retrain{mark}", "retrain", f"admm{mark}", stage.retrain, rules))
+        start, within = f"retrain{mark}", rules
+    return phases
+
+
+def check_rules(phases: tuple[Phase, ...], params: Any) -> None:
+    """Raises ConfigError where any phase's rules do not fit the parameters, before anything is trained."""
+    for phase in phases:
+        if phase.rules is not None:
+            try:
+                resolve(phase.rules, params)
+            except ValueError as error:
+                raise ConfigError(f"phase {phase.name}: {error}") from None
+
+
+def harden(weights: Weights, rules: Rules) -> Weights:
+    """The weights projected once onto their sets, with the structure they carry if they have one; checked.
+
+    Raises:
+      ValueError: NaN or infinity in a leaf.
+      ConstraintViolation: a projected leaf lies outside one of its sets.
+    """
+    check_finite(weights.params)
+    structure = weights.structure or jax.jit(lambda p: structures(p, rules))(weights.params)
+    params = jax.jit(lambda p, s: project(p, rules, s))(weights.params, structure)
+    check(params, rules, structure)
+    return Weights(params, weights.batch_stats, structure)
+
+
+__all__ = ["ConfigError", "Admm", "Phase", "Weights", "build_rules", "check_rules", "final", "harden", "plan", "structures"]

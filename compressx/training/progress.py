@@ -1,0 +1,67 @@
+"""What a person sees while a run trains: a bar with the time left on a terminal, else one line an epoch."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Display:
+    """Shows how far a run is; `quiet` shows nothing at all."""
+
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        self._total = total
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._started = time.monotonic()
+        self._first: int | None = None
+        if self._console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("starting", total=total, facts="")
+
+    def __enter__(self) -> "Display":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._quiet:
+            return
+        if self._bar:
+            self._bar.console.print(line, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def move(self, phase: str, step: int) -> None:
+        """Puts the bar at a step of the whole run."""
+        self._first = step if self._first is None else self._first
+        if self._bar:
+            self._bar.update(self._task, description=phase, completed=step)
+
+    def epoch(self, phase: str, epoch: int, epochs: int, step: int, facts: dict[str, Any]) -> None:
+        """Shows an epoch's figures."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in facts.items() if value is not None)
+        self.move(phase, step)
+        if self._bar:
+            self._bar.update(self._task, facts=f"epoch {epoch}/{epochs}  {text}")
+            return
+        done = step - (self._first or 0)
+        left = (time.monotonic() - self._started) * (self._total - step) / done if done else 0.0
+        self.say(f"{phase} {epoch}/{epochs}  {text}  (about {left / 60:.1f} min left)")

@@ -1,0 +1,205 @@
+"""The state of a training run and one step of it, as pure functions.
+
+A batch is chosen by its number: the step takes the epoch's order of examples and gathers its rows, so data stay on the
+device and nothing about the order is saved. Keys too are functions of (phase, step).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+Params = Any
+Batch = dict[str, Array]
+
+
+class Sums(NamedTuple):
+    """Sums over examples since the last record (float32 loss, int32 counts)."""
+
+    loss: Array
+    correct: Array
+    count: Array
+
+    @classmethod
+    def zero(cls) -> "Sums":
+        """No example seen yet."""
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+class TrainState(NamedTuple):
+    """All that changes while a phase trains.
+
+    Attributes:
+      params: the weights, any pytree.
+      batch_stats: running statistics of the model; `{}` where it has none.
+      opt_state: the optimizer's state, ADMM's Z and U and retraining's masks included.
+      step: int32 [], steps done in this phase.
+      key: the phase's key; a step's own is folded from it and `step`.
+      sums: since the last record.
+    """
+
+    params: Params
+    batch_stats: Any
+    opt_state: Any
+    step: Array
+    key: Array
+    sums: Sums
+
+
+class Task(NamedTuple):
+    """What is learned: the two functions that a driver gives to the training.
+
+    Attributes:
+      loss: `loss(params, batch_stats, batch, key, fit, teacher) -> (scalar, (batch_stats, Sums of this batch))`;
+        `teacher` is None or the dense network's (params, batch_stats).
+      score: `score(params, batch_stats, batch, valid) -> Sums`; `valid` bool [n] says which rows count.
+    """
+
+    loss: Callable[..., tuple[Array, tuple[Any, Sums]]]
+    score: Callable[[Params, Any, Batch, Array], Sums]
+
+
+def classification(
+    apply: Callable[..., Any],
+    prepare: Callable[[Array], Array],
+    augment: Callable[[Array, Array], Array] | None = None,
+) -> Task:
+    """Softmax classification: batches `{"inputs": [n, ...], "labels": int32 [n]}`.
+
+        loss = (1 - s) * CE(logits, labels) + s * T^2 * KL(softmax(teacher / T) || softmax(logits / T))
+
+    Args:
+      apply: a Linen module's `apply`.
+      prepare: stored inputs to what the network reads (normalisation).
+      augment: `(key, stored inputs) -> stored inputs`, or None.
+
+    Source of the second term: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    """
+
+    def loss(params: Params, stats: Any, batch: Batch, key: Array, fit: Any, teacher: Any) -> tuple[Array, tuple[Any, Sums]]:
+        inputs, labels = batch["inputs"], batch["labels"]
+        if augment is not None and fit.augment:
+            inputs = augment(key, inputs)
+        x = prepare(inputs)
+        if stats:
+            logits, updated = apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
+            stats = updated["batch_stats"]
+        else:
+            logits = apply({"params": params}, x, train=True)
+        if fit.label_smoothing:
+            target = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), fit.label_smoothing)
+            value = jnp.mean(optax.softmax_cross_entropy(logits, target))
+        else:
+            value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        if teacher is not None:
+            wanted = jax.lax.stop_gradient(apply(_variables(*teacher), x, train=False))
+            t = fit.temperature
+            gap = optax.kl_divergence(jax.nn.log_softmax(logits / t), jax.nn.softmax(wanted / t))
+            value = (1 - fit.distill) * value + fit.distill * t * t * jnp.mean(gap)
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32)
+        n = labels.shape[0]
+        return value, (stats, Sums(value * n, correct, jnp.int32(n)))
+
+    def score(params: Params, stats: Any, batch: Batch, valid: Array) -> Sums:
+        logits = apply(_variables(params, stats), prepare(batch["inputs"]), train=False)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        right = (jnp.argmax(logits, -1) == batch["labels"]) & valid
+        return Sums(
+            jnp.sum(jnp.where(valid, each, 0.0)), jnp.sum(right, dtype=jnp.int32), jnp.sum(valid, dtype=jnp.int32)
+        )
+
+    return Task(loss, score)
+
+
+def _variables(params: Params, stats: Any) -> dict[str, Any]:
+    return {"params": params, "batch_stats": stats} if stats else {"params": params}
+
+
+Step = Callable[[TrainState, Batch, Array, Any], TrainState]
+
+
+def make_step(
+    task: Task, tx: optax.GradientTransformation, fit: Any, place: Callable[[Batch], Batch] = lambda batch: batch
+) -> Step:
+    """One step: `step(state, data, order, teacher) -> state`, pure, not yet jitted.
+
+    Args:
+      task: loss of a batch.
+      tx: the phase's optimizer, constraints included.
+      fit: the phase's `config.Fit`, read by the loss.
+      place: lays the gathered batch out over devices.
+
+    Returns:
+      A function of the state, the whole data set (leading axis n), the order int32 `[steps, batch]` of the epoch, and
+      the teacher (None or a pair of trees). The batch is row `state.step mod steps`.
+    """
+
+    def step(state: TrainState, data: Batch, order: Array, teacher: Any) -> TrainState:
+        rows = jax.lax.dynamic_index_in_dim(order, state.step % order.shape[0], keepdims=False)
+        batch = place({name: x[rows] for name, x in data.items()})
+        key = jax.random.fold_in(state.key, state.step)
+        grad = jax.value_and_grad(task.loss, has_aux=True)
+        (_, (stats, sums)), gradient = grad(state.params, state.batch_stats, batch, key, fit, teacher)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        return TrainState(
+            optax.apply_updates(state.params, updates),
+            stats,
+            opt_state,
+            state.step + 1,
+            state.key,
+            jax.tree.map(jnp.add, state.sums, sums),
+        )
+
+    return step
+
+
+def make_runner(step: Step) -> Callable[[TrainState, Batch, Array, Any, int], TrainState]:
+    """`run(state, data, order, teacher, count)` does `count` steps, in the form that is fastest on this backend.
+
+    On CPU a jitted step in a Python loop: inside a scan XLA's CPU convolutions take a path 3 to 80 times slower, and
+    the loop's dispatch is hidden behind the step before. Elsewhere one scan over the steps. The state is donated.
+    """
+    if jax.default_backend() == "cpu":
+        jitted = jax.jit(step, donate_argnums=0)
+
+        def run(state: TrainState, data: Batch, order: Array, teacher: Any, count: int) -> TrainState:
+            for _ in range(count):
+                state = jitted(state, data, order, teacher)
+            return state
+
+        return run
+
+    def scan(state: TrainState, data: Batch, order: Array, teacher: Any, count: int) -> TrainState:
+        return jax.lax.scan(lambda s, _: (step(s, data, order, teacher), None), state, None, length=count)[0]
+
+    return jax.jit(scan, static_argnums=4, donate_argnums=0)
+
+
+def make_evaluate(task: Task, batch_size: int) -> Callable[[Params, Any, Batch], dict[str, float]]:
+    """`evaluate(params, batch_stats, data) -> {"loss", "accuracy"}` over every example, the ragged last batch included."""
+
+    @jax.jit
+    def score(params: Params, stats: Any, data: Batch, rows: Array, valid: Array, sums: Sums) -> Sums:
+        batch = {name: x[rows] for name, x in data.items()}
+        return jax.tree.map(jnp.add, sums, task.score(params, stats, batch, valid))
+
+    def evaluate(params: Params, stats: Any, data: Batch) -> dict[str, float]:
+        from compressx.data import batches
+
+        n = int(jax.tree.leaves(data)[0].shape[0])
+        rows, valid = batches.cover(n, min(batch_size, n))
+        sums = Sums.zero()
+        for r, v in zip(rows, valid, strict=True):
+            sums = score(params, stats, data, r, v, sums)
+        return averages(sums)
+
+    return evaluate
+
+
+def averages(sums: Sums) -> dict[str, float]:
+    """Mean loss and accuracy of what was summed; fetches from the device."""
+    loss, correct, count = jax.device_get(sums)
+    return {"loss": float(loss) / max(int(count), 1), "accuracy": int(correct) / max(int(count), 1)}

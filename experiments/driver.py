@@ -1,0 +1,151 @@
+"""What all drivers share: flags, the work directory and its config, and errors in one line."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from compressx.data import DataFileError, DataNotFoundError
+from compressx.formats import CompressedFileError
+from compressx.harden import ConstraintViolation
+from compressx.models.convert import CheckpointError as ModelFileError
+from compressx.report.metrics import MetricsError
+from compressx.report.summary import SummaryError
+from compressx.training import CheckpointError, ConfigError, Diverged, mesh
+
+# What a user, a file or a full disk can cause: one line, exit code 1. Anything else is our fault and keeps its traceback.
+USER_ERRORS = (
+    *(ConfigError, Diverged, CheckpointError, ConstraintViolation, ModelFileError, CompressedFileError),
+    *(DataNotFoundError, DataFileError, MetricsError, SummaryError, OSError),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags beside the config.
+
+    Attributes:
+      workdir: where the run lives.
+      data_dir: folder of data sets, or None to search `$COMPRESSX_DATA`.
+      mesh: the devices, as `data=2` or `data=4,model=2`; "" for one.
+      split: for evaluation, the split to evaluate on.
+      command: the command line, to be recorded.
+    """
+
+    workdir: Path
+    data_dir: str | None = None
+    mesh: str = ""
+    split: str = "test"
+    command: str = ""
+
+
+Function = Callable[[Any, Options], Any]
+
+
+def main(module: str, run: Function, evaluate: Function, read: Callable[[Any], Any]) -> None:
+    """Runs a driver from the command line.
+
+    Args:
+      module: for example `experiments.cnn`.
+      run: `run(config, options)` for `--mode=run`.
+      evaluate: likewise for `--mode=eval`.
+      read: turns the ConfigDict into the driver's frozen config, or raises `ConfigError`.
+    """
+    config = config_flags.DEFINE_config_file("config", None, "the experiment: configs/<driver>.py:<variant>")
+    flags.DEFINE_string("workdir", None, "folder of the run; the same command again resumes it")
+    flags.DEFINE_enum("mode", "run", ["run", "eval"], "run the experiment, or evaluate a finished one's compressed model")
+    flags.DEFINE_string("data_dir", None, "folder of data sets (default: $COMPRESSX_DATA)")
+    flags.DEFINE_string("split", "test", "split that --mode=eval evaluates on")
+    flags.DEFINE_string("mesh", "", "devices: data=2, or data=4,model=2 (default: one)")
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of the first process of a run over several")
+    flags.DEFINE_integer("num_processes", 1, "processes of the run")
+    flags.DEFINE_integer("process_id", 0, "number of this process, from 0")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def start(argv: list[str]) -> None:
+        f = flags.FLAGS
+        logging.set_verbosity(logging.WARNING)  # orbax logs a dozen lines a save
+        try:
+            if len(argv) > 1:
+                raise ConfigError(f"argument {argv[1]!r} is not a flag; flags start with --")
+            try:
+                mesh.start_processes(f.coordinator, f.num_processes, f.process_id)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+            command = " ".join(["python", "-m", module, *map(_quoted, sys.argv[1:])])
+            options = Options(Path(f.workdir), f.data_dir, f.mesh, f.split, command)
+            {"run": run, "eval": evaluate}[f.mode](read(config.value), options)
+        except USER_ERRORS as error:
+            _stop(error)
+
+    app.run(start, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing, with config errors as one line too."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _stop(error)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, ImportError) as error:
+        _stop(error)
+    raise AssertionError  # _stop does not return
+
+
+def _stop(error: BaseException) -> None:
+    print(f"error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _quoted(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)
+
+
+def claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Makes the work directory this config's, or checks that it is.
+
+    Raises:
+      ConfigError: it holds a run of another config; names the keys that differ.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}); use another --workdir") from None
+        a, b = flatten(old), flatten(json.loads(json.dumps(config)))
+        changed = [f"{k} ({a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} now)" for k in sorted(a | b) if a.get(k, ...) != b.get(k, ...)]
+        if changed:
+            raise ConfigError(f"{workdir} holds a run with another config; use another --workdir, or undo: {'; '.join(changed)}")
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one step: a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf of nested dicts and lists."""
+    if isinstance(tree, Mapping):
+        pairs = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
+    elif isinstance(tree, list | tuple):
+        pairs = [(f"{prefix}[{i}]", v) for i, v in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    out: dict[str, Any] = {} if pairs else {prefix: tree}
+    for name, value in pairs:
+        out |= flatten(value, name)
+    return out
