@@ -55,9 +55,9 @@ class AdmmState(NamedTuple):
 Rho = float | Array | RhoSchedule | Sequence[tuple[str, float | RhoSchedule]]
 
 
-def _leaves(tree: Any) -> list[Any]:
-    """Leaves with `MaskedNode`s kept in their places."""
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+def _like(params: Any, tree: Any) -> list[Any]:
+    """What a Z or U tree holds at each leaf of params: an array, or a `MaskedNode`."""
+    return jax.tree.structure(params).flatten_up_to(tree)  # type: ignore[attr-defined]
 
 
 def _norm(x: Any) -> Array:
@@ -160,13 +160,13 @@ def admm(
             lambda s, w: _dual_step(s, w, bound, schedules, refresh_every, rescale_dual),
             lambda s, w: s,
             state._replace(step=optax.safe_increment(state.step)),
-            leaves,
+            params,
         )
+        trees_z, trees_u = [_like(params, t) for t in state.z], [_like(params, t) for t in state.u]
         for b in bound:
             g = b.take(gradients)
             for k in range(len(_sets(b))):
-                z, u = b.take(_leaves(state.z[k])), b.take(_leaves(state.u[k]))
-                r = state.rho[b.name]
+                z, u, r = b.take(trees_z[k]), b.take(trees_u[k]), state.rho[b.name]
                 penalty = jax.tree.map(lambda w, z, u, r=r: r.astype(w.dtype) * (w - z + u), b.take(leaves), z, u)
                 g = jax.tree.map(lambda g, p: g + p.astype(g.dtype), g, penalty)
             b.put(gradients, g)
@@ -177,7 +177,7 @@ def admm(
 
 def _dual_step(
     state: AdmmState,
-    leaves: Sequence[Array],
+    params: Any,
     bound: Sequence[Bound],
     schedules: dict[str, RhoSchedule],
     refresh_every: int | None,
@@ -185,8 +185,8 @@ def _dual_step(
 ) -> AdmmState:
     """One Z and U update of every leaf, with the residuals and the next rho."""
     number = optax.safe_increment(state.updates)
-    trees_z, trees_u = [_leaves(t) for t in state.z], [_leaves(t) for t in state.u]
-    treedef_z = [jax.tree.structure(t, is_leaf=lambda x: isinstance(x, optax.MaskedNode)) for t in state.z]
+    leaves, treedef = jax.tree.flatten(params)
+    trees_z, trees_u = [_like(params, t) for t in state.z], [_like(params, t) for t in state.u]
     structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
     for b in bound:
         w = b.take(leaves)
@@ -213,8 +213,8 @@ def _dual_step(
                 b.put(trees_u[k], jax.tree.map(lambda u, s=scale: u * s.astype(u.dtype), b.take(trees_u[k])))
     return state._replace(
         updates=number,
-        z=tuple(jax.tree.unflatten(d, t) for d, t in zip(treedef_z, trees_z, strict=True)),
-        u=tuple(jax.tree.unflatten(d, t) for d, t in zip(treedef_z, trees_u, strict=True)),
+        z=tuple(jax.tree.unflatten(treedef, t) for t in trees_z),
+        u=tuple(jax.tree.unflatten(treedef, t) for t in trees_u),
         structure=structure,
         rho=rho,
         primal=primal,

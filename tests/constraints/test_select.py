@@ -1,0 +1,98 @@
+"""Exact top-k by bit search, against a sort in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from compressx.constraints.select import top_k_mask, top_k_masks
+
+
+def oracle(scores: np.ndarray, k: int) -> np.ndarray:
+    """Stable sort by falling magnitude: the first k stay, ties in index order."""
+    flat = np.abs(scores.reshape(-1).astype(np.float64))
+    order = np.argsort(-flat, kind="stable")
+    mask = np.zeros(flat.size, bool)
+    mask[order[:k]] = True
+    return mask.reshape(scores.shape)
+
+
+# few distinct values, so that ties are the rule and not the exception
+values = st.sampled_from([0.0, 1.0, 1.0000001, 0.5, 3e-40, 1e30, 2.0])
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=values), st.data())
+def test_whole_array_equals_stable_sort(x: np.ndarray, data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, x.size))
+    np.testing.assert_array_equal(top_k_mask(jnp.asarray(x), k), oracle(x, k))
+
+
+@pytest.mark.parametrize("length", [1, 3, 8, 9, 40])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_along_an_axis_equals_stable_sort_of_every_line(length: int, axis: int, rng: np.random.Generator) -> None:
+    shape = [3, 4, 2]
+    shape[axis] = length
+    x = rng.integers(0, 5, shape).astype(np.float32)
+    for k in {0, 1, length // 2, length}:
+        got = np.moveaxis(np.asarray(top_k_mask(jnp.asarray(x), k, axis)), axis, -1)
+        lines = np.moveaxis(x, axis, -1)
+        want = np.stack([[oracle(line, k) for line in plane] for plane in lines])
+        np.testing.assert_array_equal(got, want)
+
+
+def test_k_may_differ_from_line_to_line(rng: np.random.Generator) -> None:
+    x = rng.integers(0, 4, (6, 20)).astype(np.float32)
+    k = np.array([0, 1, 5, 10, 19, 20], np.int32)
+    got = top_k_mask(jnp.asarray(x), jnp.asarray(k)[:, None], axis=1)
+    np.testing.assert_array_equal(got, np.stack([oracle(line, int(n)) for line, n in zip(x, k, strict=True)]))
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.data())
+def test_several_arrays_rank_together(sizes: list[int], data: st.DataObject) -> None:
+    arrays = [data.draw(hnp.arrays(np.float32, (n,), elements=values)) for n in sizes]
+    k = data.draw(st.integers(0, sum(sizes)))
+    got = top_k_masks([jnp.asarray(a) for a in arrays], k)
+    want = oracle(np.concatenate(arrays), k) if sum(sizes) else np.zeros(0, bool)
+    np.testing.assert_array_equal(np.concatenate([np.asarray(g) for g in got]), want)
+
+
+def test_unrolled_search_of_a_large_array_equals_stable_sort(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((1025, 1024)).astype(np.float32)
+    k = x.size // 7
+    np.testing.assert_array_equal(jax.jit(lambda v: top_k_mask(v, k))(jnp.asarray(x)), oracle(x, k))
+
+
+def test_counts_beyond_32_bits_compare_exactly() -> None:
+    from compressx.constraints.select import _reaches
+
+    big = jnp.asarray(2**31 - 1, jnp.int32)
+    total = 5 * (2**31 - 1)
+    assert bool(_reaches([big] * 5, total))
+    assert not bool(_reaches([big] * 5, total + 1))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_low_precision_keeps_exact_counts(dtype: jnp.dtype, rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.standard_normal(300), dtype)
+    assert int(top_k_mask(x, 77).sum()) == 77
+
+
+def test_all_equal_keeps_the_lowest_indices() -> None:
+    np.testing.assert_array_equal(top_k_mask(jnp.ones((4, 5)), 7).reshape(-1), np.arange(20) < 7)
+
+
+def test_vmap_equals_the_loop(rng: np.random.Generator) -> None:
+    x = jnp.asarray(rng.integers(0, 3, (5, 30)).astype(np.float32))
+    np.testing.assert_array_equal(
+        jax.vmap(lambda v: top_k_mask(v, 11))(x), np.stack([oracle(np.asarray(v), 11) for v in x])
+    )
+
+
+def test_impossible_counts_are_named() -> None:
+    with pytest.raises(ValueError, match="cannot keep 7 of 6"):
+        top_k_mask(jnp.ones(6), 7)
+    with pytest.raises(ValueError, match="cannot keep -1 of 3 entries along axis 1"):
+        top_k_mask(jnp.ones((2, 3)), -1, axis=1)
