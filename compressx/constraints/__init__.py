@@ -12,6 +12,7 @@ from compressx.constraints.base import count as count
 from compressx.constraints.base import intersection as intersection
 from compressx.constraints.base import support as support
 from compressx.constraints.base import violations as violations
+from compressx.constraints.bsp import bsp, bsp_columns, bsp_rows
 from compressx.constraints.library import select_library as select_library
 from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
 from compressx.constraints.select import top_k_mask as top_k_mask
@@ -30,6 +31,9 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "pattern": pattern,
     "connectivity": connectivity,
     "pattern_connectivity": pattern_connectivity,
+    "bsp_columns": bsp_columns,
+    "bsp_rows": bsp_rows,
+    "bsp": bsp,
 }
 
 
