@@ -185,9 +185,9 @@ def _decode(name: str, data: bytes, coding: str, size: int) -> bytes:
 def _decode_all(described: dict[str, Any], stored: dict[str, np.ndarray], max_bytes: int) -> dict[str, np.ndarray]:
     arrays, left = {}, max_bytes
     for name, about in described.items():
-        if not isinstance(about, dict) or about.get("dtype") not in DTYPES or about.get("coding") not in CODINGS:
+        if not isinstance(about, dict) or str(about.get("dtype")) not in DTYPES or about.get("coding") not in CODINGS:
             fail(name, f"its description is not understood: {str(about)[:120]}")
-        dtype, coding = DTYPES[about["dtype"]], about["coding"]
+        dtype, coding = DTYPES[str(about["dtype"])], about["coding"]
         shape = check_shape(name, about.get("shape"), dtype.itemsize, left)
         size = math.prod(shape) * dtype.itemsize
         left -= size

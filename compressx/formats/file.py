@@ -232,7 +232,7 @@ def _leaves(listed: Any, arrays: dict[str, np.ndarray], max_bytes: int) -> tuple
         held, meta, format = about.get("arrays"), about.get("meta"), about.get("format")
         if not isinstance(held, dict) or not isinstance(meta, dict) or not isinstance(format, str):
             fail(entry, "its format, meta or arrays are missing")
-        if about.get("dtype") not in DTYPES:
+        if not isinstance(about.get("dtype"), str) or about["dtype"] not in DTYPES:
             fail(entry, f"dtype {str(about.get('dtype'))[:40]!r} is not one of {', '.join(DTYPES)}")
         shape = container.check_shape(entry, about.get("shape"), DTYPES[about["dtype"]].itemsize, left)
         taken = {key: _claim(arrays, name, entry) for key, name in held.items()}
