@@ -80,5 +80,3 @@ def find_state(opt_state: Any) -> RetrainState:
     if len(found) != 1:
         raise ValueError(f"expected one RetrainState in the optimizer state, found {len(found)}")
     return found[0]
-
-

@@ -16,7 +16,10 @@ RULES = [("w", cx.unstructured(keep=3) & cx.filters(keep=2))]
 
 def params() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
-    return {"w": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32), "b": jnp.asarray(rng.standard_normal(3), jnp.float32)}
+    return {
+        "w": jnp.asarray(rng.standard_normal((4, 3)), jnp.float32),
+        "b": jnp.asarray(rng.standard_normal(3), jnp.float32),
+    }
 
 
 def top(v: np.ndarray, k: int) -> np.ndarray:
@@ -126,7 +129,9 @@ def test_partition_gives_each_label_its_own() -> None:
 
 
 def test_inject_hyperparams_moves_rho_between_steps() -> None:
-    tx = optax.inject_hyperparams(lambda rho: cx.admm(RULES, rho=rho, every=2))(rho=lambda step: 0.1 * (step.astype(jnp.float32) + 1))
+    tx = optax.inject_hyperparams(lambda rho: cx.admm(RULES, rho=rho, every=2))(
+        rho=lambda step: 0.1 * (step.astype(jnp.float32) + 1)
+    )
     _, state = run(optax.chain(tx, optax.sgd(0.1)), steps=3)
     assert float(cx.find_admm_state(state).rho["w"]) == pytest.approx(0.3, rel=1e-5)
 
@@ -169,7 +174,6 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="rho must be positive, got -1"):
         cx.admm(RULES, rho=-1.0).init(params())
     with pytest.raises(ValueError, match="admm needs the parameters"):
-        tx = cx.admm(RULES)
-        tx.update(params(), tx.init(params()))
+        cx.admm(RULES).update(params(), cx.admm(RULES).init(params()))
     with pytest.raises(ValueError, match="expected one AdmmState"):
         cx.find_admm_state(optax.sgd(0.1).init(params()))

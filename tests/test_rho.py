@@ -50,7 +50,9 @@ def test_rtmobile_does_not_divide_by_a_zero_dual() -> None:
     assert follow(schedules.rtmobile(0.01), [(0.0, 0.0)]) == pytest.approx([0.01, 0.012])
 
 
-@pytest.mark.parametrize("make", [schedules.constant, schedules.staged, schedules.residual_balancing, schedules.rtmobile])
+@pytest.mark.parametrize(
+    "make", [schedules.constant, schedules.staged, schedules.residual_balancing, schedules.rtmobile]
+)
 def test_rho_must_be_positive(make: object) -> None:
     with pytest.raises(ValueError, match="rho must be positive, got -1"):
         make(-1.0)  # type: ignore[operator]

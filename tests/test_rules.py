@@ -95,7 +95,10 @@ def split() -> Any:
 TREES: dict[str, tuple[Any, str]] = {
     "linen": (linen, "params/kernel"),
     "nnx.split": (split, "kernel"),
-    "dataclass": (lambda: Net(Layer(jnp.ones((4, 3)), jnp.ones(3)), Layer(jnp.ones((3, 2)), jnp.ones(2))), "first/weight"),
+    "dataclass": (
+        lambda: Net(Layer(jnp.ones((4, 3)), jnp.ones(3)), Layer(jnp.ones((3, 2)), jnp.ones(2))),
+        "first/weight",
+    ),
     "dict": (tree, "a/kernel"),
     "haiku": (lambda: {"net/~/linear": {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}}, "net/~/linear/w"),
     "list": (lambda: [jnp.ones((4, 3)), [jnp.ones(3)]], "0"),

@@ -32,7 +32,9 @@ def test_entries_are_where_the_docstrings_say() -> None:
     assert views.gemm().to(w)[(i * kw + j) * cin + c, f] == value
     assert views.channels().to(w)[c, (i * kw + j) * cout + f] == value
     assert views.kernels().to(w)[c, f, i * kw + j] == value
-    assert views.blocks((4, 2)).to(w)[((i * kw + j) * cin + c) // 4, f // 2, ((i * kw + j) * cin + c) % 4, f % 2] == value
+    assert (
+        views.blocks((4, 2)).to(w)[((i * kw + j) * cin + c) // 4, f // 2, ((i * kw + j) * cin + c) % 4, f % 2] == value
+    )
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

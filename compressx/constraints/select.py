@@ -174,11 +174,10 @@ def _rank(scores: Array, axis: int) -> Array:
     return jnp.moveaxis(jnp.stack(rank, -1), -1, axis)
 
 
-def squares(w: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+def squares(w: Array, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Array:
     """Sums of squares in float32 (float64 for float64 leaves): the energy by which groups are ranked."""
     w = w if w.dtype == jnp.float64 else w.astype(jnp.float32)
-    return jnp.sum(jnp.square(w), axis=axis)
+    return jnp.sum(jnp.square(w), axis=axis, keepdims=keepdims)
 
 
 __all__ = ["squares", "top_k_mask", "top_k_masks"]
-

@@ -122,19 +122,22 @@ def filters(density: float | None = None, *, keep: int | None = None) -> Constra
 
     argmin_z ||z - w||_2  s.t. at most k filters of z are non-zero: the k filters of largest energy stay.
     """
-    view = views.gemm()
     return _groups(
         {"kind": "filters", "density": density, "keep": keep},
-        lambda w: squares(view.to(w), 0),
-        lambda chosen, w: jnp.broadcast_to(chosen, w.shape) if w.ndim == 1 else _last(chosen, w),
+        lambda w: _energy(w, -1),
+        lambda chosen, w: jnp.broadcast_to(chosen, w.shape),
         density,
         keep,
         "filters",
     )
 
 
-def _last(chosen: Array, w: Array) -> Array:
-    return jnp.broadcast_to(chosen.reshape((1,) * (w.ndim - 1) + chosen.shape), w.shape)
+def _energy(w: Array, *axes: int) -> Array:
+    """Energy along the given axes, summed over the others, dims kept: a reshape first would gather a sharded leaf."""
+    if w.ndim < 2:
+        raise ValueError(f"groups of positions, channels or filters need a weight of at least 2 axes, got {w.shape}")
+    held = {a % w.ndim for a in axes}
+    return squares(w, tuple(a for a in range(w.ndim) if a not in held), keepdims=True)
 
 
 def columns(density: float | None = None, *, keep: int | None = None) -> Constraint:
@@ -142,11 +145,10 @@ def columns(density: float | None = None, *, keep: int | None = None) -> Constra
 
     argmin_z ||z - w||_2  s.t. at most k rows of the GEMM view [P, F] are non-zero: the k rows of largest energy stay.
     """
-    view = views.gemm()
     return _groups(
         {"kind": "columns", "density": density, "keep": keep},
-        lambda w: squares(view.to(w), 1),
-        lambda chosen, w: jnp.broadcast_to(chosen.reshape(*w.shape[:-1], 1), w.shape),
+        lambda w: _energy(w, *range(w.ndim - 1)),
+        lambda chosen, w: jnp.broadcast_to(chosen, w.shape),
         density,
         keep,
         "positions",
@@ -158,11 +160,10 @@ def channels(density: float | None = None, *, keep: int | None = None) -> Constr
 
     argmin_z ||z - w||_2  s.t. at most k input channels of z are non-zero: the k of largest energy stay.
     """
-    view = views.channels()
     return _groups(
         {"kind": "channels", "density": density, "keep": keep},
-        lambda w: squares(view.to(w), 1),
-        lambda chosen, w: jnp.broadcast_to(chosen.reshape((1,) * (w.ndim - 2) + (-1, 1)), w.shape),
+        lambda w: _energy(w, -2),
+        lambda chosen, w: jnp.broadcast_to(chosen, w.shape),
         density,
         keep,
         "channels",

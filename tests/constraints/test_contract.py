@@ -138,7 +138,9 @@ def test_frozen_piece_contains_the_point_and_keeps_updates_inside(constraint: cx
         gradient = {"w": list(drawn)} if constraint.joint else {"w": drawn}
         updates, state = tx.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
-    masks = jax.tree.map(lambda m, p: bool(jnp.all(jnp.where(m, True, p == 0))), _mask(constraint, z, s), _value(params))
+    masks = jax.tree.map(
+        lambda m, p: bool(jnp.all(jnp.where(m, True, p == 0))), _mask(constraint, z, s), _value(params)
+    )
     assert all(jax.tree.leaves(masks))
 
 
