@@ -88,7 +88,25 @@ def metric(name: str | None) -> Callable[[float | None], str]:
     return percent if is_fraction(name) else number
 
 
-# The formats a table's column can name; "metric" stands for the summary's own metric.
+def for_key(key: str, metric_name: str | None = None) -> Callable[[Any], str]:
+    """How the value under a summary's dotted key is written, by the key's section."""
+    section = key.partition(".")[0]
+    if section == "metric":
+        return metric(metric_name)
+    by_section = {"rate": rate, "bytes": size, "latency_ms": milliseconds, "seconds": seconds, "violations": count}
+    return by_section.get(section, number)
+
+
+def spread(write: Callable[[Any], str], mean: float, deviation: float) -> str:
+    """ "99.21 ± 0.03 %": the unit once where both have the same."""
+    middle, around = write(mean), write(deviation)
+    for unit in (" %", "×", " ms", " s"):
+        if middle.endswith(unit) and around.endswith(unit):
+            return f"{middle.removesuffix(unit)} ± {around}"
+    return f"{middle} ± {around}"
+
+
+# The formats a table's column can name; without a name the key decides (`for_key`).
 FORMATS: Mapping[str, Callable[[Any], str]] = {
     "percent": percent,
     "rate": rate,

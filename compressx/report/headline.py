@@ -61,7 +61,7 @@ def paper(summary: Mapping[str, Any]) -> tuple[str, str, str, str]:
         name = summary["metric"]["name"]
         words = f"{name or 'metric'}, {quantity.removeprefix('metric.').replace('_', ' ')}"
         return words, fmt.metric(name)(value), fmt.metric(name)(ours), difference(ours, value, name)
-    write = fmt.rate if quantity in _RATES else fmt.size if quantity.startswith("bytes.") else fmt.number
+    write = fmt.for_key(quantity)
     gap = f"{ours - value:+.4g}" if ours != value else "none"
     return _RATES.get(quantity, quantity), write(value), write(ours), gap.replace("-", "−")
 

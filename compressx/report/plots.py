@@ -42,7 +42,7 @@ def lines(
         _axes(ax, ylabel, xlabel, percent)
         if logx:
             style.log_scale(ax, "x")
-        ax.set_title(title + _note_zeros(dropped), pad=_pad(phases))
+        ax.set_title(title + _note_zeros(dropped))
         style.shade_phases([ax], phases)
     return Path(path)
 
@@ -74,7 +74,7 @@ def training(
             positive = all(np.all(np.asarray(y)[np.isfinite(y)] > 0) for _, y in curves.values())
             _draw(ax, curves, log=ylabel == "loss" and positive, marks=False)
             _axes(ax, ylabel, "step" if ax is axes[-1] else "", as_percent)
-        axes[0].set_title(" and ".join(y for _, y, _ in panels).capitalize() + " over steps", pad=_pad(phases))
+        axes[0].set_title(" and ".join(y for _, y, _ in panels).capitalize() + " over steps")
         fig.align_ylabels()
         style.shade_phases(axes.tolist(), phases)
     return Path(path)
@@ -92,7 +92,7 @@ def residuals(
         for ax, (name, curves) in zip(axes, both, strict=True):
             dropped += _draw(ax, curves, log=True, marks=False, legend=ax is axes[0])
             _axes(ax, name, "step" if ax is axes[-1] else "", False)
-        axes[0].set_title("Residuals per leaf" + _note_zeros(dropped), pad=_pad(phases))
+        axes[0].set_title("Residuals per leaf" + _note_zeros(dropped))
         fig.align_ylabels()
         style.shade_phases(axes.tolist(), phases)
     return Path(path)
@@ -166,7 +166,7 @@ def bars(path: PathLike, names: Sequence[str], values: Sequence[float], *, title
         drawn = ax.barh(np.arange(len(names)), values, color=style.BLUE, height=0.62)
         ax.bar_label(drawn, [f" {value:,.4g}" for value in values], fontsize=9)
         ax.set_yticks(np.arange(len(names)), [style.short_name(name) for name in names])
-        ax.invert_yaxis()
+        ax.set_ylim(len(names) - 0.4, -0.6)
         ax.margins(x=0.15)
         ax.grid(axis="y", visible=False)
         ax.set_xlabel(xlabel)
@@ -184,10 +184,6 @@ def _need(curves: Mapping[str, Curve], path: PathLike) -> None:
 
 def _same(a: Curve, b: Curve) -> bool:
     return np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1], equal_nan=True)
-
-
-def _pad(phases: Sequence[Phase]) -> float:
-    return 34.0 if phases else 8.0  # room for two rows of names
 
 
 def _note_zeros(dropped: int) -> str:

@@ -19,7 +19,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from matplotlib.transforms import blended_transform_factory
 
 from compressx.report.metrics import Phase
 
@@ -30,6 +29,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 BLUE, RED, GREEN, GREY, PALE = COLOURS[0], COLOURS[1], COLOURS[2], "#6b7280", "#cbd5e1"
+ROW = 12.5  # points between two rows of phase names
 WIDTH = 7.0  # inches; shown 700 px wide, a point of type is 1.4 px
 DPI = 200
 
@@ -85,7 +85,7 @@ def figure(path: PathLike, height: float, width: float = WIDTH) -> Iterator[Figu
 
 
 def shade_phases(axes: Sequence[Axes], phases: Sequence[Phase]) -> None:
-    """Shades the phases behind the curves and writes their names above the first axes, in two rows if they would touch.
+    """Shades the phases behind the curves and writes their names above the first axes, in as many rows as they need.
 
     A phase of one step is drawn as a line. Each band reaches to the first step of the next phase. The axes keep to the
     steps that have data; phases outside are left out.
@@ -139,7 +139,7 @@ def short_name(path: str) -> str:
 def _power(value: float) -> str:
     """10000 -> "10⁴", 1 -> "1", 0.01 -> "0.01"."""
     exponent = math.log10(value) if value > 0 else 0.5
-    if abs(exponent - round(exponent)) > 1e-9 or -2 <= round(exponent) <= 3:
+    if abs(exponent - round(exponent)) > 1e-9 or -3 <= round(exponent) <= 3:
         return f"{value:,.10g}"
     return "10" + str(round(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
@@ -147,40 +147,41 @@ def _power(value: float) -> str:
 def _phase_colours(phases: Sequence[Phase]) -> Mapping[str, str]:
     colours: dict[str, str] = {}
     for phase in phases:
-        known = sum(name not in _PHASE_COLOURS for name in colours)
-        spare = _SPARE_PHASE_COLOURS[known % len(_SPARE_PHASE_COLOURS)]
-        colours.setdefault(phase.name, _PHASE_COLOURS.get(phase.name, spare))
+        if phase.name in colours:
+            continue
+        known = next((c for kind, c in _PHASE_COLOURS.items() if phase.name.startswith(kind)), None)  # also "admm2"
+        spare = sum(colour in _SPARE_PHASE_COLOURS for colour in colours.values())
+        colours[phase.name] = known or _SPARE_PHASE_COLOURS[spare % len(_SPARE_PHASE_COLOURS)]
     return colours
 
 
 def _name_phases(ax: Axes, phases: Sequence[Phase], first: float, last: float) -> None:
-    place = blended_transform_factory(ax.transData, ax.transAxes)
-    canvas = ax.get_figure(root=True)
-    if canvas is None:
+    figure = ax.get_figure(root=True)
+    if figure is None:
         return
-    canvas.draw_without_rendering()  # settles the layout, so that the widths of the names are known
+    figure.draw_without_rendering()  # settles the layout, so that the widths of the names are known
     left, right = ax.get_window_extent().x0, ax.get_window_extent().x1
-    ends = [left - 1.0, left - 1.0]  # how far each row of names is taken, in pixels
+    ends: list[float] = []  # how far each row of names is taken, in pixels
     for i, phase in enumerate(phases):
         stop = phases[i + 1].first if i + 1 < len(phases) else phase.last
         start, end = max(float(phase.first), first), min(float(stop), last)
         if start > end or (start == end and phase.first < stop):
             continue
-        name = ax.text(
-            (start + end) / 2,
-            1.015,
+        name = ax.annotate(
             phase.name,
-            transform=place,
+            ((start + end) / 2, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0.0, 4.0),
+            textcoords="offset points",
             ha="center",
             va="bottom",
             fontsize=9,
             color="#374151",
         )
+        name.set_in_layout(False)
         box = name.get_window_extent()
         shift = max(0.0, left - box.x0) - max(0.0, box.x1 - right)  # a name at the edge is drawn inwards
-        row = 0 if box.x0 + shift > ends[0] + 6 else 1
-        if shift:
-            name.set_x(ax.transData.inverted().transform((box.x0 + box.width / 2 + shift, 0))[0])
-        if row:
-            name.set_y(1.085)
-        ends[row] = box.x1 + shift
+        row = next((r for r, taken in enumerate(ends) if box.x0 + shift > taken + 0.03 * DPI), len(ends))
+        ends[row : row + 1] = [box.x1 + shift]
+        name.set_position((shift * 72 / DPI, 4.0 + ROW * row))
+    ax.set_title(ax.get_title(loc="left"), pad=8 + ROW * len(ends))

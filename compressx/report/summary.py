@@ -82,6 +82,15 @@ def make_summary(**fields: Any) -> dict[str, Any]:
     return check_summary(given)
 
 
+def own_summary(driver: str, variant: str, block: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
+    """A summary of the driver's own block alone, every shared figure null: what a benchmark has to say.
+
+    In the tables a number measured many times is `{"median": .., "low": .., "high": ..}`.
+    """
+    empty = {key: None for key in SCHEMA if key not in ("driver", "variant", "seed")}
+    return make_summary(driver=driver, variant=variant, seed=seed, **empty, **{driver: block})
+
+
 def check_summary(summary: Mapping[str, Any], where: str = "summary") -> dict[str, Any]:
     """Checks a summary against the schema and returns it as a plain dict in the schema's order.
 

@@ -61,7 +61,7 @@ def kept_weights(path: PathLike, names: Sequence[str], kept: Sequence[int], tota
         style.log_scale(ax, "x")
         ax.set_xlim(floor, max(max(total[i] for i in rows), 1) * 1.3)
         ax.set_yticks(where, [style.short_name(names[i]) for i in rows])
-        ax.invert_yaxis()
+        ax.set_ylim(len(rows) - 0.4, -0.6)
         for y, i in zip(where, rows, strict=True):
             share = f"{100 * kept[i] / total[i]:.3g} %" if total[i] else "empty"
             ax.annotate(
@@ -143,9 +143,9 @@ def _histogram(ax: Axes, leaf: str, before: np.ndarray, after: np.ndarray, bins:
     edges = np.linspace(-reach, reach, bins + 1).tolist()
     ax.hist(before[before != 0], edges, color=style.PALE, label="before")
     ax.hist(after[after != 0], edges, histtype="stepfilled", color=style.RED, alpha=0.75, label="after")
+    highest = max(np.histogram(w[w != 0], edges)[0].max() for w in (before, after))
+    ax.set_ylim(0.8, max(2.0, 1.6 * highest))
     style.log_scale(ax, "y")
-    top = max(2.0, ax.get_ylim()[1])
-    ax.set_ylim(0.8, top)
     ax.set_title(style.short_name(leaf), fontsize=10)
     zeros = [int(np.count_nonzero(w == 0)) for w in (before, after)]
     ax.set_xlabel(f"zeros: {zeros[0]:,} before, {zeros[1]:,} after, of {before.size:,}", fontsize=8.5)

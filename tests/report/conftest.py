@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from compressx.report import run
 from compressx.report import summary as summaries
 from compressx.report.layers import Layer
-from compressx.report.metrics import MetricsWriter
+from compressx.report.metrics import MetricsWriter, read_metrics
 
 SHAPES = {
     "params/Conv_0/kernel": (5, 5, 1, 20),
@@ -45,7 +46,7 @@ def sample_summary(**changes):
         "machine": {"system": "Linux x86_64", "processor": "A CPU", "cores": 2, "memory_bytes": 8 * 2**30},
         "versions": {"python": "3.11.2", "jax": "0.10.2"},
     }
-    own = changes.pop("cnn", {"run": run})
+    own = changes.pop(changes.get("driver", "cnn"), {"run": run})
     for key, value in changes.items():
         outer, _, inner = key.partition("__")
         if inner:
@@ -99,6 +100,14 @@ def sample_layers(after):
         for leaf, w in after.items()
     ]  # fmt: skip
     return [*layers, Layer("params/Dense_1/bias", (10,), None, 10, 10, 40, 40)]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """The standard plots of the sample run, at full size."""
+    folder = tmp_path_factory.mktemp("sample")
+    records = read_metrics(write_sample_metrics(folder / "metrics.jsonl"))
+    return run.standard_pictures(folder / "plots", records, *sample_weights())
 
 
 @pytest.fixture
