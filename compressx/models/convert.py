@@ -18,6 +18,18 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 _TORCH_COUNTER = ".num_batches_tracked"  # PyTorch's step counter in each BatchNorm; it has no part in the function
 _MAX_BYTES = 1 << 30  # 300 times ResNet-56: more than that in one archive is a mistake or an attack
 
+# What numpy, zipfile and zlib raise on damaged or foreign files.
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ValueError,
+    OSError,
+    EOFError,
+    MemoryError,
+    KeyError,
+    NotImplementedError,
+)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file or the key, what it holds and what was expected."""
@@ -66,7 +78,7 @@ def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 arrays[key] = archive[key]
     except CheckpointError:
         raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, MemoryError, KeyError, NotImplementedError) as e:
+    except _UNREADABLE as e:
         raise CheckpointError(f"{name}: not a readable .npz checkpoint: {type(e).__name__}: {e}") from e
     for key, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
@@ -86,7 +98,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], template: Any) -> dict[str, Any
       A tree like the template, with float32 arrays.
 
     Raises:
-      CheckpointError: keys missing or left over, a wrong shape, a type other than float32, or values that are not finite.
+      CheckpointError: keys missing or left over, a wrong shape, a type other than float32, or a value not finite.
     """
     wanted = {torch_name(path): (path, leaf) for path, leaf in traverse_util.flatten_dict(template).items()}
     given = {key: array for key, array in arrays.items() if not key.endswith(_TORCH_COUNTER)}

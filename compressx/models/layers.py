@@ -1,14 +1,17 @@
-"""Layers that are flax's own in name and in value, in the formulation that is fastest where they run."""
+"""Layers with the names and values of flax's own, in the formulation that is fastest where they run."""
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Padding = str | Sequence[tuple[int, int]]
+from compressx.models import native
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 def widen(channels: int, width: float) -> int:
@@ -18,34 +21,135 @@ def widen(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
-def _im2col(x, kernel, strides, padding):
+def im2col(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, precision: Any = None) -> jax.Array:
+    """Convolution as one matrix product of all patches with the kernel.
+
+    Args:
+      x: `[n, h, w, cin]`.
+      kernel: `[kh, kw, cin, cout]`.
+      strides: rows, columns.
+      pads: zeros before and after, per axis.
+      precision: of the product.
+
+    Returns:
+      `[n, oh, ow, cout]`.
+    """
     kh, kw, cin, cout = kernel.shape
-    pads = lax.padtype_to_pads(x.shape[1:3], (kh, kw), strides, padding) if isinstance(padding, str) else padding
-    x = jnp.pad(x, ((0, 0), tuple(pads[0]), tuple(pads[1]), (0, 0)))
-    n, h, w, _ = x.shape
     sh, sw = strides
-    oh, ow = (h - kh) // sh + 1, (w - kw) // sw + 1
-    patches = jnp.concatenate(
-        [x[:, i : i + sh * (oh - 1) + 1 : sh, j : j + sw * (ow - 1) + 1 : sw] for i in range(kh) for j in range(kw)], axis=-1
-    )
-    return (patches.reshape(-1, kh * kw * cin) @ kernel.reshape(-1, cout)).reshape(n, oh, ow, cout)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    oh, ow = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
+    ends = sh * (oh - 1) + 1, sw * (ow - 1) + 1
+    shifted = [x[:, i : i + ends[0] : sh, j : j + ends[1] : sw] for i in range(kh) for j in range(kw)]
+    return jnp.tensordot(jnp.concatenate(shifted, -1), kernel.reshape(-1, cout), 1, precision=precision)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads) -> jax.Array:
+    """Convolution of each channel with its own filter, as a sum of shifted products.
+
+    Args:
+      x: `[n, h, w, c]`.
+      kernel: `[kh, kw, 1, c]`.
+      strides: rows, columns.
+      pads: zeros before and after, per axis.
+
+    Returns:
+      `[n, oh, ow, c]`.
+    """
+    kh, kw, _, _ = kernel.shape
+    sh, sw = strides
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    oh, ow = (x.shape[1] - kh) // sh + 1, (x.shape[2] - kw) // sw + 1
+    ends = sh * (oh - 1) + 1, sw * (ow - 1) + 1
+    taps = [(i, j) for i in range(kh) for j in range(kw)]
+    terms = [x[:, i : i + ends[0] : sh, j : j + ends[1] : sw] * kernel[i, j, 0][None, None, None] for i, j in taps]
+    return sum(terms[1:], start=terms[0])
+
+
+def formulation(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, groups: int, plain: bool) -> str:
+    """Names the fastest way to convolve these shapes here: `native`, `im2col`, `depthwise` or `lax`.
+
+    On GPU and TPU, and wherever dilation or grouping is general, it is XLA's convolution. On the CPU
+    `benchmarks/training.py --layers` measures the choices.
+    """
+    kh, kw, cin, cout = kernel.shape
+    if jax.default_backend() != "cpu" or not plain:
+        return "lax"
+    if groups == cout == x.shape[-1] and cin == 1:
+        return "depthwise"
+    if groups != 1:
+        return "lax"
+    if (kh, kw) == (1, 1):
+        return "im2col"  # no patches to make: it is the matrix product itself
+    short_pads = max(pads[0]) < kh and max(pads[1]) < kw
+    if x.dtype == kernel.dtype == jnp.float32 and strides[0] == strides[1] and short_pads and native.enabled():
+        return "native"
+    return "lax" if (kh, kw) == (3, 3) and cin >= 16 else "im2col"
 
 
 def convolve(
-    lhs, rhs, window_strides, padding, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
-    feature_group_count=1, precision=None,
-):
-    kh, kw, _, _ = rhs.shape
-    plain = feature_group_count == 1 and set(lhs_dilation or (1,)) == {1} and set(rhs_dilation or (1,)) == {1}
-    if jax.default_backend() == "cpu" and plain and (kh * kw not in (9,) or lhs.shape[1] <= 8):
-        return _im2col(lhs, rhs, tuple(window_strides), padding)
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+) -> jax.Array:
+    """Is `lax.conv_general_dilated` for NHWC images and HWIO kernels, in the fastest `formulation`.
+
+    Results agree with `lax` to float tolerance, gradients of any order included.
+
+    Args:
+      lhs: `[n, h, w, cin]`.
+      rhs: `[kh, kw, cin / groups, cout]`.
+      window_strides: rows, columns.
+      padding: `SAME`, `VALID` or zeros before and after per axis.
+      lhs_dilation: as in lax.
+      rhs_dilation: as in lax.
+      dimension_numbers: passed on; anything but NHWC, HWIO, NHWC is left to lax.
+      feature_group_count: groups.
+      precision: as in lax.
+
+    Returns:
+      `[n, oh, ow, cout]`.
+    """
+    plain = lhs.ndim == 4 and set(lhs_dilation or (1,)) == {1} and set(rhs_dilation or (1,)) == {1}
+    if plain:
+        numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        plain = numbers == lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+    how = "lax"
+    if plain:
+        strides = (window_strides[0], window_strides[1])
+        named = isinstance(padding, str)
+        pairs = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding) if named else padding
+        pads = ((pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[1][1]))
+        fits = min(*pads[0], *pads[1]) >= 0 and all(
+            size + sum(pad) >= k for size, pad, k in zip(lhs.shape[1:3], pads, rhs.shape[:2], strict=True)
+        )
+        how = formulation(lhs, rhs, strides, pads, feature_group_count, fits)
+    if how == "native":
+        return native.conv(lhs, rhs, strides[0], pads)
+    if how == "im2col":
+        return im2col(lhs, rhs, strides, pads, precision)
+    if how == "depthwise":
+        return depthwise(lhs, rhs, strides, pads)
     return lax.conv_general_dilated(
-        lhs, rhs, window_strides, padding, lhs_dilation=lhs_dilation, rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers, feature_group_count=feature_group_count, precision=precision,
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
     )
 
 
 Conv = partial(nn.Conv, conv_general_dilated=convolve)
+"""`flax.linen.Conv`, parameters `kernel` `[kh, kw, cin / groups, cout]` and `bias` `[cout]`, computed by `convolve`."""
 
 
 class BatchNorm(nn.Module):
@@ -63,13 +167,12 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Normalises `[..., c]`; with `train`, by the batch, and `batch_stats` must be mutable."""
-        channels = x.shape[-1:]
+        channels, axes = x.shape[-1:], tuple(range(x.ndim - 1))
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
         if train:
-            axes = tuple(range(x.ndim - 1))
             mean = x.mean(axes)
             var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0.0)
             if not self.is_initializing():
@@ -78,16 +181,32 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         gain = scale * lax.rsqrt(var + self.epsilon)
-        return x * jnp.expand_dims(gain, tuple(range(x.ndim - 1))) + jnp.expand_dims(
-            bias - mean * gain, tuple(range(x.ndim - 1))
-        )
+        return x * jnp.expand_dims(gain, axes) + jnp.expand_dims(bias - mean * gain, axes)
 
 
-def max_pool(x, window, strides=None, padding="VALID"):
+def max_pool(
+    x: jax.Array,
+    window: tuple[int, int],
+    strides: tuple[int, int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+) -> jax.Array:
+    """The largest value of each window.
+
+    Windows that do not overlap and need no padding are reshaped and reduced: XLA's gradient of `reduce_window` is slow
+    on the CPU. Equal values of such a window share the gradient evenly.
+
+    Args:
+      x: `[n, h, w, c]`.
+      window: rows, columns.
+      strides: rows, columns; the window where None.
+      padding: `SAME`, `VALID` or pairs per axis; padding never wins.
+
+    Returns:
+      `[n, oh, ow, c]`.
+    """
     strides = strides or window
-    (h, w), (kh, kw) = x.shape[1:3], window
-    if tuple(strides) == tuple(window) and padding == "VALID":
-        x = x[:, : h // kh * kh, : w // kw * kw]
-        x = x.reshape(x.shape[0], h // kh, kh, w // kw, kw, -1)
-        return x.max(axis=(2, 4))
-    return nn.max_pool(x, window, strides, padding)
+    if strides != window or padding != "VALID":
+        return nn.max_pool(x, window, strides, padding)
+    (n, h, w, c), (kh, kw) = x.shape, window
+    x = x[:, : h // kh * kh, : w // kw * kw]
+    return x.reshape(n, h // kh, kh, w // kw, kw, c).max(axis=(2, 4))

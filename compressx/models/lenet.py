@@ -13,7 +13,7 @@ class LeNet300(nn.Module):
 
     266,610 parameters for 28x28 inputs and ten classes.
 
-    Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998, section III.C.
+    Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998, III.C.
     """
 
     classes: int = 10
@@ -34,7 +34,7 @@ class LeNet5(nn.Module):
 
     61,706 parameters for 28x28 inputs and ten classes.
 
-    Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998, section II.B.
+    Source: LeCun, Bottou, Bengio, Haffner, "Gradient-based learning applied to document recognition", 1998, II.B.
     """
 
     classes: int = 10
@@ -59,7 +59,7 @@ class LeNet5Caffe(nn.Module):
 
     430,500 weights and 580 biases for 28x28x1 inputs and ten classes. No activation follows the convolutions.
 
-    Source: the `lenet` example of Caffe (Jia et al., "Caffe: Convolutional Architecture for Fast Feature Embedding", 2014).
+    Source: the `lenet` example of Jia et al., "Caffe: Convolutional Architecture for Fast Feature Embedding", 2014.
     """
 
     classes: int = 10

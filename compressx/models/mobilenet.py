@@ -44,7 +44,7 @@ class ConvNorm(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expands by 1x1, filters each channel by 3x3, projects by 1x1 without activation: `expand`, `depthwise`, `project`."""
+    """Expands by 1x1, filters each channel by 3x3, projects by 1x1: `expand`, `depthwise`, `project`."""
 
     features: int
     stride: int
@@ -69,7 +69,7 @@ class MobileNetV2(nn.Module):
     for 32x32 images. `dropout` acts before the classifier while training (the paper's code: 0.2) and needs
     `rngs={"dropout": key}`.
 
-    Source: Sandler, Howard, Zhu, Zhmoginov, Chen, "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, table 2.
+    Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, table 2.
     """
 
     classes: int = 1000

@@ -15,7 +15,7 @@ class VGG16(nn.Module):
     `head="imagenet"` is the published one, `f1`, `f2` (4096 units each) and `f3`: 138,357,544 parameters for 224x224x3
     inputs and 1000 classes without batch normalisation. With it (`bn0` ... `bn12`) the convolutions drop their bias,
     which the normalisation would cancel, and the count is 138,361,768. `head="cifar"` is one dense layer `f1`.
-    `dropout` acts on `f1` and `f2` of the ImageNet head while training (the paper: 0.5) and needs `rngs={"dropout": key}`.
+    `dropout` acts on `f1` and `f2` of the ImageNet head while training (the paper: 0.5), with `rngs={"dropout": key}`.
 
     Source: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2014, table 1, D;
     batch normalisation: Ioffe, Szegedy, 2015.
@@ -33,7 +33,7 @@ class VGG16(nn.Module):
         if self.head not in ("cifar", "imagenet"):
             raise ValueError(f"head is 'cifar' or 'imagenet', got {self.head!r}")
         if min(x.shape[1:3]) < 32:
-            raise ValueError(f"VGG-16 halves its input five times and needs images of 32x32 or more, got shape {x.shape}")
+            raise ValueError(f"VGG-16 halves images five times and needs 32x32 or more, got shape {x.shape}")
         index = 0
         for stage in _STAGES:
             for features in stage:

@@ -1,0 +1,296 @@
+// Direct convolution and its weight gradient, float32, NHWC, as XLA FFI handlers.
+//
+// The reduction over (kx, cin) of one kernel row runs over consecutive floats of an image row, so both kernels see it as
+// one axis `q` of length kw * cin and need no patches. A tile keeps T x R vector registers of sums: T positions by R
+// vectors of output channels. The rest is copying: an image into a frame of zeros, channels padded to whole vectors.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kTile1 = 16, kTile2 = 8, kTile4 = 6;  // 32 registers
+#else
+constexpr int kLanes = 8, kTile1 = 8, kTile2 = 4, kTile4 = 2;  // 16 registers
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+
+// Runs f(0) ... f(n - 1) on the pool and the calling thread. Waits for tasks that have begun only, so that a busy pool
+// costs speed and never a deadlock.
+void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) {
+  struct Work {
+    std::function<void(int64_t)> f;
+    int64_t n;
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all;
+  };
+  auto work = std::make_shared<Work>();
+  work->f = std::move(f);
+  work->n = n;
+  auto run = [work] {
+    int64_t mine = 0;
+    for (int64_t i; (i = work->next++) < work->n; ++mine) work->f(i);
+    std::lock_guard<std::mutex> lock(work->mutex);
+    work->done += mine;
+    if (work->done == work->n) work->all.notify_all();
+  };
+  for (int64_t i = std::min(pool.num_threads(), n) - 1; i > 0; --i) pool.Schedule([run] { run(); });
+  run();
+  std::unique_lock<std::mutex> lock(work->mutex);
+  work->all.wait(lock, [&] { return work->done == work->n; });
+}
+
+struct Shape {
+  int64_t h, w, ci, kh, kw, oh, ow, co, stride, top, left, dilation;
+  int64_t frame_h() const { return (oh - 1) * stride + kh; }
+  int64_t frame_w() const { return (ow - 1) * stride + kw; }
+  int64_t q() const { return kw * ci; }                                       // reduction within one kernel row
+  int64_t padded() const { return (co + kLanes - 1) / kLanes * kLanes; }      // output channels in whole vectors
+};
+
+// Puts an image into a frame of zeros, rows and columns `dilation` apart; returns the image itself where it fills it.
+const float* Frame(const Shape& s, const float* x, std::vector<float>& frame) {
+  const int64_t fh = s.frame_h(), fw = s.frame_w();
+  if (s.top == 0 && s.left == 0 && s.dilation == 1 && fh == s.h && fw == s.w) return x;
+  frame.assign(fh * fw * s.ci, 0.f);
+  for (int64_t i = 0; i < s.h; ++i) {
+    const int64_t fi = s.top + i * s.dilation;
+    if (fi < 0 || fi >= fh) continue;
+    const float* from = x + i * s.w * s.ci;
+    float* to = frame.data() + fi * fw * s.ci;
+    if (s.dilation == 1) {
+      const int64_t first = std::max<int64_t>(0, -s.left), last = std::min(s.w, fw - s.left);
+      if (last > first) std::memcpy(to + (s.left + first) * s.ci, from + first * s.ci, (last - first) * s.ci * 4);
+    } else {
+      for (int64_t j = 0; j < s.w; ++j) {
+        const int64_t fj = s.left + j * s.dilation;
+        if (fj >= 0 && fj < fw) std::memcpy(to + fj * s.ci, from + j * s.ci, s.ci * 4);
+      }
+    }
+  }
+  return frame.data();
+}
+
+// Copies `rows` rows of `co` floats to rows of `padded` floats, zeros after.
+const float* PadRows(const float* from, int64_t rows, int64_t co, int64_t padded, std::vector<float>& to) {
+  if (co == padded) return from;
+  to.assign(rows * padded, 0.f);
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(to.data() + i * padded, from + i * co, co * 4);
+  return to.data();
+}
+
+// T neighbouring outputs of one row, R vectors of channels from `c` on.
+template <int T, int R>
+void ConvTile(const Shape& s, const float* x, const float* w, float* y, int64_t c) {
+  const int64_t row = s.frame_w() * s.ci, step = s.stride * s.ci, q = s.q(), wide = s.padded();
+  Vec acc[T][R] = {};
+  for (int64_t ky = 0; ky < s.kh; ++ky) {
+    const float* xr = x + ky * row;
+    for (int64_t j = 0; j < q; ++j, w += wide) {
+      Vec wv[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) wv[r] = Load(w + r * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        const float value = xr[t * step + j];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[t][r] += value * wv[r];
+      }
+    }
+  }
+  const int64_t channels = std::min<int64_t>(R * kLanes, s.co - c);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+    Vec sums[R];  // a copy, so that `acc` itself stays in registers
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[r] = acc[t][r];
+    std::memcpy(y + t * s.co, sums, channels * 4);
+  }
+}
+
+// Sums x[pixel, q0 + t] * g[pixel, c + r] over the pixels of an image, for T values of q and R vectors of channels.
+template <int T, int R>
+void GradTile(const Shape& s, const float* x, const float* g, float* dw) {
+  const int64_t row = s.frame_w() * s.ci * s.stride, step = s.stride * s.ci, wide = s.padded();
+  Vec acc[T][R] = {};
+  for (int64_t oy = 0; oy < s.oh; ++oy) {
+    const float* xr = x + oy * row;
+    for (int64_t ox = 0; ox < s.ow; ++ox, xr += step, g += wide) {
+      Vec gv[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) gv[r] = Load(g + r * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        const float value = xr[t];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[t][r] += value * gv[r];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec* to = reinterpret_cast<Vec*>(dw + t * wide + r * kLanes);
+      *to = *to + acc[t][r];
+    }
+  }
+}
+
+// Cuts `length` into near-equal pieces of at most Max and calls f(start, piece) with the piece as a constant.
+template <int Max, template <int> class F, class... Args>
+void Pieces(int64_t length, Args&&... args) {
+  const int64_t pieces = (length + Max - 1) / Max;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t start = length * i / pieces;
+    F<Max>::Call(static_cast<int>(length * (i + 1) / pieces - start), start, args...);
+  }
+}
+
+template <int R>
+struct Conv {
+  template <int T>
+  struct Tile {
+    static void Call(int size, int64_t start, const Shape& s, const float* x, const float* w, float* y, int64_t c) {
+      if (size == T) {
+        ConvTile<T, R>(s, x + start * s.stride * s.ci, w, y + start * s.co, c);
+      } else if constexpr (T > 1) {
+        Tile<T - 1>::Call(size, start, s, x, w, y, c);
+      }
+    }
+  };
+};
+
+template <int R>
+struct Grad {
+  template <int T>
+  struct Tile {
+    static void Call(int size, int64_t start, const Shape& s, const float* x, const float* g, float* dw) {
+      if (size == T) {
+        GradTile<T, R>(s, x + start, g, dw + start * s.padded());
+      } else if constexpr (T > 1) {
+        Tile<T - 1>::Call(size, start, s, x, g, dw);
+      }
+    }
+  };
+};
+
+// Calls f(first vector, number of vectors) for blocks of 4, 2 and 1 vectors of output channels.
+template <class F>
+void Blocks(int64_t vectors, F f) {
+  for (int64_t v = 0; v < vectors;) {
+    const int64_t size = vectors - v >= 4 ? 4 : vectors - v >= 2 ? 2 : 1;
+    f(v * kLanes, size);
+    v += size;
+  }
+}
+
+void ConvImage(const Shape& s, const float* x, const float* w, float* y) {
+  const int64_t row = s.frame_w() * s.ci;
+  Blocks(s.padded() / kLanes, [&](int64_t c, int64_t size) {
+    for (int64_t oy = 0; oy < s.oh; ++oy) {
+      const float* xr = x + oy * s.stride * row;
+      float* yr = y + oy * s.ow * s.co + c;
+      if (size == 4) Pieces<kTile4, Conv<4>::Tile>(s.ow, s, xr, w + c, yr, c);
+      if (size == 2) Pieces<kTile2, Conv<2>::Tile>(s.ow, s, xr, w + c, yr, c);
+      if (size == 1) Pieces<kTile1, Conv<1>::Tile>(s.ow, s, xr, w + c, yr, c);
+    }
+  });
+}
+
+void GradImage(const Shape& s, const float* x, const float* g, float* dw) {
+  const int64_t row = s.frame_w() * s.ci, wide = s.padded();
+  Blocks(wide / kLanes, [&](int64_t c, int64_t size) {
+    for (int64_t ky = 0; ky < s.kh; ++ky) {
+      float* to = dw + ky * s.q() * wide + c;
+      if (size == 4) Pieces<kTile4, Grad<4>::Tile>(s.q(), s, x + ky * row, g + c, to);
+      if (size == 2) Pieces<kTile2, Grad<2>::Tile>(s.q(), s, x + ky * row, g + c, to);
+      if (size == 1) Pieces<kTile1, Grad<1>::Tile>(s.q(), s, x + ky * row, g + c, to);
+    }
+  });
+}
+
+using Array = ffi::Buffer<ffi::F32, 4>;
+using Out = ffi::Result<Array>;
+
+ffi::Error ConvHandler(ffi::ThreadPool pool, Array x, Array k, Out y, int64_t stride, int64_t top, int64_t left,
+                       int64_t dilation) {
+  const auto xd = x.dimensions(), kd = k.dimensions(), yd = y->dimensions();
+  const Shape s{xd[1], xd[2], xd[3], kd[0], kd[1], yd[1], yd[2], yd[3], stride, top, left, dilation};
+  if (kd[2] != s.ci || kd[3] != s.co || yd[0] != xd[0]) return ffi::Error::InvalidArgument("convolution: shapes disagree");
+  std::vector<float> packed;
+  const float* w = PadRows(k.typed_data(), s.kh * s.q(), s.co, s.padded(), packed);
+  const float* from = x.typed_data();
+  float* to = y->typed_data();
+  Parallel(pool, xd[0], [=, &s](int64_t i) {
+    thread_local std::vector<float> frame;
+    ConvImage(s, Frame(s, from + i * s.h * s.w * s.ci, frame), w, to + i * s.oh * s.ow * s.co);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error GradHandler(ffi::ThreadPool pool, Array x, Array g, Out dk, int64_t stride, int64_t top, int64_t left,
+                       int64_t dilation) {
+  const auto xd = x.dimensions(), gd = g.dimensions(), kd = dk->dimensions();
+  const Shape s{xd[1], xd[2], xd[3], kd[0], kd[1], gd[1], gd[2], gd[3], stride, top, left, dilation};
+  if (kd[2] != s.ci || kd[3] != s.co || gd[0] != xd[0]) return ffi::Error::InvalidArgument("weight gradient: shapes disagree");
+  // The sum over images is cut into parts by its size alone, so that the result does not depend on the threads.
+  const int64_t n = xd[0], rows = s.kh * s.q(), wide = s.padded(), size = rows * wide;
+  const int64_t parts = std::max<int64_t>(1, std::min({n, int64_t{16}, (int64_t{1} << 23) / std::max<int64_t>(1, size)}));
+  std::vector<float> sums(parts * size, 0.f);
+  const float *from = x.typed_data(), *cotangent = g.typed_data();
+  float* partial = sums.data();
+  Parallel(pool, parts, [=, &s](int64_t part) {
+    thread_local std::vector<float> frame, padded;
+    for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) {
+      const float* image = Frame(s, from + i * s.h * s.w * s.ci, frame);
+      const float* gi = PadRows(cotangent + i * s.oh * s.ow * s.co, s.oh * s.ow, s.co, wide, padded);
+      GradImage(s, image, gi, partial + part * size);
+    }
+  });
+  for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
+  }
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(dk->typed_data() + i * s.co, partial + i * wide, s.co * 4);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxConv, ConvHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("top")
+                                  .Attr<int64_t>("left")
+                                  .Attr<int64_t>("dilation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxConvGrad, GradHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("top")
+                                  .Attr<int64_t>("left")
+                                  .Attr<int64_t>("dilation"));

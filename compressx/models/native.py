@@ -1,0 +1,168 @@
+"""Convolution on the CPU by our own compiled kernel, where a C++ compiler is found.
+
+XLA's convolution on the CPU is naive inside `scan` and `while`, and its weight gradient transposes both operands. The
+kernel of `conv.cc` does neither. It is compiled once per machine, into the user's cache folder, and reached through
+`jax.ffi`. Without a compiler, or with `COMPRESSX_NATIVE=off` in the environment, `available()` is False and
+callers use XLA.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+_SOURCE = Path(__file__).with_name("conv.cc")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+_enabled = True
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(root) / "compressx"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="compressx-"))  # nobody else's library is ever loaded
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _compile(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    key = hashlib.sha256(_SOURCE.read_bytes() + version + repr((_FLAGS, _processor(), jax.__version__)).encode())
+    library = _cache_folder() / f"conv-{key.hexdigest()[:24]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            built = os.path.join(scratch, "conv.so")
+            command = [compiler, *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", built]
+            subprocess.run(command, capture_output=True, check=True, timeout=600)
+            os.replace(built, library)  # atomic: processes that start together each see a whole file or none
+    return library
+
+
+@functools.cache
+def available() -> bool:
+    """True if the kernel runs here; compiles it at the first call, which takes some seconds once per machine."""
+    if os.environ.get("COMPRESSX_NATIVE", "on") == "off":
+        return False
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return False
+    try:
+        library = ctypes.CDLL(str(_compile(compiler)))
+        for name, symbol in (("compressx_conv", "CompressxConv"), ("compressx_conv_grad", "CompressxConvGrad")):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    except (OSError, subprocess.SubprocessError, AttributeError) as e:
+        detail = getattr(e, "stderr", None)
+        text = detail.decode(errors="replace")[-500:] if isinstance(detail, bytes) else str(e)
+        warnings.warn(f"the convolution kernel cannot be used, XLA's is slower: {text}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def xla_only() -> Iterator[None]:
+    """Within it, layers are traced without the kernel: for `jax.export` to other machines, and for comparisons."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def enabled() -> bool:
+    """True if a layer traced now may use the kernel: on one CPU device (several would each compute all of it)."""
+    return _enabled and jax.default_backend() == "cpu" and jax.device_count() == 1 and available()
+
+
+def _call(
+    target: str, a: jax.Array, b: jax.Array, shape: tuple[int, ...], geometry: tuple[int, int, int, int]
+) -> jax.Array:
+    out = jax.ShapeDtypeStruct(shape, jnp.float32)
+    names = ("stride", "top", "left", "dilation")
+    attributes = {name: np.int64(value) for name, value in zip(names, geometry, strict=True)}
+    return jax.ffi.ffi_call(target, out, vmap_method="sequential")(a, b, **attributes)
+
+
+# The convolution is bilinear in image and kernel, and so are its two gradients; each one's gradients are the other two.
+# That closes the system under differentiation of any order.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    """Convolves `x` `[n, h, w, cin]` with `kernel` `[kh, kw, cin, cout]`, float32, as `lax.conv_general_dilated` does.
+
+    Args:
+      x: images.
+      kernel: filters.
+      stride: of both axes.
+      pads: zeros before and after, per axis, fewer than the kernel is long.
+
+    Returns:
+      `[n, oh, ow, cout]`, `oh = (h + sum(pads[0]) - kh) // stride + 1`.
+    """
+    (n, h, w, _), (kh, kw, _, cout) = x.shape, kernel.shape
+    oh, ow = (h + sum(pads[0]) - kh) // stride + 1, (w + sum(pads[1]) - kw) // stride + 1
+    return _call("compressx_conv", x, kernel, (n, oh, ow, cout), (stride, pads[0][0], pads[1][0], 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def input_grad(g: jax.Array, kernel: jax.Array, stride: int, pads: Pads, size: tuple[int, int]) -> jax.Array:
+    """The gradient of `conv` for its images of `size` (h, w), given the cotangent `g` `[n, oh, ow, cout]`."""
+    kh, kw, cin, _ = kernel.shape
+    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
+    geometry = (1, kh - 1 - pads[0][0], kw - 1 - pads[1][0], stride)
+    return _call("compressx_conv", g, flipped, (g.shape[0], *size, cin), geometry)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def kernel_grad(x: jax.Array, g: jax.Array, stride: int, pads: Pads, size: tuple[int, int]) -> jax.Array:
+    """The gradient of `conv` for its kernel of `size` (kh, kw), given the cotangent `g` `[n, oh, ow, cout]`."""
+    shape = (*size, x.shape[-1], g.shape[-1])
+    return _call("compressx_conv_grad", x, g, shape, (stride, pads[0][0], pads[1][0], 1))
+
+
+def _conv_bwd(stride, pads, saved, g):  # type: ignore[no-untyped-def]
+    x, kernel = saved
+    dx = input_grad(g, kernel, stride, pads, (x.shape[1], x.shape[2]))
+    return dx, kernel_grad(x, g, stride, pads, kernel.shape[:2])
+
+
+def _input_grad_bwd(stride, pads, size, saved, dx):  # type: ignore[no-untyped-def]
+    g, kernel = saved
+    return conv(dx, kernel, stride, pads), kernel_grad(dx, g, stride, pads, kernel.shape[:2])
+
+
+def _kernel_grad_bwd(stride, pads, size, saved, dk):  # type: ignore[no-untyped-def]
+    x, g = saved
+    return input_grad(g, dk, stride, pads, (x.shape[1], x.shape[2])), conv(x, dk, stride, pads)
+
+
+conv.defvjp(lambda x, kernel, *static: (conv(x, kernel, *static), (x, kernel)), _conv_bwd)
+input_grad.defvjp(lambda g, kernel, *static: (input_grad(g, kernel, *static), (g, kernel)), _input_grad_bwd)
+kernel_grad.defvjp(lambda x, g, *static: (kernel_grad(x, g, *static), (x, g)), _kernel_grad_bwd)
