@@ -122,7 +122,12 @@ def torch_step(name: str, x: Any, y: Any, channels_last: bool) -> Callable[[], N
     return run
 
 
-def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], ...]:
+def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after two rounds of warming up."""
+    return measure(steps, rounds)[0]
+
+
+def measure(steps: Mapping[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, list[float]], ...]:
     """Elapsed and processor seconds of each step in each round, after two rounds of warming up."""
     elapsed: dict[str, list[float]] = {name: [] for name in steps}
     processor: dict[str, list[float]] = {name: [] for name in steps}
@@ -152,7 +157,7 @@ def compare(case: str, rounds: int) -> dict[str, Any]:
     y = rng.integers(0, 10, batch).astype(np.int32)
     steps = {"ours": our_step(name, x, y), "torch": torch_step(name, x, y, False)}
     steps["torch_channels_last"] = torch_step(name, x, y, True)
-    times, processor = interleave(steps, rounds)
+    times, processor = measure(steps, rounds)
     result: dict[str, Any] = {"case": case, "rounds": rounds}
     for system, seconds in times.items():
         result[f"{system}_ms"] = spread([1e3 * t for t in seconds])
@@ -191,7 +196,7 @@ def compare_layers(rounds: int) -> list[dict[str, Any]]:
         for way, f in ways.items():
             both = jax.jit(jax.grad(lambda x, w, f=f: jnp.square(f(x, w)).sum(), argnums=(0, 1)))
             steps[way] = lambda both=both, x=x, w=kernel: jax.block_until_ready(both(x, w))
-        times, _ = interleave(steps, rounds)
+        times = interleave(steps, rounds)
         row: dict[str, Any] = {"images": n, "size": size, "cin": cin, "cout": cout, "kernel": k}
         rows.append(row | {f"{way}_ms": spread([1e3 * t for t in seconds]) for way, seconds in times.items()})
     return rows
