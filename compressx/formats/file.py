@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from compressx import formats
 from compressx.constraints import Constraint, from_spec
@@ -160,7 +161,7 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
     try:
         content, arrays, (stored, size) = container.read(target, max_bytes)
         packed, params = _leaves(content.get("leaves"), arrays, max_bytes)
-        rules, structures = _rules(content.get("rules"), params, arrays)
+        rules, structures = _rules(content.get("rules"), params, arrays, max_bytes)
         if arrays:
             fail(sorted(arrays)[0], "belongs to no leaf and no rule")
         model = content.get("model")
@@ -253,7 +254,7 @@ def _leaves(listed: Any, arrays: dict[str, np.ndarray], max_bytes: int) -> tuple
 
 
 def _rules(
-    listed: Any, params: dict[str, Any], arrays: dict[str, np.ndarray]
+    listed: Any, params: dict[str, Any], arrays: dict[str, np.ndarray], max_bytes: int
 ) -> tuple[list[tuple[str, Constraint]], dict[str, Any]]:
     known = set(paths(params))
     rules: list[tuple[str, Constraint]] = []
@@ -278,9 +279,39 @@ def _rules(
     except Exception as error:
         fail("rules", str(error))
     leaves = jax.tree.leaves(params)
+    traced = set()
     for b, about in zip(bound, listed, strict=True):
-        structures[b.name] = _structure(b.name, b.constraint, b.take(leaves), about.get("structure"), arrays)
+        w = b.take(leaves)
+        kind = (container.to_json(about["spec"]), *((x.shape, x.dtype) for x in jax.tree.leaves(w)))
+        if kind not in traced:
+            traced.add(kind)
+            _check_cost(b.name, b.constraint, w, max_bytes)
+        structures[b.name] = _structure(b.name, b.constraint, w, about.get("structure"), arrays)
     return rules, structures
+
+
+def _check_cost(entry: str, constraint: Constraint, w: Any, max_bytes: int) -> None:
+    """A forged block shape or group size must not make the projection build arrays that no memory holds."""
+
+    def largest(jaxpr: Jaxpr) -> int:
+        sizes = [0]
+        for equation in jaxpr.eqns:
+            avals = [v.aval for v in equation.outvars]
+            sizes += [a.size * a.dtype.itemsize for a in avals if isinstance(a, jax.core.ShapedArray)]
+            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, _JAXPRS)):
+                if isinstance(inner, _JAXPRS):
+                    sizes.append(largest(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner))
+        return max(sizes)
+
+    try:
+        needed = largest(jax.make_jaxpr(lambda w: constraint.project(w, constraint.init(w)))(w).jaxpr)
+    except Exception as error:
+        fail(entry, f"{constraint} does not fit: {error}")
+    if needed > max_bytes:
+        fail(entry, f"projecting onto {constraint} makes an array of {needed} bytes, more than max_bytes={max_bytes}")
+
+
+_JAXPRS = (ClosedJaxpr, Jaxpr)
 
 
 def _structure(entry: str, constraint: Constraint, w: Any, names: Any, arrays: dict[str, np.ndarray]) -> Any:

@@ -349,6 +349,14 @@ def test_forged_headers_are_refused_by_name(case: str, saved: bytes, scratch: Pa
     _refused(scratch, message)
 
 
+@pytest.mark.parametrize("block", [[1 << 20, 1 << 10], [1 << 40, 1 << 40], [1 << 62, 1 << 62], [10**30, 1], [1, 1e9]])
+def test_a_constraint_that_no_memory_holds_is_refused(block: list[Any], saved: bytes, scratch: Path) -> None:
+    header, arrays = _open(saved)
+    header["content"]["rules"][0]["spec"] = {"kind": "block", "block": block, "keep": 1}
+    _forge(scratch, header, arrays)
+    _refused(scratch, "params/conv/kernel: projecting onto|rules: |is refused")
+
+
 def test_an_array_that_nothing_uses_is_refused(saved: bytes, scratch: Path) -> None:
     header, arrays = _open(saved)
     arrays["x"] = np.ones(1)

@@ -1,0 +1,311 @@
+"""The `compressx` command: look into saved models, check and compare them, and see whether this machine is ready.
+
+    compressx inspect FILE    what is kept of every layer, and its bytes
+    compressx verify FILE     every constraint, checked on the stored weights
+    compressx diff A B        what differs between two files
+    compressx doctor          versions, devices, compiler, data; and how to get what is missing
+
+Exit codes: 0 all is well; 1 a finding (a violated constraint, a difference, something missing); 2 an error (bad usage,
+a file that cannot be read). `--json` prints one JSON object instead of tables.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import compressx
+from compressx import formats
+from compressx.formats import CompressedFileError, SavedModel
+from compressx.harden import count_violations
+from compressx.rules import paths, resolve
+
+OK, FINDING, ERROR = 0, 1, 2
+
+
+class Answer(NamedTuple):
+    """What a command found: exit code, the JSON object, and the lines of text that say the same."""
+
+    code: int
+    data: dict[str, Any]
+    lines: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        answer: Answer = arguments.run(arguments)
+    except CompressedFileError as error:
+        return _error(str(error))
+    except OSError as error:
+        return _error(f"{error.filename or 'a file'}: {error.strerror or error}")
+    try:
+        print(json.dumps(answer.data, indent=2, allow_nan=False) if arguments.json else "\n".join(answer.lines))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = open("/dev/null", "w")
+    return answer.code
+
+
+def _error(message: str) -> int:
+    print(f"compressx: error: {_clean(' '.join(message.split()))}", file=sys.stderr)
+    return ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="compressx", description=__doc__, formatter_class=_Raw)
+    parser.add_argument("--version", action="version", version=f"compressx {compressx.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, about: str, *files: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        for file in files:
+            sub.add_argument(file, help="a file that formats.save_model wrote")
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        if files:
+            limit = "largest size, in bytes, of the file and of its weights unfolded (default: 4 GiB)"
+            sub.add_argument("--max-bytes", type=_positive, default=formats.MAX_BYTES, metavar="N", help=limit)
+        sub.set_defaults(run=run)
+        return sub
+
+    command("inspect", _inspect, "what is kept of every layer, and its bytes", "FILE")
+    command("verify", _verify, "check every constraint on the stored weights; exit code 1 if one is violated", "FILE")
+    command("diff", _diff, "compare two files; exit code 1 if they differ", "A", "B")
+    doctor = command("doctor", _doctor, "versions, devices, compiler, data; and how to get what is missing")
+    doctor.add_argument("--data_dir", metavar="DIR", help="look for data here first, then in $COMPRESSX_DATA")
+    return parser
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+# --- inspect
+
+
+def _constraints(model: SavedModel) -> dict[str, str]:
+    """Path -> the constraint on it, as text."""
+    return {p: str(b.constraint) for b in resolve(model.rules, model.params) for p in b.paths} if model.rules else {}
+
+
+def _weights(model: SavedModel) -> dict[str, np.ndarray]:
+    return dict(zip(paths(model.params), jax.tree.leaves(model.params), strict=True))
+
+
+class Layer(NamedTuple):
+    """A row of `inspect`: kept are the non-zeros, rate is weights / kept (None where nothing is kept)."""
+
+    path: str
+    shape: list[int]
+    dtype: str
+    constraint: str | None
+    format: str
+    kept: int
+    weights: int
+    rate: float | None
+    bytes_dense: int
+    bytes_packed: int
+
+
+def _inspect(arguments: argparse.Namespace) -> Answer:
+    model = formats.load_model(arguments.FILE, arguments.max_bytes)
+    held, weights, sizes = _constraints(model), _weights(model), model.sizes
+    layers = []
+    for path, packed in sorted(model.packed.items()):
+        w = weights[path]
+        kept, size = int(np.count_nonzero(w)), formats.nbytes(packed)
+        facts = (held.get(path), packed.format, kept, w.size, _ratio(w.size, kept), w.nbytes, size)
+        layers.append(Layer(path, list(w.shape), w.dtype.name, *facts))
+    constrained = [x for x in layers if x.constraint is not None]
+    n, kept = sum(x.weights for x in layers), sum(x.kept for x in layers)
+    rate = _ratio(sum(x.weights for x in constrained), sum(x.kept for x in constrained))
+    total = {
+        "weights": n,
+        "kept": kept,
+        "rate_constrained": rate,
+        "rate_all": _ratio(n, kept),
+        "bytes_dense": sizes.dense,
+        "bytes_packed": sizes.packed,
+        "rate_bytes": _ratio(sizes.dense, sizes.packed),
+        "bytes_stored": sizes.stored,
+        "bytes_file": sizes.file,
+    }
+    data = {"file": arguments.FILE, "model": model.model, "extra": model.extra, "total": total}
+    data["layers"] = [x._asdict() for x in layers]
+
+    def row(
+        path: str, shape: str, format: str, kept: int, n: int, dense: int, packed: int, constraint: str
+    ) -> list[str]:
+        rates = _times(_ratio(n, kept)), _times(_ratio(dense, packed))
+        return [path, shape, format, str(kept), str(n), rates[0], str(dense), str(packed), rates[1], constraint]
+
+    head = ["path", "shape", "format", "kept", "of", "rate", "dense B", "packed B", "rate", "constraint"]
+    rows = [
+        row(x.path, _shape(x.shape), x.format, x.kept, x.weights, x.bytes_dense, x.bytes_packed, x.constraint or "-")
+        for x in layers
+    ]
+    rows.append(row("total", "", "", kept, n, sizes.dense, sizes.packed, ""))
+    name = model.model["name"] if model.model else "not named"
+    lines = [f"{arguments.FILE}: model {name}", "", *_table(head, rows, flush_right=range(3, 9)), ""]
+    lines += [f"constrained weights {_times(rate)}, all weights {_times(_ratio(n, kept))}"]
+    lines += [f"arrays as stored {sizes.stored} B, whole file {sizes.file} B"]
+    return Answer(OK, data, list(map(_clean, lines)))
+
+
+# --- verify
+
+
+def _verify(arguments: argparse.Namespace) -> Answer:
+    model = formats.load_model(arguments.FILE, arguments.max_bytes)
+    bound = resolve(model.rules, model.params) if model.rules else ()
+    counts = _violations(model) if bound else {}
+    checked: list[dict[str, Any]] = [
+        {"paths": list(b.paths), "constraint": str(b.constraint), "violations": counts[b.name]} for b in bound
+    ]
+    bad = [x for x in checked if x["violations"]]
+    lines = [
+        f"{'VIOLATED' if x['violations'] else 'ok':<9}{', '.join(x['paths'])}: {x['constraint']}"
+        + (f": {x['violations']} entries outside" if x["violations"] else "")
+        for x in checked
+    ]
+    lines.append(f"{arguments.FILE}: {len(checked)} constraints checked, {len(bad)} violated")
+    data = {"file": arguments.FILE, "constraints": checked, "violated": len(bad)}
+    return Answer(FINDING if bad else OK, data, list(map(_clean, lines)))
+
+
+def _violations(model: SavedModel) -> dict[str, int]:
+    """`count_violations`, compiled as one program."""
+
+    def count(params: Any, structures: Any) -> dict[str, jax.Array]:
+        return count_violations(params, model.rules, structures)
+
+    counts = jax.device_get(jax.jit(count)(model.params, model.structures))
+    return {name: int(n) for name, n in counts.items()}
+
+
+# --- diff
+
+
+def _diff(arguments: argparse.Namespace) -> Answer:
+    a, b = (formats.load_model(f, arguments.max_bytes) for f in (arguments.A, arguments.B))
+    wa, wb = _weights(a), _weights(b)
+    ca, cb = _constraints(a), _constraints(b)
+    removed, added = sorted(wa.keys() - wb.keys()), sorted(wb.keys() - wa.keys())
+    changed = [_compare(p, wa[p], wb[p], ca.get(p), cb.get(p)) for p in sorted(wa.keys() & wb.keys())]
+    changed = [c for c in changed if not c["same"]]
+    data: dict[str, Any] = {"a": arguments.A, "b": arguments.B, "removed": removed, "added": added, "changed": changed}
+    lines = [f"- {p} {_shape(wa[p].shape)}, only in {arguments.A}" for p in removed]
+    lines += [f"+ {p} {_shape(wb[p].shape)}, only in {arguments.B}" for p in added]
+    for c in changed:
+        facts = [f"{key} {c[key][0]} -> {c[key][1]}" for key in ("shape", "dtype", "constraint", "kept") if c[key]]
+        if c["max_abs_diff"] is not None:
+            facts.append(f"max abs difference {c['max_abs_diff']:.4g}")
+        if c["mask_overlap"] is not None:
+            facts.append(f"mask overlap {c['mask_overlap']:.4f}")
+        lines.append(f"~ {c['path']}: {', '.join(facts) or 'bits differ (NaN, or a zero of the other sign)'}")
+    for key, left, right in (("model", a.model, b.model), ("extra", a.extra, b.extra)):
+        data[key] = None if left == right else [left, right]
+        if left != right:
+            lines.append(f"~ {key}: {json.dumps(left)} -> {json.dumps(right)}")
+    same = not lines
+    common = len(wa.keys() & wb.keys())
+    lines.append(
+        f"the same: {common} leaves, bit for bit"
+        if same
+        else f"{len(removed)} leaves removed, {len(added)} added, {len(changed)} of {common} changed"
+    )
+    return Answer(OK if same else FINDING, data, list(map(_clean, lines)))
+
+
+def _compare(path: str, a: np.ndarray, b: np.ndarray, ca: str | None, cb: str | None) -> dict[str, Any]:
+    """How two leaves of the same path differ; mask overlap is |A and B| / |A or B| over their non-zeros."""
+    out: dict[str, Any] = {
+        "path": path,
+        "shape": [list(a.shape), list(b.shape)] if a.shape != b.shape else None,
+        "dtype": [a.dtype.name, b.dtype.name] if a.dtype != b.dtype else None,
+        "constraint": [ca, cb] if ca != cb else None,
+        "kept": None,
+        "max_abs_diff": None,
+        "mask_overlap": None,
+    }
+    bits = a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    out["same"] = bits and ca == cb
+    if bits or a.shape != b.shape:
+        return out
+    ma, mb = a != 0, b != 0
+    if (counts := [int(np.count_nonzero(m)) for m in (ma, mb)])[0] != counts[1]:
+        out["kept"] = counts
+    either = int(np.count_nonzero(ma | mb))
+    out["mask_overlap"] = int(np.count_nonzero(ma & mb)) / either if either else 1.0
+    with np.errstate(invalid="ignore"):
+        apart = float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)), initial=0.0))
+    out["max_abs_diff"] = apart if np.isfinite(apart) else None
+    return out
+
+
+# --- doctor
+
+
+def _doctor(arguments: argparse.Namespace) -> Answer:
+    from compressx import doctor  # looks at compilers and data, which no other command needs
+
+    checks = doctor.examine(arguments.data_dir)
+    missing = [c for c in checks if not c.ok and c.needed]
+    lines = []
+    for c in checks:
+        lines.append(f"{'ok' if c.ok else 'MISSING' if c.needed else 'absent':<9}{c.name:<26}{c.found}")
+        if c.fix:
+            lines.append(f"{'':<9}{'':<26}-> {c.fix}")
+    lines.append("everything needed is here" if not missing else f"{len(missing)} needed things are missing")
+    return Answer(FINDING if missing else OK, {"checks": [c._asdict() for c in checks], "missing": len(missing)}, lines)
+
+
+# --- text
+
+
+def _ratio(whole: int, part: int) -> float | None:
+    return whole / part if part else None
+
+
+def _times(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.2f}x"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _clean(text: str) -> str:
+    """What a file says must not drive the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _table(head: list[str], rows: list[list[str]], flush_right: range) -> list[str]:
+    """Aligned columns under a rule; the last row is a total."""
+    cells = [head, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+
+    def line(row: list[str]) -> str:
+        aligned = (
+            c.rjust(n) if i in flush_right else c.ljust(n) for i, (c, n) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(aligned).rstrip()
+
+    rule = "  ".join("-" * n for n in widths)
+    return [line(head), rule, *map(line, rows[:-1]), rule, line(rows[-1])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What this machine has of what the toolkit can use, and one line on how to get what is missing."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+import compressx
+from compressx import data
+
+# distribution -> the extra of setup.cfg that brings it; None: the base install
+PACKAGES: dict[str, str | None] = {
+    **dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "absl-py", "ml_collections")),
+    **dict.fromkeys(("tensorflow-datasets", "array_record", "scikit-learn", "safetensors", "matplotlib", "rich")),
+    **dict.fromkeys(("flatbuffers", "onnx", "onnxruntime"), "export"),
+    "pillow": "images",
+    **dict.fromkeys(("flwr", "cryptography"), "federated"),
+    "torch": "benchmarks",
+}
+
+
+class Check(NamedTuple):
+    """One thing looked at.
+
+    Attributes:
+      name: what.
+      ok: whether it is there.
+      needed: whether nothing works without it.
+      found: version or place; why not, where it is missing.
+      fix: what to do; empty where all is well.
+    """
+
+    name: str
+    ok: bool
+    needed: bool
+    found: str
+    fix: str = ""
+
+
+def examine(data_dir: str | None = None) -> list[Check]:
+    """Looks at everything: Python, packages, devices, compiler, cache folder and data sets; changes nothing."""
+    return [
+        Check("python", True, True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Check("compressx", True, True, compressx.__version__),
+        *map(package, PACKAGES),
+        devices(),
+        compiler(),
+        cache(),
+        *(data_set(name, data_dir) for name in data.DATASETS),
+    ]
+
+
+def package(name: str) -> Check:
+    """A Python distribution, and the extra that installs it."""
+    extra = PACKAGES[name]
+    try:
+        return Check(name, True, extra is None, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        target = "compressx" if extra is None else f"compressx[{extra}]"
+        return Check(name, False, extra is None, "not installed", f"pip install '{target}'")
+
+
+def devices() -> Check:
+    """The devices that jax computes on."""
+    try:
+        found = jax.devices()
+    except RuntimeError as error:
+        return Check("devices", False, True, str(error).split("\n")[0], "unset JAX_PLATFORMS, or install jax for it")
+    kinds = ", ".join(sorted({d.device_kind for d in found}))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Check("devices", True, True, f"{len(found)} x {found[0].platform} ({kinds}), {cores} cores usable")
+
+
+def compiler() -> Check:
+    """A C++17 compiler for the native CPU kernels; without one XLA's formulations run."""
+    fix = "install g++ or clang++ (Debian: apt-get install g++), or set $CXX; without one XLA runs all kernels"
+    wanted = os.environ.get("CXX")
+    path = shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("clang++")
+    if path is None:
+        return Check("C++ compiler", False, False, f"$CXX={wanted!r} not found" if wanted else "none found", fix)
+    try:
+        run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check("C++ compiler", False, False, f"{path} does not run: {error}", fix)
+    return Check("C++ compiler", True, False, f"{path}: {(run.stdout.splitlines() or ['no version'])[0]}")
+
+
+def cache() -> Check:
+    """The folder for prepared data and downloads, which is made on first use."""
+    folder = data.cache_dir()
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        return Check("cache folder", False, False, f"{folder} cannot be written", "set $COMPRESSX_CACHE to a folder")
+    free = shutil.disk_usage(above).free / 1e9
+    state = "exists" if folder.exists() else "made on first use"
+    return Check("cache folder", True, False, f"{folder} ({state}), {free:.1f} GB free")
+
+
+def data_set(name: str, data_dir: str | None) -> Check:
+    """A data set, by the same search as training's; nothing is downloaded."""
+    label, source = f"data {name}", data.DATASETS[name]
+    found: list[Path] = []
+    try:
+        for split in source.splits:
+            found += data.find_files(source, split, data_dir, download=False)
+    except data.DataNotFoundError as error:
+        url = all(f.url for files in source.splits.values() for f in files)
+        how = "downloaded on first use" if url else f"{source.obtain}; then set --data_dir or $COMPRESSX_DATA"
+        missing = str(error).split(". ")[0]
+        return Check(label, False, False, missing, how if "not found" in missing else str(error))
+    where = str(Path(os.path.commonpath(found)) if len(found) > 1 else found[0]) if found else "embedded"
+    stand_in = " (a stand-in)" if source.info.stand_in else ""
+    return Check(label, True, False, where + stand_in)

@@ -1,0 +1,239 @@
+"""The `compressx` command: what it prints, its JSON, its exit codes and its one-line errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compressx as cx
+from compressx import cli, data, doctor, formats
+
+RULES = [("a/kernel", cx.unstructured(keep=12)), ("b/kernel", cx.filters(0.5) & cx.columns(0.5))]
+
+
+def _weights() -> dict[str, Any]:
+    k = jax.random.split(jax.random.key(0))
+    return {
+        "a": {"kernel": jax.random.normal(k[0], (10, 12)), "bias": jnp.ones(12)},
+        "b": {"kernel": jax.random.normal(k[1], (3, 3, 2, 4))},
+    }
+
+
+@pytest.fixture(scope="module")
+def hard() -> dict[str, Any]:
+    return cx.harden(_weights(), RULES)
+
+
+@pytest.fixture
+def file(hard: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "m.safetensors"
+    formats.save_model(path, hard, RULES, model={"name": "tiny", "options": {}}, extra={"seed": 1})
+    return str(path)
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_inspect_counts_what_is_there(file: str, hard: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _run(capsys, "inspect", file, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    layers = {x["path"]: x for x in told["layers"]}
+    assert layers.keys() == {"a/kernel", "a/bias", "b/kernel"}
+    a = layers["a/kernel"]
+    assert (a["kept"], a["weights"], a["rate"], a["shape"]) == (12, 120, 10.0, [10, 12])
+    assert a["constraint"] == "unstructured(keep=12, scope=leaf)" and a["bytes_dense"] == 480
+    sizes = [formats.nbytes(formats.pack(hard["a"]["kernel"], format=f)) for f in formats.FORMATS if f != "no"]
+    assert a["bytes_packed"] == min(sizes)
+    assert layers["b/kernel"]["kept"] == 9 * 2 and layers["b/kernel"]["rate"] == 4.0
+    assert layers["a/bias"]["constraint"] is None and layers["a/bias"]["bytes_packed"] == 48
+    total = told["total"]
+    assert total["weights"] == 120 + 72 + 12 and total["kept"] == 12 + 18 + 12
+    assert total["rate_constrained"] == (120 + 72) / (12 + 18)
+    assert total["bytes_dense"] == 4 * total["weights"]
+    assert total["bytes_packed"] == sum(x["bytes_packed"] for x in told["layers"])
+    assert total["bytes_file"] == Path(file).stat().st_size
+    assert told["model"] == {"name": "tiny", "options": {}} and told["extra"] == {"seed": 1}
+
+    code, out, _ = _run(capsys, "inspect", file)
+    assert code == 0 and "model tiny" in out
+    (line,) = [x for x in out.splitlines() if x.startswith("a/kernel")]
+    fields = line.split()
+    assert fields[1:9] == ["10x12", a["format"], "12", "120", "10.00x", "480", str(a["bytes_packed"]), fields[8]]
+    assert fields[8] == f"{480 / a['bytes_packed']:.2f}x"
+
+
+def test_verify_passes_what_was_hardened(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = _run(capsys, "verify", file)
+    assert (code, err) == (0, "") and "2 constraints checked, 0 violated" in out
+    assert json.loads(_run(capsys, "verify", file, "--json")[1])["violated"] == 0
+
+
+def test_verify_names_the_leaf_that_is_outside(
+    hard: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = jax.tree.map(np.array, hard)
+    wrong["a"]["kernel"].flat[np.flatnonzero(wrong["a"]["kernel"] == 0)[:3]] = 0.01
+    path = str(tmp_path / "wrong")
+    formats.save_model(path, wrong, RULES)
+    code, out, _ = _run(capsys, "verify", path)
+    assert code == 1
+    assert "VIOLATED a/kernel: unstructured(keep=12, scope=leaf): 3 entries outside" in out
+    assert "ok       b/kernel" in out and "2 constraints checked, 1 violated" in out
+    told = json.loads(_run(capsys, "verify", path, "--json")[1])
+    assert [x["violations"] for x in told["constraints"]] == [3, 0]
+
+
+def test_verify_of_a_file_without_constraints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    formats.save_model(tmp_path / "m", _weights())
+    code, out, _ = _run(capsys, "verify", str(tmp_path / "m"))
+    assert code == 0 and "0 constraints checked" in out
+
+
+def test_verify_works_with_structures_and_joint_constraints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = _weights()
+    rules = [("[ab]/kernel", cx.unstructured(0.1, scope="global"))]
+    formats.save_model(tmp_path / "joint", cx.harden(weights, rules), rules)
+    assert _run(capsys, "verify", str(tmp_path / "joint"))[0] == 0
+    rules = [("b/kernel", cx.constraints.from_spec({"kind": "pattern", "k": 4}))]
+    structures = cx.structures(weights, rules)
+    formats.save_model(tmp_path / "pattern", cx.harden(weights, rules), rules, structures)
+    assert _run(capsys, "verify", str(tmp_path / "pattern"))[0] == 0
+
+
+def test_diff_of_a_file_with_itself(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, "diff", file, file)
+    assert (code, out) == (0, "the same: 3 leaves, bit for bit\n")
+
+
+def test_diff_says_what_changed(
+    file: str, hard: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = jax.tree.map(np.array, hard)
+    kernel = other["a"]["kernel"]
+    kept = np.flatnonzero(kernel)
+    kernel.flat[kept[0]] = 0
+    kernel.flat[kept[1]] += np.float32(0.25)
+    other["b"]["kernel"] = other["b"]["kernel"][:, :, :, :3]
+    del other["a"]["bias"]
+    other["c"] = np.ones(2, np.float32)
+    path = str(tmp_path / "other")
+    formats.save_model(path, other, [("a/kernel", cx.unstructured(keep=11))], model={"name": "other"})
+    code, out, _ = _run(capsys, "diff", file, path, "--json")
+    told = json.loads(out)
+    assert code == 1 and told["removed"] == ["a/bias"] and told["added"] == ["c"]
+    a, b = told["changed"]
+    assert a["path"] == "a/kernel" and a["shape"] is None and a["kept"] == [12, 11]
+    assert a["mask_overlap"] == 11 / 12
+    assert a["constraint"] == ["unstructured(keep=12, scope=leaf)", "unstructured(keep=11, scope=leaf)"]
+    gone = abs(float(np.asarray(hard["a"]["kernel"]).flat[kept[0]]))
+    assert a["max_abs_diff"] == pytest.approx(max(gone, 0.25), rel=1e-6)
+    assert b["path"] == "b/kernel" and b["shape"] == [[3, 3, 2, 4], [3, 3, 2, 3]] and b["max_abs_diff"] is None
+    assert told["model"] == [{"name": "tiny", "options": {}}, {"name": "other"}]
+    code, out, _ = _run(capsys, "diff", file, path)
+    assert code == 1 and "1 leaves removed, 1 added, 2 of 2 changed" in out and "- a/bias 12, only in" in out
+    assert f"mask overlap {11 / 12:.4f}" in out
+
+
+def test_diff_sees_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    formats.save_model(tmp_path / "a", {"w": np.array([0.0, np.nan, 1.0], np.float32)})
+    formats.save_model(tmp_path / "b", {"w": np.array([-0.0, np.nan, 1.0], np.float32)})
+    code, out, _ = _run(capsys, "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json")
+    (changed,) = json.loads(out)["changed"]
+    assert code == 1 and changed["mask_overlap"] == 1.0 and changed["max_abs_diff"] is None
+
+
+def test_errors_are_one_line_and_exit_2(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = bytearray(Path(file).read_bytes())
+    raw[-1] ^= 1
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(raw)
+    for arguments, message in (
+        (("inspect", str(tmp_path / "absent")), "absent: No such file or directory"),
+        (("verify", str(damaged)), "damaged: sha256: the file is damaged"),
+        (("diff", file, str(tmp_path)), "not a regular file"),
+        (("inspect", file, "--max-bytes", "10"), "more than max_bytes=10"),
+    ):
+        code, out, err = _run(capsys, *arguments)
+        assert (
+            (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("compressx: error: ") and message in err
+        )
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("melt",), ("inspect",), ("diff", "a"), ("inspect", "a", "--max-bytes", "0")]
+)
+def test_bad_usage_exits_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and "usage: compressx" in capsys.readouterr().err
+
+
+def test_text_from_a_file_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "m")
+    formats.save_model(path, {"w": np.ones(2)}, model={"name": "x\x1b[2J\ud800"})
+    code, out, _ = _run(capsys, "inspect", path)
+    assert code == 0 and "model x?[2J?" in out and "\x1b" not in out
+
+
+def test_doctor_finds_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, "doctor", "--json")
+    told = json.loads(out)
+    checks = {c["name"]: c for c in told["checks"]}
+    assert code == 0 and told["missing"] == 0
+    assert checks["jax"]["found"] == jax.__version__ and checks["data digits"]["ok"]
+    assert checks["devices"]["found"].startswith(f"{jax.device_count()} x {jax.devices()[0].platform}")
+    assert {f"data {name}" for name in data.DATASETS} <= checks.keys()
+    assert all(c["fix"] for c in checks.values() if not c["ok"])
+    assert "everything needed is here" in _run(capsys, "doctor")[1]
+
+
+def test_doctor_says_how_to_get_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COMPRESSX_DATA", raising=False)
+    monkeypatch.setenv("COMPRESSX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setitem(doctor.PACKAGES, "no-such-package", None)
+    code, out, _ = _run(capsys, "doctor", "--json")
+    told = json.loads(out)
+    checks = {c["name"]: c for c in told["checks"]}
+    assert code == 1 and told["missing"] == 1
+    assert checks["no-such-package"]["fix"] == "pip install 'compressx'"
+    assert not checks["C++ compiler"]["ok"] and "no-such-compiler" in checks["C++ compiler"]["found"]
+    assert not checks["data mnist"]["ok"] and checks["data mnist"]["fix"]
+    assert str(tmp_path / "cache") in checks["cache folder"]["found"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_doctor_finds_data_in_the_given_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COMPRESSX_DATA", raising=False)
+    for files in data.DATASETS["mnist"].splits.values():
+        for f in files:
+            (tmp_path / f.path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / f.path).write_bytes(b"")
+    checks = {
+        c["name"]: c for c in json.loads(_run(capsys, "doctor", "--json", "--data_dir", str(tmp_path))[1])["checks"]
+    }
+    assert checks["data mnist"]["ok"] and str(tmp_path) in checks["data mnist"]["found"]
+    checks = {c["name"]: c for c in json.loads(_run(capsys, "doctor", "--json", "--data_dir", "/no/such")[1])["checks"]}
+    assert not checks["data mnist"]["ok"] and "/no/such" in checks["data mnist"]["fix"] + checks["data mnist"]["found"]
+
+
+def test_the_module_runs_as_a_command(file: str) -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "compressx", "verify", file]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert run.returncode == 0 and "0 violated" in run.stdout and run.stderr == ""
