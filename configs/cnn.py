@@ -13,52 +13,80 @@ Spec = dict[str, Any]
 
 def fit(epochs: int, lr: float, **more: Any) -> dict[str, Any]:
     """A `training.Fit` or `training.Admm` with all its settings, so that each can be overridden."""
-    base = dict(
-        epochs=epochs, lr=lr, schedule="cosine", final=0.0, boundaries=(), drop=0.1, cycles=1, warmup=0.0,
-        weight_decay=0.0, label_smoothing=0.0, distill=0.0, temperature=4.0, augment=True,
-    )
+    base = {
+        "epochs": epochs,
+        "lr": lr,
+        "schedule": "cosine",
+        "final": 0.0,
+        "boundaries": (),
+        "drop": 0.1,
+        "cycles": 1,
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "label_smoothing": 0.0,
+        "distill": 0.0,
+        "temperature": 4.0,
+        "augment": True,
+    }
     return base | more
 
 
 def admm(epochs: int, lr: float, rho: float = 1e-3, **more: Any) -> dict[str, Any]:
     """A `training.Admm` with all its settings."""
-    own = dict(rho=rho, rho_schedule="staged", rho_factor=10.0, rho_stages=3, every=0, refresh_every=0, decoupled=False)
+    own = {
+        "rho": rho,
+        "rho_schedule": "staged",
+        "rho_factor": 10.0,
+        "rho_stages": 3,
+        "every": 0,
+        "refresh_every": 0,
+        "decoupled": False,
+    }
     return fit(epochs, lr, **own) | more
 
 
 def unstructured(**keep: int) -> tuple[tuple[str, Spec], ...]:
     """Rules that keep so many weights of each layer's kernel."""
-    return tuple((f"{layer}/kernel", {"kind": "unstructured", "keep": k}) for layer, k in keep.items())
+    return tuple((f"params/{layer}/kernel", {"kind": "unstructured", "keep": k}) for layer, k in keep.items())
 
 
 def structured(**keep: tuple[int, int]) -> tuple[tuple[str, Spec], ...]:
     """Rules that keep so many positions and filters of each layer: what is left is a dense matrix."""
     return tuple(
-        (f"{layer}/kernel", {"kind": "filters_and_columns", "keep_columns": p, "keep_filters": f})
+        (f"params/{layer}/kernel", {"kind": "filters_and_columns", "keep_columns": p, "keep_filters": f})
         for layer, (p, f) in keep.items()
     )
 
 
 def stage(rules: Any, admm: dict[str, Any], retrain: dict[str, Any]) -> dict[str, Any]:
     """One compression."""
-    return dict(rules=rules, admm=admm, retrain=retrain)
+    return {"rules": rules, "admm": admm, "retrain": retrain}
 
 
 def base(variant: str) -> dict[str, Any]:
     """What all variants share."""
-    return dict(
-        variant=variant,
-        seed=0,
-        data=dict(name="digits", train=0, test=0, validation=0, shift=0, flip=False, mean=(), std=()),
-        model=dict(name="digits_cnn", options={}, checkpoint=""),
-        batch=64,
-        eval_batch=1000,
-        optimizer="adam",
-        plan=dict(dense=fit(1, 1e-3), stages=(), method="admm", baselines=()),
-        init_from="",
-        save=dict(steps=0, seconds=60.0),
-        paper=dict(quantity="", value=0.0),
-    )
+    return {
+        "variant": variant,
+        "seed": 0,
+        "data": {
+            "name": "digits",
+            "train": 0,
+            "test": 0,
+            "validation": 0,
+            "shift": 0,
+            "flip": False,
+            "mean": (),
+            "std": (),
+        },
+        "model": {"name": "digits_cnn", "options": {}, "checkpoint": ""},
+        "batch": 64,
+        "eval_batch": 1000,
+        "optimizer": "adam",
+        "plan": {"dense": fit(1, 1e-3), "stages": (), "method": "admm", "baselines": ()},
+        "init_from": "",
+        "save": {"steps": 0, "seconds": 60.0},
+        "paper": {"quantity": "", "value": 0.0},
+    }
 
 
 def digits() -> dict[str, Any]:
@@ -67,15 +95,15 @@ def digits() -> dict[str, Any]:
     make demo
     """
     c = base("digits")
-    c["data"] |= dict(shift=1)
+    c["data"] |= {"shift": 1}
     c["batch"] = 32
     rules = unstructured(c1=60, c2=500, f1=1150, f2=190)
-    c["plan"] = dict(
-        dense=fit(30, 2e-3),
-        stages=(stage(rules, admm(30, 1e-3, cycles=3, every=45), fit(30, 1e-3)),),
-        method="admm",
-        baselines=("one_shot", "dense_same_budget"),
-    )
+    c["plan"] = {
+        "dense": fit(30, 2e-3),
+        "stages": (stage(rules, admm(30, 1e-3, cycles=3, every=45), fit(30, 1e-3)),),
+        "method": "admm",
+        "baselines": ("one_shot", "dense_same_budget"),
+    }
     return c
 
 
@@ -90,10 +118,10 @@ S232 = structured(c1=(12, 5), c2=(35, 12), f1=(44, 25), f2=(25, 10))
 def mnist(variant: str, *rules: Any) -> dict[str, Any]:
     """LeNet-5 on MNIST, one stage of compression after the other."""
     c = base(variant)
-    c["data"] |= dict(name="mnist", shift=2)
-    c["model"] |= dict(name="lenet5_caffe")
+    c["data"] |= {"name": "mnist", "shift": 2}
+    c["model"] |= {"name": "lenet5_caffe"}
     stages = tuple(stage(r, admm(24, 1e-3, cycles=12), fit(20, 1e-3)) for r in rules)
-    c["plan"] = dict(dense=fit(15, 1e-3), stages=stages, method="admm", baselines=())
+    c["plan"] = {"dense": fit(15, 1e-3), "stages": stages, "method": "admm", "baselines": ()}
     return c
 
 

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressx import data, models, training
-from compressx.harden import count_violations, kept
 from compressx.models import convert
+from compressx.report import console, html
 from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, read_summary, write_summary
-from compressx.rules import paths
-from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases
-from experiments import driver
+from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases, state
+from experiments import artifacts, driver
 from experiments.driver import Options
 
 
@@ -82,11 +81,12 @@ class Paper:
     value: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One experiment, complete.
 
     Attributes:
+      plan: all that is trained.
       variant: its name.
       seed: of the weights, the order of examples and the augmentation.
       data: the images.
@@ -94,12 +94,12 @@ class Config:
       batch: examples a step.
       eval_batch: examples a step of evaluation.
       optimizer: "adam" or "sgd".
-      plan: all that is trained.
       init_from: work directory of another run whose dense weights are taken, "" to train them here.
       save: when checkpoints are written.
       paper: what to compare with.
     """
 
+    plan: Plan
     variant: str = ""
     seed: int = 0
     data: Data = Data()
@@ -107,7 +107,6 @@ class Config:
     batch: int = 64
     eval_batch: int = 1000
     optimizer: str = "adam"
-    plan: Plan = dataclasses.field(default_factory=lambda: Plan(stages=(training.Stage(rules=((".*", None),)),)))
     init_from: str = ""
     save: Save = Save()
     paper: Paper = Paper()
@@ -130,7 +129,7 @@ def read(config: Any) -> Config:
     return training.parse(Config, config)
 
 
-# -- what is trained ------------------------------------------------------------------------------------------------------
+# -- what is trained ---------------------------------------------------------------------------------------------------
 
 
 def load_data(config: Config, split: str, data_dir: str | None) -> data.Dataset:
@@ -141,8 +140,8 @@ def load_data(config: Config, split: str, data_dir: str | None) -> data.Dataset:
         raise
     except ValueError as error:
         raise ConfigError(f"data: {error}") from None
-    wanted = config.data.train if split == "train" else config.data.test if split == "test" else 0
-    if wanted > len(whole):
+    wanted = {"train": config.data.train, "test": config.data.test}.get(split, 0)
+    if not 0 <= wanted <= len(whole):
         raise ConfigError(f"data.{split}={wanted} is impossible; {config.data.name} has {len(whole)} examples")
     return whole.take(slice(0, wanted)) if wanted else whole
 
@@ -152,53 +151,65 @@ def arrays(dataset: data.Dataset) -> dict[str, np.ndarray]:
     return {"inputs": np.asarray(dataset.inputs), "labels": np.asarray(dataset.labels)}
 
 
-def make_task(config: Config, info: data.Info) -> tuple[Any, training.Task]:
-    """The network and its loss and score."""
-    try:
-        model = models.build(config.model.name, classes=info.classes, **config.model.options)
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
-    mean, std = config.data.mean or info.mean, config.data.std or info.std
+def make_task(model: Any, mean: tuple[float, ...], std: tuple[float, ...], config: Data | None = None) -> training.Task:
+    """Loss and score of a network on images; with augmentation if a config asks for it."""
     steps = []
-    if config.data.flip:
+    if config is not None and config.flip:
         steps.append(data.augment.random_flip())
-    if config.data.shift:
-        steps.append(data.augment.random_shift(config.data.shift))
+    if config is not None and config.shift:
+        steps.append(data.augment.random_shift(config.shift))
     augment = data.augment.compose(*steps) if steps else None
-    return model, training.classification(model.apply, lambda x: data.augment.normalise(x, mean, std), augment)
+    return training.classification(model.apply, lambda x: data.augment.normalise(x, mean, std), augment)
+
+
+def build_model(name: str, options: Any, classes: int) -> Any:
+    """The network, or a ConfigError."""
+    try:
+        return models.build(name, classes=classes, **options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from None
 
 
 def first_weights(config: Config, model: Any, shape: tuple[int, ...], data_dir: str | None) -> Weights:
     """The weights before any training: from a checkpoint file, or drawn from the seed."""
     if config.model.checkpoint:
-        path = data.find_file(config.model.checkpoint, data_dir)
-        loaded, variables = convert.load_cifar_resnet(path)
+        loaded, variables = convert.load_cifar_resnet(data.find_file(config.model.checkpoint, data_dir))
         if loaded != model:
-            raise ConfigError(f"model.checkpoint={config.model.checkpoint!r} holds {loaded}, and the config asks for {model}")
+            raise ConfigError(
+                f"model.checkpoint={config.model.checkpoint!r} holds {loaded}, and the config asks for {model}"
+            )
     else:
         key = jax.random.key(config.seed)
         variables = jax.jit(lambda k: model.init(k, jnp.zeros((1, *shape), jnp.float32)))(key)
-    return Weights(variables["params"], variables.get("batch_stats", {}), {})
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    return Weights({"params": variables["params"]}, others, {})
 
 
 def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]:
-    """Everything the training needs."""
+    """Everything the training needs.
+
+    Raises:
+      ConfigError, DataNotFoundError, DataFileError: what is impossible, missing or damaged.
+    """
     train, test = load_data(config, "train", options.data_dir), load_data(config, "test", options.data_dir)
-    held = config.data.validation
+    held, info = config.data.validation, train.info
     if not 0 <= held < len(train):
         raise ConfigError(f"data.validation={held} is impossible; it must be 0 to {len(train) - 1}")
-    if not 1 <= config.batch <= len(train) - held:
-        raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {len(train) - held}, the training examples")
-    model, task = make_task(config, train.info)
+    used = len(train) - held
+    if not 1 <= config.batch <= used:
+        raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {used}, the training examples")
+    model = build_model(config.model.name, config.model.options, info.classes)
+    mean, std = config.data.mean or info.mean, config.data.std or info.std
+    if len(mean) != info.shape[-1] or len(std) != info.shape[-1] or min(std) <= 0:
+        raise ConfigError(f"data.mean={mean} and data.std={std} need {info.shape[-1]} values each, std above 0")
     try:
         placement = mesh.make(options.mesh)
         placement.check_batch(config.batch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    used = len(train) - held
     job = training.Job(
-        task=task,
-        init=lambda: first_weights(config, model, train.info.shape, options.data_dir),
+        task=make_task(model, mean, std, config.data),
+        init=lambda: first_weights(config, model, info.shape, options.data_dir),
         train=arrays(train.take(slice(0, used))),
         test=arrays(test),
         validation=arrays(train.take(slice(used, len(train)))) if held else None,
@@ -210,36 +221,40 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
     )
-    return job, train.info
+    return _take_dense(config, job, options.workdir) if config.init_from else job, info
 
 
-def take_dense(config: Config, job: training.Job) -> training.Job:
-    """The job with the dense weights of another run in place of the first ones.
-
-    Raises:
-      ConfigError: that run is of another network, data set or dense training, or has not finished its dense phase.
-    """
-    folder = Path(config.init_from)
+def _take_dense(config: Config, job: training.Job, workdir: Path) -> training.Job:
+    """The job with another run's dense weights in place of the first ones (the run keeps a copy of its own)."""
+    own, other = training.Checkpoints(workdir / "checkpoints"), Path(config.init_from)
+    template = _template(job, Phase(phases.DENSE, "dense", "", config.plan.dense))
+    if own.has_weights(phases.DENSE):
+        return dataclasses.replace(job, init=lambda: own.load_weights(phases.DENSE, template))
     try:
-        other = json.loads((folder / "config.json").read_text())
+        theirs = json.loads((other / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from={config.init_from!r} is not a run: {error}") from None
-    mine = dataclasses.asdict(config)
-    for key in ("data", "model"):
-        a, b = driver.flatten(other.get(key)), driver.flatten(json.loads(json.dumps(mine[key])))
-        differ = [k for k in sorted(a | b) if a.get(k) != b.get(k) and k not in ("shift", "flip", "test")]
-        if differ:
-            raise ConfigError(f"init_from={config.init_from!r} is a run with another {key}: {', '.join(differ)} differ")
-    shapes = jax.eval_shape(job.init)
-    from compressx.training.checkpoint import Checkpoints
-    from compressx.training.loop import like
+    mine = json.loads(json.dumps(dataclasses.asdict(config)))
+    a, b = ({k: driver.flatten(c.get(k)) for k in ("data", "model")} for c in (theirs, mine))
+    free = ("shift", "flip", "test")
+    differ = [f"{k}.{n}" for k in a for n in sorted(a[k] | b[k]) if a[k].get(n) != b[k].get(n) and n not in free]
+    if differ:
+        raise ConfigError(f"init_from={config.init_from!r} is a run with another {', '.join(differ)}")
+    source = training.Checkpoints(other / "checkpoints")
+    if not source.has_weights(phases.DENSE):
+        raise ConfigError(f"init_from={config.init_from!r} has not finished its dense phase")
+    return dataclasses.replace(job, init=lambda: source.load_weights(phases.DENSE, template))
 
-    template = like(shapes, Phase(phases.DENSE, "dense", "", config.plan.dense), job.placement)
 
-    def load() -> Weights:
-        return Checkpoints(folder / "checkpoints").load_weights(phases.DENSE, template)
+def plan_phases(config: Config) -> tuple[Phase, ...]:
+    """The phases; with `init_from` nothing is left to train in the dense one."""
+    plan = config.plan
+    if config.init_from:
+        plan = dataclasses.replace(plan, dense=dataclasses.replace(plan.dense, epochs=0))
+    return phases.plan(plan)
 
-    return dataclasses.replace(job, init=load)
+
+# -- the run -----------------------------------------------------------------------------------------------------------
 
 
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
@@ -251,17 +266,14 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir = options.workdir
-    written = json.loads(json.dumps(dataclasses.asdict(config)))
+    workdir, written = options.workdir, dataclasses.asdict(config)
     if (workdir / "summary.json").exists():
         driver.claim(workdir, written)
-        print(f"{workdir} is finished; nothing to do. Its report: {workdir / 'report.html'}")
+        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
         return read_summary(workdir / "summary.json")
+    todo = plan_phases(config)
     job, info = make_job(config, options)
-    todo = phases.plan(config.plan)
-    if config.init_from:
-        job = take_dense(config, job)
-    phases.check_rules(todo, jax.eval_shape(job.init).params)
+    training.check_phases(job, todo)
     first = jax.process_index() == 0
     if first:
         driver.claim(workdir, written)
@@ -270,57 +282,69 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     return conclude(config, options, job, info, todo, outcome)
 
 
-def _load(name: str, job: training.Job, todo: tuple[Phase, ...], outcome: Outcome) -> Weights:
-    from compressx.training.loop import like
-
-    phase = next(p for p in todo if p.name == name)
-    weights = outcome.checkpoints.load_weights(name, like(jax.eval_shape(job.init), phase, job.placement))
-    return mesh.host(weights)
-
-
 def conclude(
     config: Config, options: Options, job: training.Job, info: data.Info, todo: tuple[Phase, ...], outcome: Outcome
 ) -> dict[str, Any]:
-    """Packs the result and writes the summary and the report."""
-    last = phases.final(config.plan)
-    phase = next(p for p in todo if p.name == last)
-    dense, compressed = _load(phases.DENSE, job, todo, outcome), _load(last, job, todo, outcome)
-    results = outcome.results
-    summary = make_summary(**summarise(config, options, job, info, phase, outcome, dense, compressed))
-    if jax.process_index() == 0:
-        write_summary(options.workdir / "summary.json", summary)
-    print(json.dumps({k: summary[k] for k in ("metric", "rate", "seconds")}), results.keys())
+    """Packs the result and writes everything else; the summary last, for it says that the run is finished."""
+    workdir, last = options.workdir, next(p for p in todo if p.name == phases.final(config.plan))
+    dense, result = (mesh.host(outcome.checkpoints.load_weights(p.name, _template(job, p))) for p in (todo[0], last))
+    facts = {
+        "driver": "cnn",
+        "dataset": info.name,
+        "classes": info.classes,
+        "mean": list(config.data.mean or info.mean),
+        "std": list(config.data.std or info.std),
+        "seed": config.seed,
+    }
+    if jax.process_index() != 0:
+        return {}
+    model = {"name": config.model.name, "options": dict(config.model.options)}
+    stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, model, facts)
+    summary = make_summary(**_summary(config, options, job, info, last, outcome, stored))
+    page = html.Page(
+        summary=summary,
+        config=json.loads((workdir / "config.json").read_text()),
+        layers=stored.layers,
+        pictures=artifacts.pictures(workdir, dense.params, result.params, last.rules),
+        sections=[("Phases", _phase_table(todo, outcome))],
+        links=artifacts.links(workdir),
+    )
+    html.write_report(workdir / "report.html", page)
+    write_summary(workdir / "summary.json", summary)
+    console.print_report(summary, stored.layers)
     return summary
 
 
-def summarise(
+def _template(job: training.Job, phase: Phase) -> Weights:
+    return training.like(jax.eval_shape(job.init), phase, job.placement)
+
+
+def _phase_table(todo: tuple[Phase, ...], outcome: Outcome) -> html.Table:
+    rows = []
+    for phase in todo:
+        start, end = outcome.results[phase.name]["start"], outcome.results[phase.name]["end"]
+        accuracies = [f"{100 * f['accuracy']:.2f} %" for f in (start, end)]
+        rows.append((phase.name, phase.start or "-", str(phase.fit.epochs), f"{phase.fit.lr:g}", *accuracies))
+    header = ("phase", "starts from", "epochs", "learning rate", "accuracy at its start", "at its end")
+    return html.Table(header, rows, (False, False, True, True, True, True))
+
+
+def _summary(
     config: Config,
     options: Options,
     job: training.Job,
     info: data.Info,
-    phase: Phase,
+    last: Phase,
     outcome: Outcome,
-    dense: Weights,
-    compressed: Weights,
+    stored: artifacts.Stored,
 ) -> dict[str, Any]:
-    """The fields of `summary.json`."""
-    results = outcome.results
+    results, plan = outcome.results, config.plan
 
     def accuracy(name: str, when: str = "end") -> float | None:
         return results[name][when]["accuracy"] if name in results else None
 
-    rate: dict[str, float | None] = {"constrained_weights": None, "all_weights": None, "bytes": None}
-    violations = None
-    if phase.rules is not None:
-        stay, held = count_kept(compressed, phase)
-        everything = sum(w.size for w in jax.tree.leaves(compressed.params))
-        nonzero = sum(int(np.count_nonzero(w)) for w in jax.tree.leaves(compressed.params))
-        rate = {"constrained_weights": held / stay, "all_weights": everything / nonzero, "bytes": None}
-        counts = count_violations(compressed.params, phase.rules, compressed.structure)
-        violations = sum(int(v) for v in counts.values())
-    primal = [max(r["primal"].values()) for r in results.values() if r.get("primal")]
-    dual = [max(r["dual"].values()) for r in results.values() if r.get("dual")]
-    method = config.plan.method
+    residuals = [r for r in results.values() if r.get("primal")]  # of the last ADMM phase: the largest over its leaves
+    residual = {k: max(residuals[-1][k].values()) if residuals else None for k in ("primal", "dual")}
     return {
         "driver": "cnn",
         "variant": config.variant,
@@ -338,44 +362,112 @@ def summarise(
             "dense": accuracy(phases.DENSE),
             "dense_same_budget": accuracy(phases.SAME_BUDGET),
             "one_shot": accuracy(phases.ONE_SHOT),
-            "hardened": accuracy(phase.name, "start") if phase.rules is not None else None,
-            "compressed": accuracy(phase.name) if method != "dense" else None,
+            "hardened": accuracy(last.name, "start") if last.rules else None,
+            "compressed": accuracy(last.name) if last.rules else None,
         },
-        "rate": rate,
-        "bytes": None,
-        "residual": {"primal": primal[-1] if primal else None, "dual": dual[-1] if dual else None},
-        "violations": violations,
+        "rate": stored.rate,
+        "bytes": stored.size,
+        "residual": residual,
+        "violations": stored.violations,
         "latency_ms": None,
         "seconds": outcome.seconds,
         "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
         "cnn": {
-            "method": method,
-            "selection": "last epoch; the test set chooses nothing",
+            "method": plan.method,
+            "selection": "the last epoch; the test set chooses nothing",
+            "gradual": accuracy(f"{phases.GRADUAL}_retrain"),
             "init_from": config.init_from or None,
-            "kept": {p: list(k) for p, k in kept_by_path(compressed, phase).items()},
+            "mesh": options.mesh or None,
+            "processes": jax.process_count(),
             "phases": results,
             "run": run_record(options.command),
         },
     }
 
 
-def kept_by_path(weights: Weights, phase: Phase) -> dict[str, tuple[int, int]]:
-    """Path -> (non-zeros, weights) of the constrained leaves."""
-    if phase.rules is None:
-        return {}
-    bound = phases.resolve(phase.rules, weights.params)
-    return kept(weights.params, bound)
-
-
-def count_kept(weights: Weights, phase: Phase) -> tuple[int, int]:
-    """Non-zeros and weights over all constrained leaves."""
-    each = kept_by_path(weights, phase).values()
-    return sum(k for k, _ in each), sum(n for _, n in each)
+# -- evaluation of a finished run --------------------------------------------------------------------------------------
 
 
 def evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Evaluates a finished run's compressed model on another split or data folder."""
-    raise ConfigError("not there yet")
+    """Evaluates a finished run's compressed model on a split, of the config's data set or of another one.
+
+    The network and the normalisation come from the file. The figures go to `<workdir>/eval/<data set>-<split>/`.
+
+    Raises:
+      ConfigError: the run is not finished, or the data do not fit the network.
+    """
+    path = options.workdir / artifacts.MODEL
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; finish the run first (--mode=run)")
+    stored = artifacts.read(path)
+    name, options_, facts = _described(path, stored)
+    dataset = load_data(config, options.split, options.data_dir)
+    if dataset.info.classes != facts["classes"] or dataset.info.shape[-1] != len(facts["mean"]):
+        raise ConfigError(
+            f"data.name={config.data.name!r} has {dataset.info.classes} classes and images {dataset.info.shape}; "
+            f"{path} is a network of {facts['classes']} classes and {len(facts['mean'])} channels"
+        )
+    model = build_model(name, options_, facts["classes"])
+    task = make_task(model, tuple(facts["mean"]), tuple(facts["std"]))
+    variables = jax.tree.map(jnp.asarray, stored.saved.params)
+    params = {"params": variables["params"]}
+    others = {k: v for k, v in variables.items() if k != "params"}
+    wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *dataset.info.shape), jnp.float32)))
+    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, variables):
+        raise ConfigError(f"the weights in {path} do not fit {name} on images {dataset.info.shape}")
+    score = state.make_evaluate(task, config.eval_batch)
+    figures = score(params, others, jax.tree.map(jnp.asarray, arrays(dataset)))
+    folder = options.workdir / "eval" / f"{config.data.name}-{options.split}"
+    summary = make_summary(
+        driver="cnn",
+        variant=config.variant,
+        seed=config.seed,
+        dataset={
+            "name": dataset.info.name,
+            "source": dataset.info.source,
+            "train": None,
+            "test": len(dataset),
+            "stand_in": dataset.info.stand_in,
+        },
+        metric={
+            "name": "accuracy",
+            "higher_is_better": True,
+            **dict.fromkeys(("dense", "dense_same_budget", "one_shot", "hardened")),
+            "compressed": figures["accuracy"],
+        },
+        rate=stored.rate,
+        bytes=stored.size,
+        residual=None,
+        violations=stored.violations,
+        latency_ms=None,
+        seconds=None,
+        paper=None,
+        cnn={
+            "mode": "eval",
+            "split": options.split,
+            "loss": figures["loss"],
+            "model": str(path),
+            "run": run_record(options.command),
+        },
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_summary(folder / "summary.json", summary)
+    print(
+        f"{config.data.name} {options.split}: accuracy {figures['accuracy']:.4f}; written to {folder / 'summary.json'}"
+    )
+    return summary
+
+
+def _described(path: Path, stored: artifacts.Stored) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The network's name, its options and the facts of its data, from a file that may be anyone's."""
+    model, facts = stored.saved.model, stored.saved.extra
+    numbers = isinstance(facts, dict) and all(
+        isinstance(facts.get(k), list) and facts[k] and all(isinstance(x, float | int) for x in facts[k])
+        for k in ("mean", "std")
+    )
+    if model is None or not numbers or not isinstance(facts["classes"], int) or min(facts["std"]) <= 0:
+        raise ConfigError(f"{path} was not written by this driver: the network or its normalisation is missing")
+    return model["name"], dict(model.get("options", {})), facts
 
 
 if __name__ == "__main__":

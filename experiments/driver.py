@@ -15,11 +15,12 @@ from compressx.data import DataFileError, DataNotFoundError
 from compressx.formats import CompressedFileError
 from compressx.harden import ConstraintViolation
 from compressx.models.convert import CheckpointError as ModelFileError
+from compressx.report import environment
 from compressx.report.metrics import MetricsError
 from compressx.report.summary import SummaryError
 from compressx.training import CheckpointError, ConfigError, Diverged, mesh
 
-# What a user, a file or a full disk can cause: one line, exit code 1. Anything else is our fault and keeps its traceback.
+# What a user, a file or a full disk can cause: one line, exit code 1. Anything else keeps its traceback.
 USER_ERRORS = (
     *(ConfigError, Diverged, CheckpointError, ConstraintViolation, ModelFileError, CompressedFileError),
     *(DataNotFoundError, DataFileError, MetricsError, SummaryError, OSError),
@@ -59,7 +60,9 @@ def main(module: str, run: Function, evaluate: Function, read: Callable[[Any], A
     """
     config = config_flags.DEFINE_config_file("config", None, "the experiment: configs/<driver>.py:<variant>")
     flags.DEFINE_string("workdir", None, "folder of the run; the same command again resumes it")
-    flags.DEFINE_enum("mode", "run", ["run", "eval"], "run the experiment, or evaluate a finished one's compressed model")
+    flags.DEFINE_enum(
+        "mode", "run", ["run", "eval"], "run the experiment, or evaluate a finished one's compressed model"
+    )
     flags.DEFINE_string("data_dir", None, "folder of data sets (default: $COMPRESSX_DATA)")
     flags.DEFINE_string("split", "test", "split that --mode=eval evaluates on")
     flags.DEFINE_string("mesh", "", "devices: data=2, or data=4,model=2 (default: one)")
@@ -78,8 +81,7 @@ def main(module: str, run: Function, evaluate: Function, read: Callable[[Any], A
                 mesh.start_processes(f.coordinator, f.num_processes, f.process_id)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            command = " ".join(["python", "-m", module, *map(_quoted, sys.argv[1:])])
-            options = Options(Path(f.workdir), f.data_dir, f.mesh, f.split, command)
+            options = Options(Path(f.workdir), f.data_dir, f.mesh, f.split, environment.command(module))
             {"run": run, "eval": evaluate}[f.mode](read(config.value), options)
         except USER_ERRORS as error:
             _stop(error)
@@ -103,12 +105,6 @@ def _stop(error: BaseException) -> None:
     sys.exit(1)
 
 
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
-
-
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     """Makes the work directory this config's, or checks that it is.
 
@@ -122,9 +118,15 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
         except ValueError as error:
             raise ConfigError(f"{path} is damaged ({error}); use another --workdir") from None
         a, b = flatten(old), flatten(json.loads(json.dumps(config)))
-        changed = [f"{k} ({a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} now)" for k in sorted(a | b) if a.get(k, ...) != b.get(k, ...)]
+        changed = [
+            f"{k} ({a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} now)"
+            for k in sorted(a | b)
+            if a.get(k, ...) != b.get(k, ...)
+        ]
         if changed:
-            raise ConfigError(f"{workdir} holds a run with another config; use another --workdir, or undo: {'; '.join(changed)}")
+            raise ConfigError(
+                f"{workdir} holds a run with another config; use another --workdir, or undo: {'; '.join(changed)}"
+            )
         return
     workdir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(config, indent=2) + "\n")

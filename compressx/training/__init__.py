@@ -22,8 +22,11 @@ from compressx.training.config import parse as parse
 from compressx.training.loop import Diverged as Diverged
 from compressx.training.loop import Job as Job
 from compressx.training.loop import Outcome as Outcome
+from compressx.training.loop import check_phases as check_phases
+from compressx.training.loop import like as like
 from compressx.training.loop import total_steps as total_steps
 from compressx.training.loop import train as train
+from compressx.training.mesh import Placement as Placement
 from compressx.training.phases import Phase as Phase
 from compressx.training.phases import Weights as Weights
 from compressx.training.phases import plan as plan

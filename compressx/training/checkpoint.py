@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on with the same bits, written atomically, checked when read.
 
-    <folder>/steps/<id>/      the last two states of training, with their place in the run (orbax)
-    <folder>/weights/<phase>/ what each finished phase left, kept: for later phases, other runs and the plots
+<folder>/steps/<id>/      the last two states of training, with their place in the run (orbax)
+<folder>/weights/<phase>/ what each finished phase left, kept: for later phases, other runs and the plots
 """
 
 import shutil
@@ -68,14 +68,13 @@ class Checkpoints:
         meta = {**meta, "crc32": _checksum(state)}
         try:
             manager = self._open()
-            manager.save(
-                number, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)), force=True
-            )
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            manager.save(number, args=args, force=True)
             manager.wait_until_finished()
         except Exception as error:
             raise CheckpointError(
                 f"the checkpoint at step {meta.get('global_step', number)} could not be written to {self.folder}: "
-                f"{_brief(error)}; the one before it is whole: make room and run the same command again to go on from there"
+                f"{_brief(error)}; the one before it is whole: make room, and the same command goes on from it"
             ) from error
 
     def read_meta(self) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
@@ -120,7 +119,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def save_weights(self, name: str, tree: Any) -> None:
@@ -130,13 +131,14 @@ class Checkpoints:
           CheckpointError: it could not be written.
         """
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"crc32": _checksum(tree)}))
+            meta = ocp.args.JsonSave({"crc32": _checksum(tree)})
+            args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=meta)
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
                 writer.save(self.folder / "weights" / name, args=args, force=True)
         except Exception as error:
             raise CheckpointError(
-                f"the weights of phase {name} could not be written to {self.folder}: {_brief(error)}; the last checkpoint "
-                "is whole: make room and run the same command again to go on from there"
+                f"the weights of phase {name} could not be written to {self.folder}: {_brief(error)}; the last "
+                "checkpoint is whole: make room and run the same command again to go on from it"
             ) from error
 
     def has_weights(self, name: str) -> bool:

@@ -1,9 +1,9 @@
 """What a training run is, as frozen dataclasses; and the strict reading of them from nested dictionaries.
 
-    Fit      epochs at a learning-rate schedule, with the loss's options
-    Admm     a Fit with a rho schedule and the steps between Z and U updates
-    Stage    rules, the ADMM that moves weights into them, the retraining inside them
-    Plan     dense Fit, stages, method, baselines: all that `phases.plan` needs
+Fit      epochs at a learning-rate schedule, with the loss's options
+Admm     a Fit with a rho schedule and the steps between Z and U updates
+Stage    rules, the ADMM that moves weights into them, the retraining inside them
+Plan     dense Fit, stages, method, baselines: all that `phases.plan` needs
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Fit:
     Attributes:
       epochs: passes over the training set; 0 skips the training, not the phase.
       lr: peak learning rate.
-      schedule: "constant"; "cosine", from lr to `lr * final`; "piecewise", multiplied by `drop` at each of `boundaries`.
+      schedule: "constant"; "cosine", from lr to `lr * final`; "piecewise", times `drop` at each of `boundaries`.
       final: the last learning rate over the first, for "cosine".
       boundaries: parts of the phase in (0, 1), increasing, for "piecewise".
       drop: factor at each boundary.
@@ -72,7 +72,8 @@ class Fit:
         _need(0 <= self.final <= 1, "final", self.final, "in [0, 1]")
         inside = all(0 < b < 1 for b in self.boundaries) and list(self.boundaries) == sorted(set(self.boundaries))
         _need(inside, "boundaries", self.boundaries, "increasing parts of the phase in (0, 1)")
-        _need(bool(self.boundaries) == (self.schedule == "piecewise"), "boundaries", self.boundaries, 'given for "piecewise" only')
+        piecewise = self.schedule == "piecewise"
+        _need(bool(self.boundaries) == piecewise, "boundaries", self.boundaries, 'given for "piecewise" and only there')
         _need(self.drop > 0, "drop", self.drop, "positive")
         _need(self.cycles >= 1, "cycles", self.cycles, "1 or more")
         _need(0 <= self.warmup < 1, "warmup", self.warmup, "in [0, 1)")
@@ -229,6 +230,10 @@ def _read_dataclass(cls: type, value: Any, where: str) -> Any:
     unknown = sorted(set(value) - set(fields))
     if unknown:
         raise ConfigError(f"{where}.{unknown[0]} is not a setting; the settings there are {', '.join(fields)}")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in value]
+    if missing:
+        raise ConfigError(f"{where}.{missing[0]} is missing")
     read = {name: _read(hints[name], v, f"{where}.{name}") for name, v in value.items()}
     try:
         return cls(**read)

@@ -2,12 +2,12 @@
 
     d(t) = d_final + (1 - d_final) * (1 - t)^3,  t = update / updates in 0..1
 
-Source: M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, eq. 1
-(there for the sparsity s = 1 - d).
+Source: M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017,
+eq. 1 (there for the sparsity s = 1 - d).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from compressx.rules import Rules, resolve
 from compressx.training.config import ConfigError, Rule
 
 # what a spec counts, by kind: (density field, keep field) -> how many of them a leaf of that shape has
-_GROUPS = {
+_GROUPS: dict[str, dict[tuple[str, str], Callable[[tuple[int, ...]], int] | None]] = {
     "unstructured": {("density", "keep"): math.prod},
     "filters": {("density", "keep"): lambda shape: shape[-1]},
     "columns": {("density", "keep"): lambda shape: math.prod(shape[:-1])},
@@ -73,7 +73,7 @@ def prune(params: Any, rules: Rules, t: float) -> tuple[Any, dict[str, Any]]:
     """The weights at time t: projected onto the loosened sets.
 
     Returns:
-      The weights, and the pieces (masks) by name in which they may move until the next step, as `RetrainState` has them.
+      The weights, and by name the pieces (masks) in which they may move until the next step, as in `RetrainState`.
     """
     leaves, treedef = jax.tree.flatten(params)
     piece = {}
@@ -82,7 +82,7 @@ def prune(params: Any, rules: Rules, t: float) -> tuple[Any, dict[str, Any]]:
         loose = constraints.from_spec(loosen(b.constraint.spec, shape, t))
         w, piece[b.name] = _prune_leaf(loose, b.take(leaves))
         b.put(leaves, w)
-    return treedef.unflatten(leaves), piece
+    return jax.tree.unflatten(treedef, leaves), piece
 
 
 def _prune_leaf(constraint: Any, w: Any) -> tuple[Any, Any]:

@@ -99,7 +99,36 @@ def train(job: Job, phases: tuple[Phase, ...], workdir: Path, display: Display) 
       Diverged, CheckpointError, ConfigError, ConstraintViolation: each says what and where.
     """
     job.placement.check_batch(job.batch)
+    check_phases(job, phases)
     return _Run(job, phases, workdir, display).go()
+
+
+def check_phases(job: Job, phases: tuple[Phase, ...]) -> None:
+    """Raises ConfigError where a phase's rules, rho or lengths cannot be run, before anything is trained or written."""
+    params = jax.eval_shape(job.init).params
+    per_epoch = batches.steps_per_epoch(_size(job.train), job.batch)
+    for phase in phases:
+        steps = phase.fit.epochs * per_epoch
+        try:
+            jax.eval_shape(_transform(job.optimizer, phase, steps, per_epoch, None).init, params)
+        except ValueError as error:
+            raise ConfigError(f"phase {phase.name}: {error}") from None
+
+
+def _transform(
+    name: str, phase: Phase, steps: int, per_epoch: int, structure: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The phase's optimizer; `structure` is what the sets it must stay inside leave open (None: chosen at init)."""
+    if phase.kind == "dense":
+        return optimizers.dense(name, phase.fit, steps)
+    assert phase.rules is not None
+    if phase.kind == "retrain":
+        return optimizers.retraining(name, phase.fit, steps, phase.rules, structure)
+    assert isinstance(phase.fit, Admm)
+    optimizers.check_due(phase.fit, steps, per_epoch)
+    if phase.kind == "gradual":
+        return optimizers.retraining(name, phase.fit, steps, phase.rules, structure)
+    return optimizers.constrained(name, phase.fit, steps, per_epoch, phase.rules, phase.within, structure)
 
 
 def total_steps(job: Job, phases: tuple[Phase, ...]) -> int:
@@ -138,7 +167,7 @@ class _Run:
         self.sets = {"": self.place.copy(dict(job.test))}
         if job.validation is not None:
             self.sets["validation_"] = self.place.copy(dict(job.validation))
-        self.evaluate = make_evaluate(job.task, job.eval_batch)
+        self.evaluate = make_evaluate(job.task, job.eval_batch, self.place.batch)
         self.per_epoch = batches.steps_per_epoch(_size(job.train), job.batch)
         self.results: dict[str, Any] = {}
         self.spent, self.started, self.saved_at = 0.0, time.monotonic(), time.monotonic()
@@ -165,23 +194,16 @@ class _Run:
     def _begin(self, phase: Phase) -> _Begun:
         """The phase's optimizer and first state, from the weights it starts with."""
         weights = self._load(phase.start) if phase.start else self.first
-        steps, name = phase.fit.epochs * self.per_epoch, self.job.optimizer
-        structure = weights.structure
-        if phase.kind == "admm":
-            assert isinstance(phase.fit, Admm) and phase.rules is not None
-            args = (phase.rules, phase.within, structure)
-            tx = optimizers.constrained(name, phase.fit, steps, self.per_epoch, *args)
-        elif phase.kind in ("retrain", "gradual"):
-            assert phase.rules is not None
-            rules = phase.rules
-            if phase.kind == "retrain":
-                weights = harden(weights, rules)
-                structure = weights.structure
-            else:
-                structure = jax.jit(lambda p: structures(p, rules))(weights.params)
-            tx = optimizers.retraining(name, phase.fit, steps, rules, structure)
-        else:
-            tx, structure = optimizers.dense(name, phase.fit, steps), {}
+        rules, structure = phase.rules, weights.structure
+        if phase.kind == "retrain":
+            assert rules is not None
+            weights = harden(weights, rules)
+            structure = weights.structure
+        elif phase.kind == "gradual":
+            assert rules is not None
+            structure = jax.jit(lambda p: structures(p, rules))(weights.params)
+        steps = phase.fit.epochs * self.per_epoch
+        tx = _transform(self.job.optimizer, phase, steps, self.per_epoch, structure or None)
         params = self.place.put(weights.params)
         state = TrainState(
             params=params,
@@ -207,19 +229,15 @@ class _Run:
             dense = self._load(DENSE)
             teacher = (self.place.put(dense.params), self.place.put(dense.batch_stats))
         step = make_step(self.job.task, begun.tx, fit, self.place.batch)
-        if self.place.mesh is not None:
-            plain, keep = step, self.place.keep
-            step = lambda s, data, order, teacher: keep(plain(s, data, order, teacher))  # noqa: E731
-        runner = make_runner(step)
+        runner = make_runner(lambda *args: self.place.keep(step(*args)))
         steps, offset, done = fit.epochs * self.per_epoch, self._offset(index), int(state.step)
         due = optimizers.every(fit, self.per_epoch) if isinstance(fit, Admm) else 0
         self.display.move(phase.name, offset + done)
-        facts: dict[str, Any] = {}
+        current, order = -1, self.place.copy(np.zeros((0, 0), np.int32))
         while done < steps:
-            epoch, within = divmod(done, self.per_epoch)
-            if within == 0 or not facts:
-                order = self.place.copy(self._order(phase, epoch))
-                facts = {"epoch": epoch}
+            epoch = done // self.per_epoch
+            if epoch != current:
+                current, order = epoch, self.place.copy(self._order(phase, epoch))
             stop = min(self._next(done, self.job.chunk), (epoch + 1) * self.per_epoch)
             if phase.kind == "gradual":
                 stop = min(stop, self._next(done, due))
@@ -291,7 +309,7 @@ class _Run:
     # -- what is measured ---------------------------------------------------------------------------------------------
 
     def _figures(self, state: TrainState) -> dict[str, float]:
-        out = {}
+        out: dict[str, float] = {}
         for prefix, data in self.sets.items():
             mean = self.evaluate(state.params, state.batch_stats, data)
             out |= {f"{prefix}accuracy": mean["accuracy"], f"{prefix or 'test_'}loss": mean["loss"]}
@@ -355,8 +373,9 @@ class _Run:
                 self.metrics = MetricsWriter(self.metrics_path, meta["global_step"])
             return index, begun, int(meta["global_step"])
         if faults:
+            listing = "\n  ".join(faults)
             raise CheckpointError(
-                "no checkpoint can be read:\n  " + "\n  ".join(faults) + f"\nremove {self.checkpoints.folder} to start anew"
+                f"no checkpoint can be read:\n  {listing}\nremove {self.checkpoints.folder} to start anew"
             )
         return 0, None, None
 

@@ -6,7 +6,6 @@ moments, Z and U of a leaf always lie alike.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,10 +36,11 @@ class Placement(NamedTuple):
         return P(*(["model" if a == longest else None for a in range(longest + 1)]))
 
     def put(self, tree: Any, split: bool = True) -> Any:
-        """A tree of host or device arrays as arrays of its own, laid out as state (`split`) or copied to every device."""
+        """Arrays as new arrays, laid out as state (`split`) or copied to every device."""
         if self.mesh is None:
             return jax.tree.map(jnp.array, tree)  # a copy, so that two states never share a buffer that one donates
-        return jax.tree.map(lambda x: self._put(x, NamedSharding(self.mesh, self.spec(np.shape(x)) if split else P())), tree)
+        mesh = self.mesh
+        return jax.tree.map(lambda x: self._put(x, NamedSharding(mesh, self.spec(np.shape(x)) if split else P())), tree)
 
     def _put(self, x: Any, sharding: NamedSharding) -> Any:
         if jax.process_count() == 1:
@@ -59,10 +59,10 @@ class Placement(NamedTuple):
         return self.put(tree, split=False)
 
     def batch(self, tree: Any) -> Any:
-        """Inside jit: splits the leading axis over `data`."""
-        if self.mesh is None or "data" not in self.mesh.shape:
+        """Inside jit: splits the leading axis over `data`, where it divides (`check_batch` is for the caller)."""
+        if self.mesh is None or jax.tree.leaves(tree)[0].shape[0] % self.mesh.shape.get("data", 1):
             return tree
-        sharding = NamedSharding(self.mesh, P("data"))
+        sharding = NamedSharding(self.mesh, P("data" if "data" in self.mesh.shape else None))
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
     def keep(self, tree: Any) -> Any:
@@ -70,7 +70,9 @@ class Placement(NamedTuple):
         if self.mesh is None:
             return tree
         mesh = self.mesh
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self.spec(x.shape))), tree)
+        return jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self.spec(x.shape))), tree
+        )
 
     def check_batch(self, size: int) -> None:
         """Raises ValueError where a batch cannot be split evenly."""
@@ -126,7 +128,7 @@ def start_processes(coordinator: str, processes: int, process: int) -> None:
             raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT")
         return
     if processes < 1 or not 0 <= process < processes:
-        raise ValueError(f"--process_id={process} must lie in 0..{processes - 1}, and --num_processes={processes} above 0")
+        raise ValueError(f"--process_id={process} must lie in 0..{processes - 1}, --num_processes={processes} above 0")
     jax.distributed.initialize(coordinator, num_processes=processes, process_id=process)
 
 
@@ -151,6 +153,3 @@ def agree(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
-Place = Callable[[Any], Any]

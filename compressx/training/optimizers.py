@@ -1,4 +1,4 @@
-"""The optimizer of each kind of phase: a learning-rate schedule, Adam or SGD, and where ADMM and retraining stand in it."""
+"""The optimizer of each kind of phase: learning rates, Adam or SGD, and where ADMM and retraining stand."""
 
 import math
 from typing import Any
@@ -68,17 +68,20 @@ def every(fit: Admm, steps_per_epoch: int) -> int:
     return fit.every or steps_per_epoch
 
 
+def check_due(fit: Admm, steps: int, steps_per_epoch: int) -> None:
+    """Raises ConfigError where a phase is too short for one update."""
+    due = every(fit, steps_per_epoch)
+    if 0 < steps < due:
+        raise ConfigError(
+            f"every={due} steps between updates is more than the {steps} steps of the phase; train longer"
+        )
+
+
 def constrained(
     name: str, fit: Admm, steps: int, steps_per_epoch: int, rules: Rules, within: Rules | None, structure: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Training with ADMM's pull towards the rules, inside `within` (the rules of the stage before) if there are any.
-
-    Raises:
-      ConfigError: the phase is too short for one Z and U update.
-    """
+    """Training with ADMM's pull towards the rules, inside `within` (the rules of the stage before) if there are any."""
     due = every(fit, steps_per_epoch)
-    if steps and steps < due:
-        raise ConfigError(f"an ADMM phase of {steps} steps never updates Z and U, which is due every {due} steps; train longer")
     pull = admm(rules, rho=_rho(fit, steps // due), every=due, refresh_every=fit.refresh_every or None)
     direction, scaling = _parts(name, fit, steps)
     chain = [*direction, pull, *scaling] if fit.decoupled else [pull, *direction, *scaling]

@@ -14,8 +14,8 @@ import jax
 from compressx import constraints
 from compressx.constraints.base import Constraint
 from compressx.harden import check, project, structures
-from compressx.rules import Rules, check_finite, resolve
-from compressx.training.config import Admm, ConfigError, Fit, Plan, Rule, Stage
+from compressx.rules import Rules, check_finite
+from compressx.training.config import ConfigError, Fit, Plan, Rule, Stage
 from compressx.training.gradual import check_scalable
 
 DENSE = "dense"
@@ -116,16 +116,6 @@ def _method(method: str, stages: tuple[Stage, ...]) -> list[Phase]:
     return phases
 
 
-def check_rules(phases: tuple[Phase, ...], params: Any) -> None:
-    """Raises ConfigError where any phase's rules do not fit the parameters, before anything is trained."""
-    for phase in phases:
-        if phase.rules is not None:
-            try:
-                resolve(phase.rules, params)
-            except ValueError as error:
-                raise ConfigError(f"phase {phase.name}: {error}") from None
-
-
 def harden(weights: Weights, rules: Rules) -> Weights:
     """The weights projected once onto their sets, with the structure they carry if they have one; checked.
 
@@ -138,6 +128,3 @@ def harden(weights: Weights, rules: Rules) -> Weights:
     params = jax.jit(lambda p, s: project(p, rules, s))(weights.params, structure)
     check(params, rules, structure)
     return Weights(params, weights.batch_stats, structure)
-
-
-__all__ = ["ConfigError", "Admm", "Phase", "Weights", "build_rules", "check_rules", "final", "harden", "plan", "structures"]

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from compressx.data import batches
+
 Params = Any
 Batch = dict[str, Array]
 
@@ -21,7 +23,7 @@ class Sums(NamedTuple):
 
     loss: Array
     correct: Array
-    count: Array
+    seen: Array
 
     @classmethod
     def zero(cls) -> "Sums":
@@ -33,8 +35,8 @@ class TrainState(NamedTuple):
     """All that changes while a phase trains.
 
     Attributes:
-      params: the weights, any pytree.
-      batch_stats: running statistics of the model; `{}` where it has none.
+      params: the weights, any pytree; for Linen `{"params": ...}`, so that a leaf's path is `params/c1/kernel`.
+      batch_stats: the model's other collections, `{"batch_stats": ...}`; `{}` where it has none.
       opt_state: the optimizer's state, ADMM's Z and U and retraining's masks included.
       step: int32 [], steps done in this phase.
       key: the phase's key; a step's own is folded from it and `step`.
@@ -79,23 +81,24 @@ def classification(
     Source of the second term: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015.
     """
 
-    def loss(params: Params, stats: Any, batch: Batch, key: Array, fit: Any, teacher: Any) -> tuple[Array, tuple[Any, Sums]]:
+    def loss(
+        params: Params, stats: Any, batch: Batch, key: Array, fit: Any, teacher: Any
+    ) -> tuple[Array, tuple[Any, Sums]]:
         inputs, labels = batch["inputs"], batch["labels"]
         if augment is not None and fit.augment:
             inputs = augment(key, inputs)
         x = prepare(inputs)
         if stats:
-            logits, updated = apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
-            stats = updated["batch_stats"]
+            logits, stats = apply({**params, **stats}, x, train=True, mutable=list(stats))
         else:
-            logits = apply({"params": params}, x, train=True)
+            logits = apply(params, x, train=True)
         if fit.label_smoothing:
             target = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), fit.label_smoothing)
             value = jnp.mean(optax.softmax_cross_entropy(logits, target))
         else:
             value = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         if teacher is not None:
-            wanted = jax.lax.stop_gradient(apply(_variables(*teacher), x, train=False))
+            wanted = jax.lax.stop_gradient(apply({**teacher[0], **teacher[1]}, x, train=False))
             t = fit.temperature
             gap = optax.kl_divergence(jax.nn.log_softmax(logits / t), jax.nn.softmax(wanted / t))
             value = (1 - fit.distill) * value + fit.distill * t * t * jnp.mean(gap)
@@ -104,7 +107,7 @@ def classification(
         return value, (stats, Sums(value * n, correct, jnp.int32(n)))
 
     def score(params: Params, stats: Any, batch: Batch, valid: Array) -> Sums:
-        logits = apply(_variables(params, stats), prepare(batch["inputs"]), train=False)
+        logits = apply({**params, **stats}, prepare(batch["inputs"]), train=False)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         right = (jnp.argmax(logits, -1) == batch["labels"]) & valid
         return Sums(
@@ -112,10 +115,6 @@ def classification(
         )
 
     return Task(loss, score)
-
-
-def _variables(params: Params, stats: Any) -> dict[str, Any]:
-    return {"params": params, "batch_stats": stats} if stats else {"params": params}
 
 
 Step = Callable[[TrainState, Batch, Array, Any], TrainState]
@@ -178,17 +177,17 @@ def make_runner(step: Step) -> Callable[[TrainState, Batch, Array, Any, int], Tr
     return jax.jit(scan, static_argnums=4, donate_argnums=0)
 
 
-def make_evaluate(task: Task, batch_size: int) -> Callable[[Params, Any, Batch], dict[str, float]]:
-    """`evaluate(params, batch_stats, data) -> {"loss", "accuracy"}` over every example, the ragged last batch included."""
+def make_evaluate(
+    task: Task, batch_size: int, place: Callable[[Batch], Batch] = lambda batch: batch
+) -> Callable[[Params, Any, Batch], dict[str, float]]:
+    """`evaluate(params, batch_stats, data) -> {"loss", "accuracy"}` over every example, a ragged last batch too."""
 
     @jax.jit
     def score(params: Params, stats: Any, data: Batch, rows: Array, valid: Array, sums: Sums) -> Sums:
-        batch = {name: x[rows] for name, x in data.items()}
+        batch = place({name: x[rows] for name, x in data.items()})
         return jax.tree.map(jnp.add, sums, task.score(params, stats, batch, valid))
 
     def evaluate(params: Params, stats: Any, data: Batch) -> dict[str, float]:
-        from compressx.data import batches
-
         n = int(jax.tree.leaves(data)[0].shape[0])
         rows, valid = batches.cover(n, min(batch_size, n))
         sums = Sums.zero()
@@ -201,5 +200,5 @@ def make_evaluate(task: Task, batch_size: int) -> Callable[[Params, Any, Batch],
 
 def averages(sums: Sums) -> dict[str, float]:
     """Mean loss and accuracy of what was summed; fetches from the device."""
-    loss, correct, count = jax.device_get(sums)
-    return {"loss": float(loss) / max(int(count), 1), "accuracy": int(correct) / max(int(count), 1)}
+    loss, correct, seen = jax.device_get(sums)
+    return {"loss": float(loss) / max(int(seen), 1), "accuracy": int(correct) / max(int(seen), 1)}
