@@ -13,8 +13,11 @@ from compressx.constraints.base import intersection as intersection
 from compressx.constraints.base import support as support
 from compressx.constraints.base import violations as violations
 from compressx.constraints.bsp import bsp, bsp_columns, bsp_rows
+from compressx.constraints.darb import balanced_block_max, bank_balanced, block_max, darb
 from compressx.constraints.library import select_library as select_library
 from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
+from compressx.constraints.quantization import quantize
+from compressx.constraints.quantization import quantize_activations as quantize_activations
 from compressx.constraints.select import top_k_mask as top_k_mask
 from compressx.constraints.select import top_k_masks as top_k_masks
 from compressx.constraints.sparsity import block, channels, columns, filters, filters_and_columns, n_of_m, unstructured
@@ -34,6 +37,11 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "bsp_columns": bsp_columns,
     "bsp_rows": bsp_rows,
     "bsp": bsp,
+    "block_max": block_max,
+    "darb": darb,
+    "balanced_block_max": balanced_block_max,
+    "bank_balanced": bank_balanced,
+    "quantize": quantize,
 }
 
 

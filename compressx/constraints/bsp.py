@@ -143,7 +143,7 @@ def bsp(
 
 
 def gate_weights(inputs: int, hidden: int, layers: int = 1, gates: int = 3) -> int:
-    """Weights in the gate matrices of a recurrent net, without biases: sum over layers of gates * hidden * (in + hidden).
+    """Weights in the gate matrices of a recurrent net, no biases: sum over layers of gates * hidden * (in + hidden).
 
     A GRU (3 gates) with 39 inputs and 2 layers of 1024 has the paper's 12 matrices: 9,556,992 weights.
     """

@@ -1,0 +1,299 @@
+"""Regular blocks: the largest weight of every block (BMWM), block sizes that follow row density (DARB), and banks.
+
+Orientation is explicit. The matrix is `[in, out]` (conv: GEMM view `[P, F]`). With axis="outputs" a *row* is one
+input's fan-out and blocks run along the outputs, as in the papers' code, where the gates of a recurrent cell form one
+row (gates="together"); with axis="inputs" a row is one output's fan-in. Results depend on it.
+
+L is the length of a row, R the number of rows. Blocks are consecutive; a ragged last block is shorter.
+
+Source: A. Ren, T. Zhang, Y. Wang, S. Lin, P. Dong, Y. Chen, Y. Xie, Y. Wang, "DARB: A Density-Adaptive Regular-Block
+Pruning for Deep Neural Networks", 2020. The paper gives no pseudocode; the rule in `darb` is our reading of it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from compressx.constraints.base import Constraint, check_density, count
+from compressx.constraints.gates import join, matrix_set, split
+from compressx.constraints.select import top_k_mask
+
+POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def block_max(size: int, axis: str = "outputs", *, gates: str = "apart") -> Constraint:
+    """At most one non-zero in every block of a row (block-max weight masking).
+
+        argmin_z ||z - w||_2  s.t. each block of z has at most one non-zero:
+        the weight of largest magnitude stays; ties go to the lower index.
+
+    A row keeps ceil(L / size) weights: a ragged last block keeps its maximum too.
+
+    Args:
+      size: length of a block.
+      axis: "outputs" or "inputs", along which blocks run.
+      gates: "apart", or "together": the matrices of the rule joined along their outputs (see `constraints.gates`).
+    """
+    _check_axis(axis)
+    if size < 1:
+        raise ValueError(f"a block needs at least 1 weight, got size={size}")
+
+    def select(m: Array, _: Any) -> Array:
+        return _orient(_largest(_orient(m, axis), size), axis)
+
+    spec = {"kind": "block_max", "size": size, "axis": axis, "gates": gates}
+    return matrix_set(spec, lambda m: (), select, select)
+
+
+def darb(
+    density: float,
+    allowed: Sequence[int] = POWERS,
+    axis: str = "outputs",
+    *,
+    gates: str = "apart",
+    assignment: str = "adaptive",
+    seed: int = 0,
+) -> Constraint:
+    """At most one non-zero in every block of a row, with a block size for every row that follows the row's density.
+
+        argmin_z ||z - w||_2  s.t. each block of B_r weights of row r has at most one non-zero
+
+    The sizes are the structure, int32 `[R]`, places in `allowed`. `init` and `refresh` choose them: the weights are
+    pruned by magnitude to `density`, which leaves row r a share d_r (`row_density`); B_r is the allowed size nearest to
+    c / d_r in ratio; the common scale c is the one that brings sum_r ceil(L / B_r) nearest to density * R * L (found
+    exactly, by sorting the scales at which rows switch; rows that switch at the same one do so by index). The grain of
+    the total is one row's step to the next size: with some hundred rows it is within 1 % of its target.
+
+    Args:
+      density: share of weights kept in all.
+      allowed: block sizes, ascending; powers of two make the in-block index log2(B) bits.
+      axis: "outputs" or "inputs", along which blocks run.
+      gates: "apart" or "together".
+      assignment: "adaptive"; or a control with as many weights: "permuted" (the same sizes, dealt to rows by chance),
+        "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row order).
+      seed: of "permuted".
+
+    Raises:
+      ValueError: an impossible argument; for a leaf, a density that the allowed sizes cannot reach.
+    """
+    _check_axis(axis)
+    check_density(density)
+    sizes = [int(s) for s in allowed]
+    if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise ValueError(f"allowed block sizes must be positive and ascend, got {list(allowed)}")
+    if assignment not in ("adaptive", "permuted", "inverse", "uniform"):
+        raise ValueError(f'assignment must be "adaptive", "permuted", "inverse" or "uniform", got {assignment!r}')
+
+    def init(m: Array) -> Array:
+        x = _orient(m, axis)
+        kept = jnp.sum(top_k_mask(jnp.abs(x), count(density, x.size)), axis=1, dtype=jnp.int32)
+        if assignment == "uniform":
+            kept = jnp.ones_like(kept)
+        places = _solve(kept, x.shape[1], sizes, count(density, x.size))
+        if assignment == "permuted":
+            return jax.random.permutation(jax.random.key(seed), places)
+        if assignment == "inverse":
+            order = jnp.argsort(places, stable=True)
+            return jnp.zeros_like(places).at[order].set(jnp.sort(places)[::-1])
+        return places
+
+    def select(m: Array, places: Array) -> Array:
+        x = _orient(m, axis)
+        mask = jnp.zeros(x.shape, bool)
+        for place, size in enumerate(sizes):
+            mask = jnp.where((places == place)[:, None], _largest(x, size), mask)
+        return _orient(mask, axis)
+
+    spec = {"kind": "darb", "density": density, "allowed": sizes, "axis": axis, "gates": gates}
+    spec |= {"assignment": assignment, "seed": seed}
+    constraint = matrix_set(spec, init, select, select)
+    together = constraint.joint
+    return constraint._replace(refresh=lambda w, _: init(join(w, together)))
+
+
+def balanced_block_max(density: float, size: int = 8, axis: str = "outputs", *, gates: str = "apart") -> Constraint:
+    """At most one non-zero in every block, and in every row at most q at each place within a block.
+
+    q = floor(density * L / size). Weights are taken by falling magnitude while their block is free and their place
+    has room; ties go to the lower index. **Not the nearest point** in general: that is an assignment problem, and this
+    greedy choice keeps at least half of its energy (far more in practice). It leaves points of the set as they are.
+
+    One step for each of the L weights of a row, all rows at once: long rows take long.
+
+    Args:
+      density: share of weights kept, at most 1 / size; below it some blocks are empty.
+      size: length of a block.
+      axis, gates: as in `block_max`.
+    """
+    _check_axis(axis)
+    check_density(density)
+    if size < 1:
+        raise ValueError(f"a block needs at least 1 weight, got size={size}")
+
+    def select(m: Array, _: Any) -> Array:
+        x = _orient(m, axis)
+        room = math.floor(density * x.shape[1] / size)
+        if not 1 <= room or room * size > -(-x.shape[1] // size):
+            raise ValueError(
+                f"density={density} gives {room} weights at each of {size} places in the {-(-x.shape[1] // size)} "
+                f"blocks of a row of {x.shape[1]}; it must be at least 1, and {size} times it at most the number of blocks"
+            )
+        return _orient(_greedy(x, size, room), axis)
+
+    spec = {"kind": "balanced_block_max", "density": density, "size": size, "axis": axis, "gates": gates}
+    return matrix_set(spec, lambda m: (), select, lambda m, _: m != 0)
+
+
+def bank_balanced(density: float, bank: int, axis: str = "outputs", *, gates: str = "apart") -> Constraint:
+    """At most k non-zeros in every bank of a row (bank-balanced sparsity, the baseline).
+
+        argmin_z ||z - w||_2  s.t. each bank of z has at most k = floor(density * bank + 1/2) non-zeros:
+        the k of largest magnitude stay; ties go to the lower index.
+
+    Args:
+      density: share of weights kept in every bank. A ragged last bank is rounded alike, and keeps at least one.
+      bank: length of a bank.
+      axis, gates: as in `block_max`.
+
+    Source: S. Cao et al., "Efficient and Effective Sparse LSTM on FPGA with Bank-Balanced Sparsity", 2019.
+    """
+    _check_axis(axis)
+    if bank < 1:
+        raise ValueError(f"a bank needs at least 1 weight, got bank={bank}")
+    k = count(density, bank, what="weights of a bank")
+
+    def select(m: Array, _: Any) -> Array:
+        x = jnp.abs(_orient(m, axis))
+        rows, length = x.shape
+        whole = length // bank * bank
+        parts = [top_k_mask(x[:, :whole].reshape(rows, -1, bank), k, axis=2).reshape(rows, whole)] if whole else []
+        if length > whole:
+            tail = max(1, math.floor(density * (length - whole) + 0.5))
+            parts.append(top_k_mask(x[:, whole:], tail, axis=1))
+        return _orient(jnp.concatenate(parts, axis=1), axis)
+
+    spec = {"kind": "bank_balanced", "density": density, "bank": bank, "axis": axis, "gates": gates}
+    return matrix_set(spec, lambda m: (), select, lambda m, _: m != 0)
+
+
+def row_density(w: Any, density: float, axis: str = "outputs") -> Array:
+    """Share of every row that stays when the whole matrix is pruned by magnitude to a density.
+
+    Args:
+      w: a leaf, or a tuple of leaves joined along their outputs. A mask that was retrained gives steadier densities
+        than one shot: then pass those weights, and their own density.
+      density: share of weights kept in all.
+      axis: which lines are rows, see the module.
+
+    Returns:
+      float32 `[R]`, in 0..1.
+    """
+    _check_axis(axis)
+    x = jnp.abs(_orient(join(w, isinstance(w, tuple)), axis))
+    return jnp.mean(top_k_mask(x, count(density, x.size)), axis=1, dtype=jnp.float32)
+
+
+def row_sensitivity(
+    evaluate: Callable[[Any], Array], w: Any, density: float, groups: int = 10, axis: str = "outputs"
+) -> tuple[Array, Array]:
+    """What pruning costs, one group of rows of like density at a time: are dense rows the sensitive ones?
+
+    Rows are ordered by `row_density` and cut into groups; each group in turn keeps `density` of each of its rows (the
+    weights of largest magnitude) while all other rows stay dense.
+
+    Args:
+      evaluate: jax function from w to a scalar, e.g. the validation loss with this leaf in place.
+      w, density, axis: as in `row_density`.
+      groups: how many groups, 10 for deciles.
+
+    Returns:
+      Mean row density of each group, ascending, float32 `[groups]`, and what `evaluate` gave, `[groups]`.
+    """
+    together = isinstance(w, tuple)
+    x = _orient(join(w, together), axis)
+    rows = x.shape[0]
+    if not 1 <= groups <= rows:
+        raise ValueError(f"cannot cut {rows} rows into groups={groups}")
+    share = row_density(w, density, axis)
+    place = jnp.argsort(jnp.argsort(share, stable=True))
+    group = (place * groups) // rows
+    kept = top_k_mask(jnp.abs(x), count(density, x.shape[1], what="weights of a row"), axis=1)
+
+    def one(g: Array) -> Array:
+        pruned = jnp.where(kept | (group != g)[:, None], x, jnp.zeros((), x.dtype))
+        return evaluate(split(_orient(pruned, axis), w, together))
+
+    member = group[None] == jnp.arange(groups)[:, None]
+    mean = jnp.sum(jnp.where(member, share[None], 0.0), axis=1) / jnp.sum(member, axis=1, dtype=jnp.float32)
+    return mean, lax.map(one, jnp.arange(groups))
+
+
+def _check_axis(axis: str) -> None:
+    if axis not in ("outputs", "inputs"):
+        raise ValueError(
+            f'axis must be "outputs" (blocks along axis 1 of [in, out]) or "inputs" (axis 0), got {axis!r}'
+        )
+
+
+def _orient(m: Array, axis: str) -> Array:
+    """The matrix with rows first, `[R, L]`; its own inverse."""
+    return m if axis == "outputs" else m.T
+
+
+def _largest(x: Array, size: int) -> Array:
+    """The mask of the largest magnitude of every block of every row, the first where there are several."""
+    if size == 1:
+        return jnp.ones(x.shape, bool)
+    rows, length = x.shape
+    blocks = -(-length // size)
+    a = jnp.pad(jnp.abs(x), ((0, 0), (0, blocks * size - length)), constant_values=-1)
+    best = jnp.argmax(a.reshape(rows, blocks, size), axis=2)
+    mask = best[..., None] == jnp.arange(size)[None, None]
+    return mask.reshape(rows, blocks * size)[:, :length]
+
+
+def _solve(kept: Array, length: int, sizes: Sequence[int], target: int) -> Array:
+    """Places in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target."""
+    rows = kept.shape[0]
+    weights = np.array([-(-length // s) for s in sizes], np.int32)
+    if not rows * weights[-1] <= target <= rows * weights[0]:
+        raise ValueError(
+            f"{target} of {rows * length} weights cannot be kept with block sizes {list(sizes)}: they keep between "
+            f"{rows * weights[-1]} and {rows * weights[0]}; add larger or smaller sizes, or change the density"
+        )
+    # As c grows, row r goes from size s to the next where c / d_r passes their geometric mean. These switches are
+    # finitely many: in the order of their c, each saves some weights, and those up to the target are made.
+    steps = np.sqrt(np.array(sizes[:-1], np.float64) * np.array(sizes[1:], np.float64)).astype(np.float32)
+    scale = (
+        jnp.maximum(kept.astype(jnp.float32), 0.5)[:, None] * jnp.asarray(steps)[None]
+    )  # an empty row: half a weight
+    order = jnp.argsort(scale.reshape(-1), stable=True)
+    saved = jnp.cumsum(jnp.asarray(weights[:-1] - weights[1:])[order % max(1, len(steps))], dtype=jnp.int32)
+    after = rows * int(weights[0]) - jnp.concatenate([jnp.zeros(1, jnp.int32), saved])
+    made = jnp.argmin(jnp.abs(after - target))
+    done = jnp.zeros(order.shape, jnp.int32).at[order].set((jnp.arange(order.size) < made).astype(jnp.int32))
+    return jnp.sum(done.reshape(scale.shape), axis=1, dtype=jnp.int32)
+
+
+def _greedy(x: Array, size: int, room: int) -> Array:
+    """Weights by falling magnitude, while their block is free and fewer than `room` of the row are at their place."""
+    rows, length = x.shape
+    line = jnp.arange(rows)
+    magnitude = jnp.abs(x)
+    order = jnp.argsort(-magnitude, axis=1, stable=True)
+
+    def step(state: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
+        free, used = state
+        block, place = index // size, index % size
+        takes = free[line, block] & (used[line, place] < room) & (magnitude[line, index] > 0)
+        free = free.at[line, block].min(~takes)
+        return (free, used.at[line, place].add(takes.astype(jnp.int32))), takes
+
+    start = (jnp.ones((rows, -(-length // size)), bool), jnp.zeros((rows, size), jnp.int32))
+    _, takes = lax.scan(step, start, order.T)
+    return jnp.zeros(x.shape, bool).at[line[:, None], order].set(takes.T)
