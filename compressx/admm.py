@@ -126,7 +126,8 @@ def admm(
         structure: dict[str, tuple[Any, ...]] = {}
         for b in bound:
             w = b.take(leaves)
-            structure[b.name] = tuple(p.init(w) for p in _sets(b))
+            chosen = b.constraint.init(w)  # each set's for the weights as the sets before it leave them
+            structure[b.name] = chosen if b.constraint.parts else (chosen,)
             for k, (part, s) in enumerate(zip(_sets(b), structure[b.name], strict=True)):
                 b.put(z[k], part.project(w, s))
                 b.put(u[k], jax.tree.map(jnp.zeros_like, w))
@@ -154,13 +155,14 @@ def admm(
         if not isinstance(rho, Sequence):  # a plain number may be injected and change between steps
             state = state._replace(rho={name: jnp.asarray(rho, jnp.float32) for name in state.rho})
 
+        # A loop that runs once or not at all: unlike `lax.cond` it updates Z and U in place, where XLA's conditional
+        # copies them at every step.
         due = (state.step + 1) % every == 0
-        state = lax.cond(
-            due,
-            lambda s, w: _dual_step(s, w, bound, schedules, refresh_every, rescale_dual),
-            lambda s, w: s,
+        state = lax.fori_loop(
+            0,
+            due.astype(jnp.int32),
+            lambda _, s: _dual_step(s, params, bound, schedules, refresh_every, rescale_dual),
             state._replace(step=optax.safe_increment(state.step)),
-            params,
         )
         trees_z, trees_u = [_like(params, t) for t in state.z], [_like(params, t) for t in state.u]
         for b in bound:
@@ -190,20 +192,29 @@ def _dual_step(
     structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
     for b in bound:
         w = b.take(leaves)
-        size = jnp.maximum(_norm(w), jnp.finfo(jnp.float32).tiny)
         residuals, moves, chosen = [], [], []
         for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
             u, before = b.take(trees_u[k]), b.take(trees_z[k])
             v = jax.tree.map(jnp.add, w, u)
             if refresh_every is not None:
-                s = lax.cond(number % refresh_every == 0, part.refresh, lambda _, s: s, v, s)
+                earlier = list(zip(_sets(b), chosen, strict=False))
+
+                def anew(v: Any, s: Any, part: Constraint = part, earlier: Any = earlier) -> Any:
+                    for p, c in earlier:
+                        v = p.project(v, c)
+                    return part.refresh(v, s)
+
+                s = lax.cond(number % refresh_every == 0, anew, lambda _, s: s, v, s)
             z = part.project(v, s)
             b.put(trees_z[k], z)
             b.put(trees_u[k], jax.tree.map(lambda v, z: v - z, v, z))
-            residuals.append(_norm(jax.tree.map(jnp.subtract, w, z)))
+            residual = jax.tree.map(jnp.subtract, w, z)
+            residuals.append(_norm(residual))
             moves.append(_norm(jax.tree.map(jnp.subtract, z, before)))
             chosen.append(s)
         structure[b.name] = tuple(chosen)
+        # ||W||, written so that it depends on Z: as a loop invariant XLA would compute it at every step
+        size = jnp.maximum(_norm(jax.tree.map(jnp.add, residual, z)), jnp.finfo(jnp.float32).tiny)
         primal[b.name], dual[b.name] = jnp.stack(residuals) / size, jnp.stack(moves) / size
         old = rho[b.name]
         rho[b.name] = schedules[b.name].update(old, _norm(residuals), _norm(moves), number)

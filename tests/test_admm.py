@@ -60,8 +60,8 @@ def test_two_sets_follow_the_extended_admm_written_in_numpy(rescale: bool) -> No
             got = cx.find_admm_state(state)
             np.testing.assert_allclose(got.primal["w"], primal, rtol=1e-5)
             np.testing.assert_allclose(got.dual["w"], dual, rtol=1e-5, atol=1e-7)
-        step_w = np.sin(w) + rho * sum(w - y + x for y, x in zip(z, u, strict=True))
-        w, b = w - 0.1 * step_w, b - 0.1 * b
+        pull = rho * sum(w - y + x for y, x in zip(z, u, strict=True))
+        w, b = w - 0.1 * (np.sin(w) + pull), b - 0.1 * b
         p = optax.apply_updates(p, updates)
         np.testing.assert_allclose(p["w"], w, rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(p["b"], b, rtol=2e-5)
