@@ -192,7 +192,8 @@ def _dual_step(
     structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
     for b in bound:
         w = b.take(leaves)
-        residuals, moves, chosen = [], [], []
+        residuals, moves = [], []
+        chosen: list[Any] = []
         for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
             u, before = b.take(trees_u[k]), b.take(trees_z[k])
             v = jax.tree.map(jnp.add, w, u)
