@@ -57,20 +57,23 @@ class LeNet5(nn.Module):
 class LeNet5Caffe(nn.Module):
     """LeNet-5 as Caffe ships it, 20-50-500, `c1`, `c2`, `f1`, `f2`: the network of the pruning literature.
 
-    430,500 weights and 580 biases for 28x28x1 inputs and ten classes. No activation follows the convolutions.
+    430,500 weights and 580 biases for 28x28x1 inputs and ten classes. In Caffe no activation follows the convolutions;
+    `conv_relu` adds the rectifiers that most PyTorch versions have (the weights are the same).
 
     Source: the `lenet` example of Jia et al., "Caffe: Convolutional Architecture for Fast Feature Embedding", 2014.
     """
 
     classes: int = 10
     width: float = 1.0
+    conv_relu: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps images `[n, h, w, c]` to logits `[n, classes]`."""
         del train
-        x = max_pool(Conv(widen(20, self.width), (5, 5), padding="VALID", name="c1")(x), (2, 2))
-        x = max_pool(Conv(widen(50, self.width), (5, 5), padding="VALID", name="c2")(x), (2, 2))
+        after = nn.relu if self.conv_relu else lambda x: x
+        x = after(max_pool(Conv(widen(20, self.width), (5, 5), padding="VALID", name="c1")(x), (2, 2)))
+        x = after(max_pool(Conv(widen(50, self.width), (5, 5), padding="VALID", name="c2")(x), (2, 2)))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(widen(500, self.width), kernel_init=_HE, name="f1")(x))
         return nn.Dense(self.classes, name="f2")(x)
