@@ -67,6 +67,6 @@ def from_spec(spec: Mapping[str, Any]) -> Constraint:
 
 __all__ = [
     *("Constraint", "SUPPORT", "SIGN", "TIE", "LEVEL", "KINDS", "from_spec", "intersection", "support", "violations"),
-    *("count", "select_library", "top_k_mask", "top_k_masks"),
+    *("count", "quantize_activations", "select_library", "top_k_mask", "top_k_masks"),
     *KINDS,
 ]

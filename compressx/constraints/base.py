@@ -5,7 +5,7 @@ functions, as an optax transform is. `a & b` is the intersection; ADMM gives eac
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ class Constraint(NamedTuple):
       stage: SUPPORT, SIGN, TIE or LEVEL, the place in an intersection.
       parts: the sets of an intersection, in stage order; `()` for a single set.
       joint: True where `w` is a tuple of leaves (all that one rule matches) and not one leaf.
+      refuses: `refuses(other) -> reason`, why this set cannot be intersected with another one; None where it can.
     """
 
     spec: Mapping[str, Any]
@@ -45,6 +46,7 @@ class Constraint(NamedTuple):
     stage: int = SUPPORT
     parts: tuple["Constraint", ...] = ()
     joint: bool = False
+    refuses: Callable[["Constraint"], str | None] = lambda other: None
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return intersection(self, other)
@@ -106,11 +108,13 @@ def intersection(*constraints: Constraint) -> Constraint:
 
     In ADMM each set has its own Z and U (the extended ADMM of PatDNN and of the SOT-MRAM engine). To harden, the sets
     are projected once in the order support, sign, ties, levels, whatever the order they are written in, each support
-    set on what the earlier ones left; the result lies in all of them. Where the nearest point of the intersection has a
-    closed form, the constraint for it is a factory of its own and is to be preferred.
+    set on what the earlier ones left; the result lies in all of them. What a set leaves open (signs, a scale) is chosen
+    for the weights as the earlier sets leave them. Where the nearest point of the intersection has a closed form, the
+    constraint for it is a factory of its own and is to be preferred.
 
     Raises:
-      ValueError: two sets both fix the signs, ties or levels, or joint and single-leaf sets are mixed.
+      ValueError: two sets both fix the signs, ties or levels, one refuses the other, or joint and single-leaf sets are
+        mixed.
     """
     parts = sorted((p for c in constraints for p in c.sets), key=lambda p: p.stage)
     for stage in (SIGN, TIE, LEVEL):
@@ -120,12 +124,23 @@ def intersection(*constraints: Constraint) -> Constraint:
                 f"{' and '.join(clash)} cannot be intersected: both fix the {_STAGES[stage]} of a weight, and no "
                 "weight but 0 is sure to satisfy both; give each leaf one of them"
             )
+    for p in parts:
+        for other in parts:
+            reason = p.refuses(other) if other is not p else None
+            if reason:
+                raise ValueError(f"{p} and {other} cannot be intersected: {reason}")
     if len({p.joint for p in parts}) > 1:
         raise ValueError(
             "a constraint over several leaves together and one over a single leaf cannot be intersected: "
             + " & ".join(str(p) for p in parts)
         )
     sets = tuple(parts)
+
+    def init(w: Any) -> tuple[Any, ...]:
+        return _each(sets, w, lambda p, v, _: p.init(v))
+
+    def refresh(w: Any, each: Any) -> tuple[Any, ...]:
+        return _each(sets, w, lambda p, v, k: p.refresh(v, each[k]))
 
     def chain(step: Callable[[Constraint, Any, Any], Any]) -> Callable[[Any, Any], Any]:
         def run(w: Any, each: Any) -> Any:
@@ -137,15 +152,25 @@ def intersection(*constraints: Constraint) -> Constraint:
 
     return Constraint(
         spec={"kind": "all", "parts": [dict(p.spec) for p in sets]},
-        init=lambda w: tuple(p.init(w) for p in sets),
+        init=init,
         project=chain(lambda p, w, s: p.project(w, s)),
-        refresh=lambda w, each: tuple(p.refresh(w, s) for p, s in zip(sets, each, strict=True)),
+        refresh=refresh,
         freeze=lambda w, each: tuple(p.freeze(w, s) for p, s in zip(sets, each, strict=True)),
         retract=chain(lambda p, w, piece: p.retract(w, piece)),
         stage=sets[-1].stage,
         parts=sets,
         joint=sets[0].joint,
     )
+
+
+def _each(sets: Sequence[Constraint], w: Any, choose: Callable[[Constraint, Any, int], Any]) -> tuple[Any, ...]:
+    """The structure of every set, chosen for w as the sets before it leave it."""
+    structure = []
+    for k, part in enumerate(sets):
+        structure.append(choose(part, w, k))
+        if k + 1 < len(sets):
+            w = part.project(w, structure[-1])
+    return tuple(structure)
 
 
 def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
