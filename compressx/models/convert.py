@@ -123,7 +123,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], template: Any) -> dict[str, Any
 def to_torch(variables: Any) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: arrays with PyTorch's names and layouts, ready for `np.savez`."""
     flat = traverse_util.flatten_dict(variables)
-    return {torch_name(path): np.ascontiguousarray(_to_torch(np.asarray(leaf))) for path, leaf in flat.items()}
+    return {torch_name(path): np.array(_to_torch(np.asarray(leaf)), order="C") for path, leaf in flat.items()}
 
 
 def load_cifar_resnet(path: str | os.PathLike[str]) -> tuple[CifarResNet, dict[str, Any]]:

@@ -122,8 +122,10 @@ def convolve(
     how = "lax"
     if plain:
         strides = (window_strides[0], window_strides[1])
-        named = isinstance(padding, str)
-        pairs = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding) if named else padding
+        if isinstance(padding, str):
+            pairs: Sequence[tuple[int, int]] = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+        else:
+            pairs = padding
         pads = ((pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[1][1]))
         fits = min(*pads[0], *pads[1]) >= 0 and all(
             size + sum(pad) >= k for size, pad, k in zip(lhs.shape[1:3], pads, rhs.shape[:2], strict=True)
