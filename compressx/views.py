@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 Shape = tuple[int, ...]
@@ -123,3 +124,48 @@ def blocks(block: tuple[int, int], base: View | None = None) -> View:
 def _matrix_shape(base: View, shape: Shape) -> tuple[int, int]:
     out = jax.eval_shape(base.to, jax.ShapeDtypeStruct(shape, jnp.float32))
     return out.shape[0], out.shape[1]
+
+
+def position_order(shape: Shape, order: str) -> np.ndarray:
+    """The rows of the GEMM view in the order in which a filter's weights are laid down: int32 `[P]`, row at each place.
+
+    Args:
+      shape: of a weight `[..., cin, cout]` with up to two kernel axes.
+      order: the axis that runs fastest. "W": kernel width, weights nested (c, i, j) with j fastest; "H": kernel height,
+        (c, j, i); "C": input channel, (i, j, c), the order of the GEMM view itself. Alike for dense weights.
+
+    Raises:
+      ValueError: the order is none of these, or the weight has fewer than two or more than four axes.
+    """
+    nesting = {"W": (2, 0, 1), "H": (2, 1, 0), "C": (0, 1, 2)}
+    if order not in nesting:
+        raise ValueError(f'order must be "W", "H" or "C", got {order!r}')
+    if not 2 <= len(shape) <= 4:
+        raise ValueError(f"an order of positions needs a weight of 2 to 4 axes, got shape {tuple(shape)}")
+    grid = (1,) * (4 - len(shape)) + tuple(shape[:-1])
+    rows = np.arange(math.prod(grid), dtype=np.int32).reshape(grid)
+    return rows.transpose(nesting[order]).reshape(-1)
+
+
+def fragments(size: int, order: str = "C") -> View:
+    """Runs of `size` consecutive weights of every filter: `[kh, kw, cin, cout] -> [ceil(P/size), size, F]`.
+
+    The last fragment is padded with zeros, which `back` cuts off again.
+
+    Args:
+      size: weights in a fragment, at least 1.
+      order: in which order a filter's weights run, see `position_order`.
+    """
+    if size < 1:
+        raise ValueError(f"a fragment holds at least 1 weight, got size={size}")
+
+    def to(w: Array) -> Array:
+        m = gemm().to(w)[position_order(w.shape, order)]
+        number = math.ceil(m.shape[0] / size)
+        return jnp.pad(m, ((0, number * size - m.shape[0]), (0, 0))).reshape(number, size, m.shape[1])
+
+    def back(x: Array, shape: Shape) -> Array:
+        places = np.argsort(position_order(shape, order))
+        return x.reshape(-1, x.shape[-1])[places].reshape(shape)
+
+    return View(to, back)

@@ -16,6 +16,7 @@ from compressx.constraints.bsp import bsp, bsp_columns, bsp_rows
 from compressx.constraints.darb import balanced_block_max, bank_balanced, block_max, darb
 from compressx.constraints.library import select_library as select_library
 from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
+from compressx.constraints.polarization import polarize
 from compressx.constraints.quantization import quantize
 from compressx.constraints.quantization import quantize_activations as quantize_activations
 from compressx.constraints.select import top_k_mask as top_k_mask
@@ -41,6 +42,7 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "darb": darb,
     "balanced_block_max": balanced_block_max,
     "bank_balanced": bank_balanced,
+    "polarize": polarize,
     "quantize": quantize,
 }
 

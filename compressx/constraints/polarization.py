@@ -1,0 +1,124 @@
+"""Polarization: all weights of a fragment (the weights that share a crossbar column) have one sign, or are zero.
+
+A ReRAM column then stores magnitudes alone, and one sign bit for a fragment. Rows of the GEMM view `[P, F]` that are
+pruned away are no part of a fragment: fragments run over the compact matrix, kept rows first.
+
+Source: G. Yuan et al., "FORMS: Fine-grained Polarized ReRAM-based In-situ Computation for Mixed-signal DNN
+Accelerator", 2021, section III.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from compressx import views
+from compressx.constraints.base import SIGN, Constraint
+
+
+class Polarity(NamedTuple):
+    """What a polarized set leaves open.
+
+    Attributes:
+      order: int32 `[P]`, row of the GEMM view at each place: kept rows in the fragment order, then pruned ones.
+        Fragment f holds the places f * size .. (f + 1) * size - 1.
+      negative: bool `[ceil(P/size), F]`, the sign of each fragment (False is +).
+    """
+
+    order: Array
+    negative: Array
+
+
+def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
+    """Every fragment of `fragment` consecutive weights of a filter has a single sign (zeros allowed).
+
+        project(w) = argmin_z ||z - w||_2  s.t.  sign * z >= 0 on every fragment:  weights of the wrong sign become 0
+
+    for the fragments' signs in the structure, which `init` and `refresh` choose from the weights:
+
+        rule "sum":     + where sum(w) >= 0 over the fragment, else -                                   (eq. 2)
+        rule "energy":  + where sum(max(w, 0)^2) >= sum(max(-w, 0)^2), else -
+
+    "energy" makes the projection the nearest point over all choices of signs; the paper's "sum" does not in general.
+    Signs are constant between refreshes (`admm(refresh_every=...)`). `init` and `refresh` also choose the order of the
+    rows: those that are zero in all filters come last. So prune and harden before polarizing, or intersect, where the
+    signs are chosen for the pruned weights: `filters(...) & columns(...) & polarize(8)`. The last fragment may be
+    short. Retraining moves in the cone of the signs; a weight at 0 may grow again to its fragment's side. Polarizing
+    can empty a row that was kept: hand this structure on to later phases, or their fragments will close the gap.
+
+    Args:
+      fragment: weights in a fragment (rows of a sub-array), at least 1; the paper builds 4, 8 and 16.
+      order: which kernel axis runs fastest in a filter: "W" (c, h, w), "H" (c, w, h) or "C" (h, w, c); of no effect on
+        dense weights, whose fragments run along the inputs.
+      rule: "sum" or "energy".
+
+    Returns:
+      A SIGN constraint whose structure is a `Polarity`.
+    """
+    if fragment < 1:
+        raise ValueError(f"a fragment holds at least 1 weight, got fragment={fragment}")
+    if order not in ("W", "H", "C"):
+        raise ValueError(f'order must be "W", "H" or "C", got {order!r}')
+    if rule not in ("sum", "energy"):
+        raise ValueError(f'rule must be "sum" or "energy", got {rule!r}')
+
+    def choose(w: Array) -> Polarity:
+        return polarity(w, fragment, order, rule)
+
+    def project(w: Array, structure: Polarity) -> Array:
+        negative = required(structure, fragment).reshape(w.shape)
+        wrong = jnp.where(negative, w > 0, w < 0)
+        return jnp.where(wrong, jnp.zeros((), w.dtype), w)
+
+    return Constraint(
+        spec={"kind": "polarize", "fragment": fragment, "order": order, "rule": rule},
+        init=choose,
+        project=project,
+        refresh=lambda w, _: choose(w),
+        freeze=lambda w, structure: structure,
+        retract=project,
+        stage=SIGN,
+    )
+
+
+def polarity(w: Array, fragment: int, order: str = "W", rule: str = "sum") -> Polarity:
+    """Row order and fragment signs chosen for a weight, see `polarize`."""
+    nested = jnp.asarray(views.position_order(w.shape, order))
+    m = views.gemm().to(w)
+    m = m if m.dtype == jnp.float64 else m.astype(jnp.float32)
+    pruned = jnp.all(m == 0, axis=1)[nested]
+    rows = nested[jnp.argsort(pruned, stable=True)]
+    pieces = _cut(m[rows], fragment)
+    if rule == "energy":
+        pieces = jnp.sign(pieces) * jnp.square(pieces)
+    return Polarity(rows, jnp.sum(pieces, axis=1) < 0)
+
+
+def required(structure: Polarity, fragment: int) -> Array:
+    """Whether each weight has to be negative (or 0): bool `[P, F]`, rows in the order of the GEMM view."""
+    positions = structure.order.shape[0]
+    place = jnp.zeros(positions, jnp.int32).at[structure.order].set(jnp.arange(positions, dtype=jnp.int32))
+    return structure.negative[place // fragment]
+
+
+def compact(w: Array, structure: Polarity, fragment: int) -> Array:
+    """The fragments as they lie on the crossbar, kept rows first: `[ceil(P/fragment), fragment, F]`."""
+    return _cut(views.gemm().to(w)[structure.order], fragment)
+
+
+def sign_flips(before: Polarity, after: Polarity, fragment: int) -> Array:
+    """How many fragments of `after` hold a weight whose required sign differs from `before`: int32 []."""
+    changed = required(before, fragment) != required(after, fragment)
+    return jnp.sum(jnp.any(_cut(changed[after.order], fragment), axis=1), dtype=jnp.int32)
+
+
+def mixed_fragments(w: Array, structure: Polarity, fragment: int) -> Array:
+    """How many fragments hold both signs: int32 [], 0 in a polarized weight."""
+    pieces = compact(w, structure, fragment)
+    return jnp.sum(jnp.any(pieces > 0, axis=1) & jnp.any(pieces < 0, axis=1), dtype=jnp.int32)
+
+
+def _cut(m: Array, fragment: int) -> Array:
+    number = math.ceil(m.shape[0] / fragment)
+    return jnp.pad(m, ((0, number * fragment - m.shape[0]), (0, 0))).reshape(number, fragment, m.shape[1])

@@ -1,0 +1,255 @@
+"""Polarization: one sign a fragment, in every order, after pruning, through ADMM, retraining and quantization."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import compressx as cx
+from compressx import views
+from compressx.admm import find_state
+from compressx.constraints.polarization import Polarity, compact, mixed_fragments, polarity, required, sign_flips
+from compressx.harden import check, project, structures
+from compressx.retrain import find_state as retrain_state
+
+ORDERS = {"W": "chw", "H": "cwh", "C": "hwc"}  # slowest axis first
+orders = pytest.mark.parametrize("order", list(ORDERS))
+
+
+def normal(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def filters_in_order(w: np.ndarray, order: str) -> list[np.ndarray]:
+    """The kept weights of every filter, one after the other, by plain loops over the axes."""
+    size = dict(zip("hwc", w.shape[:3], strict=True))
+    walk = []
+    for at in itertools.product(*(range(size[a]) for a in ORDERS[order])):
+        index = dict(zip(ORDERS[order], at, strict=True))
+        row = w[index["h"], index["w"], index["c"]]
+        if np.any(row != 0):
+            walk.append(row)
+    return list(np.asarray(walk).T) if walk else [np.zeros(0) for _ in range(w.shape[-1])]
+
+
+def polarized(w: np.ndarray, size: int, order: str, rule: str) -> list[list[np.ndarray]]:
+    """The definition: every filter's fragments, wrong signs set to 0."""
+    out = []
+    for row in filters_in_order(w, order):
+        pieces = [row[i : i + size] for i in range(0, row.size, size)]
+        done = []
+        for p in pieces:
+            p64 = p.astype(np.float64)
+            score = p64.sum() if rule == "sum" else (np.maximum(p64, 0) ** 2).sum() - (np.minimum(p64, 0) ** 2).sum()
+            done.append(np.where(p >= 0, p, 0) if score >= 0 else np.where(p <= 0, p, 0))
+        out.append(done)
+    return out
+
+
+@orders
+@pytest.mark.parametrize("size", [1, 4, 7, 8, 16, 128])
+@pytest.mark.parametrize("rule", ["sum", "energy"])
+def test_projection_is_the_definition(order: str, size: int, rule: str) -> None:
+    w = normal((3, 2, 4, 5)).at[1, 1, 2].set(0).at[0, :, 3].set(0)  # some rows are pruned away
+    c = cx.polarize(size, order, rule)
+    z = np.asarray(c.project(w, c.init(w)))
+    got = filters_in_order(np.where(np.asarray(w).any(-1, keepdims=True), z + 0.0, 0), order)
+    wanted = polarized(np.asarray(w), size, order, rule)
+    for f, pieces in enumerate(wanted):
+        # rows that polarizing empties would drop out of the walk, so compare on the rows of w
+        walk = np.concatenate(pieces)
+        assert np.count_nonzero(walk) == np.count_nonzero(z[..., f])
+        np.testing.assert_array_equal(walk[walk != 0], np.asarray(got[f])[np.asarray(got[f]) != 0])
+
+
+@orders
+def test_fragments_view_and_its_inverse(order: str) -> None:
+    w = normal((3, 2, 4, 5))
+    view = views.fragments(5, order)
+    x = view.to(w)
+    assert x.shape == (5, 5, 5)
+    rows = np.asarray(filters_in_order(np.asarray(w), order)).T
+    np.testing.assert_array_equal(np.asarray(x).reshape(25, 5)[:24], rows)
+    assert not np.asarray(x).reshape(25, 5)[24].any()
+    np.testing.assert_array_equal(view.back(x, w.shape), w)
+    np.testing.assert_array_equal(compact(w, polarity(w, 5, order), 5), x)
+
+
+def test_the_three_orders_are_three_nestings() -> None:
+    rows = np.arange(12).reshape(2, 3, 2)  # row of the GEMM view at (i, j, c)
+    assert list(views.position_order((2, 3, 2, 7), "C")) == list(range(12))
+    assert list(views.position_order((2, 3, 2, 7), "W"))[:6] == [rows[i, j, 0] for i in range(2) for j in range(3)]
+    assert list(views.position_order((2, 3, 2, 7), "H"))[:6] == [rows[i, j, 0] for j in range(3) for i in range(2)]
+    for order in ORDERS:
+        assert list(views.position_order((5, 7), order)) == list(range(5))
+
+
+@given(
+    values=hnp.arrays(np.float32, (2, 1, 3, 2), elements=st.floats(-2, 2, width=16, allow_subnormal=False)),
+    size=st.integers(1, 7),
+    order=st.sampled_from(list(ORDERS)),
+    rule=st.sampled_from(["sum", "energy"]),
+    dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16]),
+)
+def test_invariants(values: np.ndarray, size: int, order: str, rule: str, dtype: Any) -> None:
+    w = jnp.asarray(values.astype(dtype))
+    c = cx.polarize(size, order, rule)
+    s = c.init(w)
+    z = c.project(w, s)
+    assert z.dtype == w.dtype
+    assert int(mixed_fragments(z, s, size)) == 0
+    np.testing.assert_array_equal(c.project(z, s), z)
+    assert bool(jnp.all((z == w) | (z == 0)))  # right signs are untouched
+    assert sorted(np.asarray(s.order)) == list(range(6))
+    kept = np.asarray(jnp.any(w.reshape(6, 2) != 0, axis=1))[np.asarray(s.order)]
+    assert list(kept) == sorted(kept, reverse=True)  # pruned rows come last
+    # no point of the cone is nearer
+    cone = jnp.where(required(s, size).reshape(w.shape), -jnp.abs(w), jnp.abs(w))
+    for t in (0.0, 0.5, 1.0):
+        other = np.asarray(cone, np.float64) * t
+        assert np.sum((other - np.float64(w)) ** 2) >= np.sum(np.square(np.float64(z) - np.float64(w)))
+
+
+@pytest.mark.parametrize("rule", ["sum", "energy"])
+def test_energy_rule_is_the_best_of_all_signs(rule: str) -> None:
+    losses = []
+    for seed in range(20):
+        w = normal((6, 2), seed)
+        c = cx.polarize(3, "C", rule)
+        s = c.init(w)
+        loss = float(jnp.sum(jnp.square(c.project(w, s) - w)))
+        best = min(
+            float(jnp.sum(jnp.square(c.project(w, Polarity(s.order, jnp.asarray(signs).reshape(2, 2))) - w)))
+            for signs in itertools.product([False, True], repeat=4)
+        )
+        losses.append(loss - best)
+    assert min(losses) >= -1e-6
+    if rule == "energy":
+        assert max(losses) <= 1e-6
+    else:
+        assert max(losses) > 1e-3  # the paper's rule is not the nearest point
+
+
+def test_signs_of_ties_and_zeros_are_positive() -> None:
+    w = jnp.asarray([[1.0, 0.0], [-1.0, 0.0]])
+    for rule in ("sum", "energy"):
+        s = polarity(w, 2, "C", rule)
+        assert not bool(jnp.any(s.negative))
+
+
+def test_rows_that_are_pruned_leave_their_fragments() -> None:
+    w = jnp.asarray([[1.0], [0.0], [2.0], [0.0], [-5.0], [-1.0]])
+    s = polarity(w, 2, "C")
+    assert list(np.asarray(s.order)) == [0, 2, 4, 5, 1, 3]
+    np.testing.assert_array_equal(s.negative[:, 0], [False, True, False])
+    np.testing.assert_array_equal(cx.polarize(2, "C").project(w, s), w)  # nothing is lost: (1, 2) and (-5, -1)
+
+
+def test_sign_flips_counts_fragments() -> None:
+    a = polarity(jnp.asarray([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, -1.0]]), 2, "C")
+    b = polarity(jnp.asarray([[-1.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]), 2, "C")
+    assert int(sign_flips(a, a, 2)) == 0
+    assert int(sign_flips(a, b, 2)) == 1
+
+
+def quadratic(target: jax.Array) -> Any:
+    return lambda p: {"w": p["w"] - target}
+
+
+@pytest.mark.parametrize(("order", "size"), [("W", 4), ("H", 8), ("C", 16)])
+def test_forms_pipeline_keeps_every_fragment_single_signed(order: str, size: int) -> None:
+    """Prune, polarize by ADMM with refreshed signs, harden, retrain, quantize: the invariant holds at each step."""
+    prune = cx.filters(0.5) & cx.columns(0.5)
+    target = normal((3, 3, 4, 8), 1)
+    params = cx.harden({"w": target}, [("w", prune)])
+    both = [("w", prune & cx.polarize(size, order))]
+    tx = optax.chain(cx.admm(both, rho=1.0, every=4, refresh_every=2), optax.sgd(0.2), cx.retrain([("w", prune)]))
+    state = tx.init(params)
+    grad = quadratic(target)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        updates, state = tx.update(grad(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    residuals = []
+    for i in range(60):
+        params, state = step(params, state)
+        if (i + 1) % 4 == 0:
+            residuals.append(float(find_state(state).primal["w"][-1]))
+    assert residuals[-1] < 0.7 * residuals[0]
+    assert np.count_nonzero(np.any(np.asarray(params["w"]).reshape(36, 8) != 0, axis=1)) == 18
+
+    hard = cx.harden(params, both, find_state(state))
+    structure = structures(params, both, find_state(state))
+    polarity_of = structure["w"][-1]
+    assert int(mixed_fragments(hard["w"], polarity_of, size)) == 0
+    kept_rows = set(np.flatnonzero(np.any(np.asarray(params["w"]).reshape(36, 8) != 0, axis=1)))
+    assert set(np.asarray(polarity_of.order)[:18]) == kept_rows
+
+    rt = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9), cx.retrain(both, structure))
+    rs, free = rt.init(hard), hard
+    update = jax.jit(lambda p, s: rt.update(grad(p), s, p))
+    for _ in range(20):
+        updates, rs = update(free, rs)
+        free = optax.apply_updates(free, updates)
+        assert int(mixed_fragments(free["w"], polarity_of, size)) == 0
+    check(free, both, structure)
+
+    # the fragments stay those of polarizing: a row that it emptied keeps its place
+    levels = cx.quantize(8, "cells")
+    final = [("w", prune & cx.polarize(size, order) & levels)]
+    chosen = {"w": (*structure["w"], levels.init(free["w"]))}
+    quantized = project(free, final, chosen)
+    check(quantized, final, chosen)
+    assert int(mixed_fragments(quantized["w"], polarity_of, size)) == 0
+    np.testing.assert_array_equal(quantized["w"] != 0, free["w"] != 0)
+    qt = optax.chain(optax.sgd(0.1), cx.retrain(final, chosen))
+    qs = qt.init(quantized)
+    update = jax.jit(lambda p, s: qt.update(grad(p), s, p))
+    for _ in range(5):
+        updates, qs = update(quantized, qs)
+        quantized = cx.retract(optax.apply_updates(quantized, updates), final, retrain_state(qs))
+    assert int(mixed_fragments(quantized["w"], polarity_of, size)) == 0
+    check(quantized, final, {"w": (*structure["w"], levels.init(quantized["w"]))})
+
+
+def test_signs_follow_the_weights_only_at_refreshes() -> None:
+    rules = [("w", cx.polarize(4, "C"))]
+    w = jnp.abs(normal((8, 3)))
+    for refresh, negative in ((None, False), (1, True)):
+        tx = cx.admm(rules, rho=1.0, every=1, refresh_every=refresh)
+        state = tx.init({"w": w})
+        _, state = tx.update({"w": w}, state, {"w": -w})
+        assert bool(jnp.all(find_state(state).structure["w"][0].negative)) == negative
+
+
+def test_jit_and_vmap_agree_with_eager() -> None:
+    c = cx.polarize(4, "H")
+    ws = jnp.stack([normal((3, 3, 2, 5), s).at[s].set(0) for s in range(3)])
+    run = lambda w: c.project(w, c.init(w))
+    eager = jnp.stack([run(w) for w in ws])
+    np.testing.assert_array_equal(jax.jit(run)(ws[0]), eager[0])
+    np.testing.assert_array_equal(jax.vmap(run)(ws), eager)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((0,), "at least 1 weight"), ((4, "X"), '"W", "H" or "C"'), ((4, "W", "max"), '"sum" or "energy"')],
+)
+def test_bad_arguments_are_named(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cx.polarize(*arguments)
+
+
+def test_a_bias_cannot_be_polarized() -> None:
+    with pytest.raises(ValueError, match=r"bias \(4,\).*2 to 4 axes"):
+        cx.resolve([("bias", cx.polarize(4))], {"bias": jnp.ones(4)})
