@@ -8,6 +8,7 @@ The environment is changed before jax is imported, and processes that tests star
 """
 
 import hashlib
+import itertools
 import os
 import platform
 import sys
@@ -119,6 +120,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("data"):
                 item.add_marker(pytest.mark.skip(reason=_NO_DATA))
+
+
+_CLEAR_EVERY = 100
+_tests_done = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Drops compiled programs now and then: each holds memory maps, and a process may have 65530 of them."""
+    if next(_tests_done) % _CLEAR_EVERY == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
