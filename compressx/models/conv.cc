@@ -95,22 +95,32 @@ const float* PadRows(const float* from, int64_t rows, int64_t co, int64_t padded
   return to.data();
 }
 
-// T neighbouring outputs of one row, R vectors of channels from `c` on.
+// The part of the kernel that meets no zeros of the frame's making: rows [begin, end) and columns from `first` on, each
+// `dilation` apart. Without dilation a row of the kernel is one run of floats, else each of its columns is a run.
+struct Taps {
+  int64_t begin, end, first;
+};
+
+// T outputs of one row, `dilation` columns apart, R vectors of channels from `c` on.
 template <int T, int R>
-void ConvTile(const Shape& s, const float* x, const float* w, float* y, int64_t c) {
-  const int64_t row = s.frame_w() * s.ci, step = s.stride * s.ci, q = s.q(), wide = s.padded();
+void ConvTile(const Shape& s, const Taps& taps, const float* x, const float* w, float* y, int64_t c) {
+  const int64_t row = s.frame_w() * s.ci, step = s.stride * s.dilation * s.ci, wide = s.padded();
+  const int64_t run = s.dilation == 1 ? s.q() : s.ci, stop = s.dilation == 1 ? 1 : s.kw;
   Vec acc[T][R] = {};
-  for (int64_t ky = 0; ky < s.kh; ++ky) {
-    const float* xr = x + ky * row;
-    for (int64_t j = 0; j < q; ++j, w += wide) {
-      Vec wv[R];
+  for (int64_t ky = taps.begin; ky < taps.end; ky += s.dilation) {
+    for (int64_t kx = taps.first; kx < stop; kx += s.dilation) {
+      const float* xr = x + ky * row + kx * s.ci;
+      const float* wr = w + (ky * s.kw + kx) * s.ci * wide;
+      for (int64_t j = 0; j < run; ++j, wr += wide) {
+        Vec wv[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) wv[r] = Load(w + r * kLanes);
+        for (int r = 0; r < R; ++r) wv[r] = Load(wr + r * kLanes);
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        const float value = xr[t * step + j];
+        for (int t = 0; t < T; ++t) {
+          const float value = xr[t * step + j];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[t][r] += value * wv[r];
+          for (int r = 0; r < R; ++r) acc[t][r] += value * wv[r];
+        }
       }
     }
   }
@@ -120,7 +130,7 @@ void ConvTile(const Shape& s, const float* x, const float* w, float* y, int64_t 
     Vec sums[R];  // a copy, so that `acc` itself stays in registers
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sums[r] = acc[t][r];
-    std::memcpy(y + t * s.co, sums, channels * 4);
+    std::memcpy(y + t * s.dilation * s.co, sums, channels * 4);
   }
 }
 
@@ -167,11 +177,13 @@ template <int R>
 struct Conv {
   template <int T>
   struct Tile {
-    static void Call(int size, int64_t start, const Shape& s, const float* x, const float* w, float* y, int64_t c) {
+    static void Call(int size, int64_t start, const Shape& s, const Taps& taps, const float* x, const float* w, float* y,
+                     int64_t c) {
       if (size == T) {
-        ConvTile<T, R>(s, x + start * s.stride * s.ci, w, y + start * s.co, c);
+        const int64_t column = start * s.dilation;
+        ConvTile<T, R>(s, taps, x + column * s.stride * s.ci, w, y + column * s.co, c);
       } else if constexpr (T > 1) {
-        Tile<T - 1>::Call(size, start, s, x, w, y, c);
+        Tile<T - 1>::Call(size, start, s, taps, x, w, y, c);
       }
     }
   };
@@ -202,14 +214,21 @@ void Blocks(int64_t vectors, F f) {
 }
 
 void ConvImage(const Shape& s, const float* x, const float* w, float* y) {
-  const int64_t row = s.frame_w() * s.ci;
+  const int64_t row = s.frame_w() * s.ci, d = s.dilation;
   Blocks(s.padded() / kLanes, [&](int64_t c, int64_t size) {
     for (int64_t oy = 0; oy < s.oh; ++oy) {
-      const float* xr = x + oy * s.stride * row;
-      float* yr = y + oy * s.ow * s.co + c;
-      if (size == 4) Pieces<kTile4, Conv<4>::Tile>(s.ow, s, xr, w + c, yr, c);
-      if (size == 2) Pieces<kTile2, Conv<2>::Tile>(s.ow, s, xr, w + c, yr, c);
-      if (size == 1) Pieces<kTile1, Conv<1>::Tile>(s.ow, s, xr, w + c, yr, c);
+      const int64_t above = s.top - oy * s.stride;  // rows of the window before the image's first
+      const int64_t begin = above > 0 ? above : (above % d + d) % d;
+      const int64_t end = std::min(s.kh, above + (s.h - 1) * d + 1);
+      for (int64_t phase = 0; phase < std::min(d, s.ow); ++phase) {
+        const Taps taps{begin, end, ((s.left - phase) % d + d) % d};
+        const int64_t columns = (s.ow - phase + d - 1) / d;
+        const float* xr = x + oy * s.stride * row + phase * s.ci;
+        float* yr = y + (oy * s.ow + phase) * s.co + c;
+        if (size == 4) Pieces<kTile4, Conv<4>::Tile>(columns, s, taps, xr, w + c, yr, c);
+        if (size == 2) Pieces<kTile2, Conv<2>::Tile>(columns, s, taps, xr, w + c, yr, c);
+        if (size == 1) Pieces<kTile1, Conv<1>::Tile>(columns, s, taps, xr, w + c, yr, c);
+      }
     }
   });
 }
@@ -234,6 +253,7 @@ ffi::Error ConvHandler(ffi::ThreadPool pool, Array x, Array k, Out y, int64_t st
   const auto xd = x.dimensions(), kd = k.dimensions(), yd = y->dimensions();
   const Shape s{xd[1], xd[2], xd[3], kd[0], kd[1], yd[1], yd[2], yd[3], stride, top, left, dilation};
   if (kd[2] != s.ci || kd[3] != s.co || yd[0] != xd[0]) return ffi::Error::InvalidArgument("convolution: shapes disagree");
+  if (stride > 1 && dilation > 1) return ffi::Error::InvalidArgument("convolution: stride and dilation exclude each other");
   std::vector<float> packed;
   const float* w = PadRows(k.typed_data(), s.kh * s.q(), s.co, s.padded(), packed);
   const float* from = x.typed_data();

@@ -103,6 +103,8 @@ def enabled() -> bool:
 def _call(
     target: str, a: jax.Array, b: jax.Array, shape: tuple[int, ...], geometry: tuple[int, int, int, int]
 ) -> jax.Array:
+    if not available():
+        raise RuntimeError("the convolution kernel is not available here: see native.available()")
     out = jax.ShapeDtypeStruct(shape, jnp.float32)
     names = ("stride", "top", "left", "dilation")
     attributes = {name: np.int64(value) for name, value in zip(names, geometry, strict=True)}
