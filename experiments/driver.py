@@ -90,18 +90,24 @@ def main(module: str, run: Function, evaluate: Function, read: Callable[[Any], A
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's own parsing, with config errors as one line too."""
+    """absl's own parsing, with every fault of a flag or of the config as one line."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        _stop(error)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, OSError, ImportError) as error:
-        _stop(error)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError, OSError) as error:
+        lines = [line.strip() for line in str(error).replace("\\n", "\n").replace("\\'", "'").splitlines() if line.strip()]
+        if any(line.startswith("Traceback") for line in lines):
+            text = lines[-1].partition(": ")[2] or lines[-1]  # what the config file itself raised
+        else:
+            text = " ".join(lines).strip("'")
+        if not isinstance(error, flags.Error) and "configuration is not" not in text.lower():
+            given = [a for a in argv if a.startswith("--config.")]
+            text = f"{' '.join(given)}: the config has no such setting ({text})"
+        _stop(ConfigError(text))
     raise AssertionError  # _stop does not return
 
 
 def _stop(error: BaseException) -> None:
-    print(f"error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     sys.exit(1)
 
 

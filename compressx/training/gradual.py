@@ -75,23 +75,22 @@ def prune(params: Any, rules: Rules, t: float) -> tuple[Any, dict[str, Any]]:
     Returns:
       The weights, and by name the pieces (masks) in which they may move until the next step, as in `RetrainState`.
     """
-    leaves, treedef = jax.tree.flatten(params)
-    piece = {}
-    for b in resolve(rules, params):
-        shape = leaves[b.indices[0]].shape
-        loose = constraints.from_spec(loosen(b.constraint.spec, shape, t))
-        w, piece[b.name] = _prune_leaf(loose, b.take(leaves))
-        b.put(leaves, w)
-    return jax.tree.unflatten(treedef, leaves), piece
 
+    @jax.jit
+    def run(params: Any) -> tuple[Any, dict[str, Any]]:
+        leaves, treedef = jax.tree.flatten(params)
+        piece = {}
+        for b in resolve(rules, params):
+            loose = constraints.from_spec(loosen(b.constraint.spec, leaves[b.indices[0]].shape, t))
+            w = b.take(leaves)
+            structure = loose.init(w)
+            z = loose.project(w, structure)
+            piece[b.name] = loose.freeze(z, structure)
+            b.put(leaves, z)
+        return jax.tree.unflatten(treedef, leaves), piece
 
-def _prune_leaf(constraint: Any, w: Any) -> tuple[Any, Any]:
-    def run(w: Any) -> tuple[Any, Any]:
-        structure = constraint.init(w)
-        z = constraint.project(w, structure)
-        return z, constraint.freeze(z, structure)
-
-    return jax.jit(run)(w)
+    pruned: tuple[Any, dict[str, Any]] = run(params)
+    return pruned
 
 
 def with_piece(opt_state: Any, piece: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,17 @@ import optax
 
 from compressx.admm import find_state as find_admm
 from compressx.data import batches
-from compressx.harden import check, structures
+from compressx.harden import structures
 from compressx.report.metrics import MetricsWriter
 from compressx.retrain import find_state as find_retrain
-from compressx.retrain import retract
 from compressx.rules import check_finite
 from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import CheckpointError, Checkpoints
 from compressx.training.config import Admm, ConfigError
 from compressx.training.mesh import Placement, agree
-from compressx.training.phases import DENSE, Phase, Weights, harden
+from compressx.training.phases import DENSE, Phase, Weights, harden, settle
 from compressx.training.progress import Display
-from compressx.training.state import Sums, Task, TrainState, averages, make_evaluate, make_runner, make_step
+from compressx.training.state import Sums, Task, TrainState, all_finite, averages, make_evaluate, make_runner, make_step
 
 
 class Diverged(RuntimeError):
@@ -269,16 +268,8 @@ class _Run:
     def _end_epoch(self, phase: Phase, state: TrainState, global_step: int) -> TrainState:
         epoch = int(state.step) // self.per_epoch
         mean = averages(state.sums)
-        try:
-            check_finite(state.params)
-            check_finite(state.batch_stats, "running statistic")
-        except ValueError as error:
-            raise Diverged(f"phase {phase.name}, epoch {epoch}: {error}") from None
-        if not np.isfinite(mean["loss"]):
-            raise Diverged(
-                f"phase {phase.name}, epoch {epoch}: the loss is {mean['loss']} though all weights are finite; "
-                "lower the learning rate or rho"
-            )
+        if not (np.isfinite(mean["loss"]) and bool(all_finite((state.params, state.batch_stats)))):
+            _diverged(phase, epoch, state, mean["loss"])
         figures = self._figures(state)
         residuals = _residuals(state.opt_state) if phase.kind == "admm" else {}
         values = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures, **residuals}
@@ -299,10 +290,8 @@ class _Run:
             structure = structures(params, phase.rules, find_admm(state.opt_state))
         if phase.kind == "retrain":
             assert phase.rules is not None
-            rules = phase.rules
-            piece = find_retrain(state.opt_state)
-            params = jax.jit(lambda p, s: retract(p, rules, s))(params, piece)
-            check(params, rules, structure)
+            settled = settle(Weights(params, {}, structure), phase.rules, find_retrain(state.opt_state))
+            params = settled.params
         self.results[phase.name].setdefault("end", self.results[phase.name]["start"])
         self.checkpoints.save_weights(phase.name, Weights(params, state.batch_stats, structure))
 
@@ -387,7 +376,8 @@ class _Run:
             raise CheckpointError(f"checkpoint {number} is in phase {meta['phase']!r}; this run has {', '.join(names)}")
         index = names.index(meta["phase"])
         begun = self._begin(self.phases[index])
-        return index, begun._replace(state=self.checkpoints.restore(number, meta, begun.state))
+        state = self.place.put(self.checkpoints.restore(number, meta, begun.state))
+        return index, begun._replace(state=state)
 
     def _load(self, name: str) -> Weights:
         phase = next(p for p in self.phases if p.name == name)
@@ -404,6 +394,17 @@ class _Run:
     @staticmethod
     def _next(done: int, step: int) -> int:
         return (done // step + 1) * step
+
+
+def _diverged(phase: Phase, epoch: int, state: TrainState, loss: float) -> NoReturn:
+    """Raises Diverged with what is known."""
+    text = f"the loss is {loss} though all weights are finite; lower the learning rate or rho"
+    try:
+        check_finite(state.params)
+        check_finite(state.batch_stats, "running statistic")
+    except ValueError as error:
+        text = str(error)
+    raise Diverged(f"phase {phase.name}, epoch {epoch}: {text}")
 
 
 def _residuals(opt_state: Any) -> dict[str, Any]:

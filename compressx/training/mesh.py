@@ -38,7 +38,8 @@ class Placement(NamedTuple):
     def put(self, tree: Any, split: bool = True) -> Any:
         """Arrays as new arrays, laid out as state (`split`) or copied to every device."""
         if self.mesh is None:
-            return jax.tree.map(jnp.array, tree)  # a copy, so that two states never share a buffer that one donates
+            # copies: no two states may share a buffer that one donates
+            return jax.device_put(tree, jax.devices()[0], may_alias=False)
         mesh = self.mesh
         return jax.tree.map(lambda x: self._put(x, NamedSharding(mesh, self.spec(np.shape(x)) if split else P())), tree)
 

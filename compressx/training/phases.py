@@ -13,10 +13,12 @@ import jax
 
 from compressx import constraints
 from compressx.constraints.base import Constraint
-from compressx.harden import check, project, structures
+from compressx.harden import check, count_violations, project, structures
+from compressx.retrain import RetrainState, retract
 from compressx.rules import Rules, check_finite
 from compressx.training.config import ConfigError, Fit, Plan, Rule, Stage
 from compressx.training.gradual import check_scalable
+from compressx.training.state import all_finite
 
 DENSE = "dense"
 ONE_SHOT, SAME_BUDGET, GRADUAL = "one_shot", "dense_same_budget", "gradual"
@@ -123,8 +125,34 @@ def harden(weights: Weights, rules: Rules) -> Weights:
       ValueError: NaN or infinity in a leaf.
       ConstraintViolation: a projected leaf lies outside one of its sets.
     """
-    check_finite(weights.params)
-    structure = weights.structure or jax.jit(lambda p: structures(p, rules))(weights.params)
-    params = jax.jit(lambda p, s: project(p, rules, s))(weights.params, structure)
-    check(params, rules, structure)
+    if not all_finite(weights.params):
+        check_finite(weights.params)  # raises, naming the leaf
+
+    @jax.jit
+    def run(params: Any, structure: Any) -> Any:
+        structure = structure or structures(params, rules)
+        hard = project(params, rules, structure)
+        return hard, structure, count_violations(hard, rules, structure)
+
+    params, structure, outside = run(weights.params, weights.structure)
+    if any(jax.device_get(outside).values()):
+        check(params, rules, structure)  # raises, naming the leaves
     return Weights(params, weights.batch_stats, structure)
+
+
+def settle(weights: Weights, rules: Rules, piece: RetrainState) -> Weights:
+    """Retrained weights at the nearest point of their piece (levels are exact only there); checked.
+
+    Raises:
+      ConstraintViolation: a leaf lies outside one of its sets.
+    """
+
+    @jax.jit
+    def run(params: Any, structure: Any, piece: RetrainState) -> Any:
+        exact = retract(params, rules, piece)
+        return exact, count_violations(exact, rules, structure)
+
+    params, outside = run(weights.params, weights.structure, piece)
+    if any(jax.device_get(outside).values()):
+        check(params, rules, weights.structure)  # raises, naming the leaves
+    return weights._replace(params=params)

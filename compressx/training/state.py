@@ -183,19 +183,22 @@ def make_evaluate(
     """`evaluate(params, batch_stats, data) -> {"loss", "accuracy"}` over every example, a ragged last batch too."""
 
     @jax.jit
-    def score(params: Params, stats: Any, data: Batch, rows: Array, valid: Array, sums: Sums) -> Sums:
-        batch = place({name: x[rows] for name, x in data.items()})
-        return jax.tree.map(jnp.add, sums, task.score(params, stats, batch, valid))
+    def score(params: Params, stats: Any, data: Batch, rows: Array, valid: Array) -> Sums:
+        return task.score(params, stats, place({name: x[rows] for name, x in data.items()}), valid)
 
     def evaluate(params: Params, stats: Any, data: Batch) -> dict[str, float]:
         n = int(jax.tree.leaves(data)[0].shape[0])
         rows, valid = batches.cover(n, min(batch_size, n))
-        sums = Sums.zero()
-        for r, v in zip(rows, valid, strict=True):
-            sums = score(params, stats, data, r, v, sums)
-        return averages(sums)
+        parts = [score(params, stats, data, r, v) for r, v in zip(rows, valid, strict=True)]
+        return averages(jax.tree.map(lambda *each: sum(each), *jax.device_get(parts)))
 
     return evaluate
+
+
+@jax.jit
+def all_finite(tree: Any) -> Array:
+    """Whether no leaf holds NaN or infinity (bool [])."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def averages(sums: Sums) -> dict[str, float]:
