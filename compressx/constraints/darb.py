@@ -23,6 +23,7 @@ from compressx.constraints.base import Constraint, check_density, count
 from compressx.constraints.gates import join, matrix_set, split
 from compressx.constraints.select import top_k_mask
 
+MAX_SIZES = 32  # block sizes that a row may choose from: each is tried on all rows
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -86,6 +87,8 @@ def darb(
     sizes = [int(s) for s in allowed]
     if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise ValueError(f"allowed block sizes must be positive and ascend, got {list(allowed)}")
+    if len(sizes) > MAX_SIZES:
+        raise ValueError(f"at most {MAX_SIZES} block sizes can be allowed, got {len(sizes)}")
     if assignment not in ("adaptive", "permuted", "inverse", "uniform"):
         raise ValueError(f'assignment must be "adaptive", "permuted", "inverse" or "uniform", got {assignment!r}')
 
@@ -141,7 +144,7 @@ def balanced_block_max(density: float, size: int = 8, axis: str = "outputs", *, 
         if not 1 <= room or room * size > -(-x.shape[1] // size):
             raise ValueError(
                 f"density={density} gives {room} weights at each of {size} places in the {-(-x.shape[1] // size)} "
-                f"blocks of a row of {x.shape[1]}; it must be at least 1, and {size} times it at most the number of blocks"
+                f"blocks of a row of {x.shape[1]}; that must be at least 1, and in all at most the number of blocks"
             )
         return _orient(_greedy(x, size, room), axis)
 
@@ -250,6 +253,7 @@ def _largest(x: Array, size: int) -> Array:
     if size == 1:
         return jnp.ones(x.shape, bool)
     rows, length = x.shape
+    size = min(size, length)
     blocks = -(-length // size)
     a = jnp.pad(jnp.abs(x), ((0, 0), (0, blocks * size - length)), constant_values=-1)
     best = jnp.argmax(a.reshape(rows, blocks, size), axis=2)

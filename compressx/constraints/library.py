@@ -41,6 +41,7 @@ NAMED: dict[str, tuple[tuple[int, ...], ...]] = {
     "group": (*_GAUSSIAN, (5, 6, 7, 8), *_SCP[1:], (0, 1, 2, 4), (3, 6, 7, 8), (0, 1, 2, 3), (3, 4, 7, 8)),
 }
 
+MAX_TAPS = 1024  # of a kernel
 MAX_MASKS = 4096  # patterns that are enumerated; kernels of 5x5 have 2024 natural ones of 4 entries, and 12650 in all
 _CHUNK = 2**21  # (kernel, pattern) pairs whose energies are held at once
 
@@ -72,6 +73,8 @@ def enumerate_masks(entries: int = 4, kernel: tuple[int, int] = (3, 3), natural:
 def check_kernel(entries: int, kernel: tuple[int, int], natural: bool = False) -> int:
     """The number of taps; ValueError where patterns of so many entries make no sense."""
     taps = kernel[0] * kernel[1]
+    if taps > MAX_TAPS:
+        raise ValueError(f"kernels of {kernel[0]}x{kernel[1]} are too large for patterns: at most {MAX_TAPS} taps")
     if min(kernel) < 1 or taps == 1:
         raise ValueError(
             f"a {kernel[0]}x{kernel[1]} kernel has no patterns: there is one weight to keep; prune whole kernels of "
@@ -89,11 +92,13 @@ def check_kernel(entries: int, kernel: tuple[int, int], natural: bool = False) -
 def to_masks(patterns: Taps, entries: int, kernel: tuple[int, int]) -> np.ndarray:
     """Lists of kept taps as boolean rows `[K, kh*kw]`; ValueError naming the pattern that does not fit."""
     taps = check_kernel(entries, kernel)
+    if len(patterns) > MAX_MASKS:
+        raise ValueError(f"a library has at most {MAX_MASKS} patterns, got {len(patterns)}")
     seen: set[tuple[int, ...]] = set()
     masks = np.zeros((len(patterns), taps), bool)
     for row, pattern in zip(masks, patterns, strict=True):
         kept = tuple(sorted(set(pattern)))
-        if len(kept) != len(pattern) or len(kept) != entries or not (0 <= kept[0] and kept[-1] < taps):
+        if not len(kept) == len(pattern) == entries or not (0 <= kept[0] and kept[-1] < taps):
             raise ValueError(
                 f"pattern {list(pattern)} is not {entries} different taps of 0..{taps - 1} "
                 f"({kernel[0]}x{kernel[1]} kernels)"

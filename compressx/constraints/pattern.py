@@ -228,6 +228,7 @@ def _gather(e: Array, aligned: Aligned, rank: Array | None) -> Array:
     if rank is None:
         return jnp.sum(e, axis=1, keepdims=True)
     assert isinstance(aligned, int)
+    aligned = min(aligned, e.shape[1])
     units = -(-e.shape[1] // aligned)
     e = jnp.take(e, jnp.argsort(rank), axis=1)
     e = jnp.pad(e, ((0, 0), (0, units * aligned - e.shape[1]), (0, 0)))
@@ -241,7 +242,7 @@ def _spread(mask: Array, cout: int, aligned: Aligned, rank: Array | None) -> Arr
     if rank is None:
         return jnp.broadcast_to(mask, (mask.shape[0], cout, mask.shape[2]))
     assert isinstance(aligned, int)
-    return jnp.take(mask, rank // aligned, axis=1)
+    return jnp.take(mask, rank // min(aligned, cout), axis=1)
 
 
 def _kernel_set(spec: dict[str, Any], connections: Connections | None) -> Constraint:

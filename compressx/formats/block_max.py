@@ -1,0 +1,138 @@
+"""The block-max format: one value for every block of a row, and its place inside the block.
+
+The matrix is the GEMM view `[in, out]`; rows and blocks run as in `constraints.darb` (meta `axis`). Row r of length L
+has ceil(L / B_r) blocks, so no pointers are needed. Arrays, with S block sizes in use (meta `sizes`), v bytes a weight:
+
+    values   one a block, rows after rows                n v bytes, n = sum_r ceil(L / B_r)
+    offsets  ceil(log2 B_r) bits a block                 ceil(sum_r ceil(L / B_r) ceil(log2 B_r) / 8) bytes
+    codes    ceil(log2 S) bits a row; left out if S = 1  ceil(R ceil(log2 S) / 8) bytes
+
+A block without a non-zero stores a zero at place 0. With a `block_max` or `darb` constraint and its structure the sizes
+are the constraint's; otherwise each row takes the largest power of two that its non-zeros allow.
+
+Source: A. Ren et al., "DARB: A Density-Adaptive Regular-Block Pruning for Deep Neural Networks", 2020, storage.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from compressx.constraints.darb import MAX_SIZES, POWERS
+from compressx.formats.base import Format, Packed, choice, dtype_of, fail, nonzero, only, take
+from compressx.formats.parts import check_shape, fits, pack_bits, part, unpack_bits
+
+_AXES = ("outputs", "inputs")
+
+
+def _bits(n: Any) -> Any:
+    """ceil(log2 n) for positive integers."""
+    return np.ceil(np.log2(np.asarray(n, np.float64))).astype(np.int64)
+
+
+def _rows(w: np.ndarray, axis: str) -> np.ndarray:
+    m = w.reshape(-1, w.shape[-1])
+    return np.ascontiguousarray(m if axis == "outputs" else m.T)
+
+
+def row_sizes(mask: np.ndarray, sizes: tuple[int, ...] = POWERS) -> np.ndarray:
+    """The largest of the sizes with at most one non-zero in every block of a row (1 if no other): int64 `[R]`.
+
+    Args:
+      mask: bool `[R, L]`.
+      sizes: candidates, each a multiple of the one before.
+    """
+    best = np.ones(mask.shape[0], np.int64)
+    left = np.arange(mask.shape[0])
+    for size in (s for s in sizes if s > 1):
+        starts = np.arange(0, mask.shape[1], size)
+        left = left[np.add.reduceat(mask[left], starts, axis=1, dtype=np.int32).max(axis=1, initial=0) <= 1]
+        best[left] = size
+    return best
+
+
+def _cut(w: np.ndarray, constraint: Any, structure: Any) -> tuple[str, np.ndarray]:
+    """The axis and the block size of every row."""
+    found = part(constraint, structure, ("block_max", "darb"))
+    if found is not None:
+        spec, places = found
+        rows = _rows(w, spec["axis"]).shape[0]
+        if spec["kind"] == "block_max":
+            return spec["axis"], np.full(rows, spec["size"], np.int64)
+        if places is not None:
+            return spec["axis"], np.array(spec["allowed"], np.int64)[np.asarray(places)]
+    axis = found[0]["axis"] if found is not None else "outputs"
+    return axis, row_sizes(nonzero(_rows(w, axis)))
+
+
+def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+    axis, size = _cut(w, constraint, structure)
+    m = _rows(w, axis)
+    mask = nonzero(m)
+    rows, length = m.shape
+    blocks = -(-length // size)
+    first = np.cumsum(blocks) - blocks
+    row, column = np.nonzero(mask)
+    slot = first[row] + column // size[row]
+    shared = np.bincount(slot, minlength=1)[slot] > 1
+    if shared.any():
+        again = int(row[np.argmax(shared)])
+        raise ValueError(f"row {again} has a block of {size[again]} with more than one non-zero")
+    values = np.zeros(int(blocks.sum()), m.dtype)
+    offsets = np.zeros(values.size, np.int64)
+    values[slot] = m[mask]
+    offsets[slot] = column % size[row]
+    used, code = np.unique(size, return_inverse=True)
+    arrays = {"values": values, "offsets": pack_bits(offsets, np.repeat(_bits(size), blocks))}
+    if used.size > 1:
+        arrays["codes"] = pack_bits(code.reshape(-1), int(_bits(used.size)))
+    return Packed("block-max", w.shape, w.dtype.name, arrays, {"axis": axis, "sizes": used.tolist()})
+
+
+def _unpack(packed: Packed) -> np.ndarray:
+    only(packed, "values", "offsets", "codes")
+    check_shape(packed, 2)
+    axis = choice(packed, "axis", _AXES)
+    sizes = packed.meta.get("sizes")
+    if (
+        not isinstance(sizes, list)
+        or len(sizes) > MAX_SIZES
+        or not all(type(s) is int and 1 <= s <= 1 << 32 for s in sizes)
+    ):
+        fail("block-max/sizes", f"not a list of at most {MAX_SIZES} block sizes")
+    if any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        fail("block-max/sizes", f"{sizes} do not ascend")
+    extents = math.prod(packed.shape[:-1]), packed.shape[-1]
+    rows, length = extents if axis == "outputs" else extents[::-1]
+    values = take(packed, "values", dtype_of(packed).name, (None,))
+    if values.size < rows:
+        fail("block-max/values", f"{values.size} values cannot fill the blocks of {rows} rows")
+    if len(sizes) > 1:
+        width = int(_bits(len(sizes)))
+        stored = take(packed, "codes", "uint8", (-(-rows * width // 8),))
+        code, clean = unpack_bits(stored, np.full(rows, width))
+        if not clean or int(code.max()) >= len(sizes):
+            fail("block-max/codes", f"name other than the {len(sizes)} block sizes")
+    else:
+        if "codes" in packed.arrays or not sizes:
+            fail("block-max/codes", f"do not fit {rows} rows of block sizes {sizes}")
+        code = np.zeros(rows, np.int64)
+    size = np.array(sizes, np.int64)[code]
+    blocks = -(-length // size)
+    if int(blocks.sum()) != values.size:
+        fail("block-max/values", f"{values.size} values, expected {int(blocks.sum())}, one a block")
+    widths = np.repeat(_bits(size), blocks)
+    stored = take(packed, "offsets", "uint8", (-(-int(widths.sum()) // 8),))
+    offsets, clean = unpack_bits(stored, widths)
+    if not clean:
+        fail("block-max/offsets", "bits after the last block are set")
+    row = np.repeat(np.arange(rows), blocks)
+    start = (np.arange(values.size) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * size[row]
+    if (offsets >= np.minimum(size[row], length - start)).any():
+        fail("block-max/offsets", "a place lies outside its block")
+    m = np.zeros((rows, length), dtype_of(packed))
+    m[row, start + offsets] = values
+    return np.ascontiguousarray(m if axis == "outputs" else m.T).reshape(packed.shape)
+
+
+BLOCK_MAX = Format("block-max", lambda w, constraint: fits(w, 2), _pack, _unpack)
