@@ -126,6 +126,55 @@ def _matrix_shape(base: View, shape: Shape) -> tuple[int, int]:
     return out.shape[0], out.shape[1]
 
 
+def tiles(block: Shape) -> View:
+    """The weight cut into blocks without moving a value: every axis split in two, `[blocks, size of a block]`.
+
+        block (bh, bw):      [P, F] -> [P/bh, bh, F/bw, bw]
+        block (bt, bc, bo):  [kh*kw, cin, cout] -> [T/bt, bt, cin/bc, bc, cout/bo, bo],  T = kh*kw (1 for dense weights)
+
+    with quotients rounded up; reduce over the odd axes to get one value a block. Padding is zero and cut off by `back`.
+
+    Args:
+      block: two extents (positions, filters) or three (taps, input channels, output channels).
+    """
+    if len(block) not in (2, 3) or min(block) < 1:
+        raise ValueError(f"block must be two or three extents of at least 1, got {tuple(block)}")
+
+    def base(shape: Shape) -> Shape:
+        if len(shape) < 2:
+            raise ValueError(f"blocks need a weight of at least 2 axes, got shape {tuple(shape)}")
+        if len(block) == 2:
+            return math.prod(shape[:-1]), shape[-1]
+        return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+    def to(w: Array) -> Array:
+        extents = base(w.shape)
+        grid = [math.ceil(n / b) for n, b in zip(extents, block, strict=True)]
+        pads = [(0, g * b - n) for g, b, n in zip(grid, block, extents, strict=True)]
+        x = jnp.pad(w.reshape(extents), pads) if any(p for _, p in pads) else w
+        return x.reshape([n for pair in zip(grid, block, strict=True) for n in pair])
+
+    def back(x: Array, shape: Shape) -> Array:
+        extents = base(shape)
+        padded = x.reshape([g * b for g, b in zip(x.shape[::2], x.shape[1::2], strict=True)])
+        return padded[tuple(slice(n) for n in extents)].reshape(shape)
+
+    return View(to, back)
+
+
+def in_tiles(shape: Shape, block: Shape) -> Array:
+    """Which entries of `tiles(block)` are weights and not padding: bool, broadcastable to the tiles."""
+    extents = (math.prod(shape[:-1]), shape[-1]) if len(block) == 2 else (math.prod(shape[:-2]), *shape[-2:])
+    inside = jnp.ones((1,) * (2 * len(block)), bool)
+    for a, (n, b) in enumerate(zip(extents, block, strict=True)):
+        if n % b:
+            axis = jnp.arange(math.ceil(n / b) * b) < n
+            place = [1] * (2 * len(block))
+            place[2 * a : 2 * a + 2] = [math.ceil(n / b), b]
+            inside = inside & axis.reshape(place)
+    return inside
+
+
 def position_order(shape: Shape, order: str) -> np.ndarray:
     """The rows of the GEMM view in the order in which a filter's weights are laid down: int32 `[P]`, row at each place.
 

@@ -22,6 +22,7 @@ from compressx.constraints.quantization import quantize_activations as quantize_
 from compressx.constraints.select import top_k_mask as top_k_mask
 from compressx.constraints.select import top_k_masks as top_k_masks
 from compressx.constraints.sparsity import block, channels, columns, filters, filters_and_columns, n_of_m, unstructured
+from compressx.constraints.unification import prune_blocks, unify, unify_and_prune
 
 # name in a spec -> factory
 KINDS: dict[str, Callable[..., Constraint]] = {
@@ -44,6 +45,9 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "bank_balanced": bank_balanced,
     "polarize": polarize,
     "quantize": quantize,
+    "unify": unify,
+    "prune_blocks": prune_blocks,
+    "unify_and_prune": unify_and_prune,
 }
 
 
