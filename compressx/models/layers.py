@@ -78,11 +78,10 @@ def formulation(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads:
         return "depthwise"
     if groups != 1:
         return "lax"
-    if (kh, kw) == (1, 1):
-        return "im2col"  # no patches to make: it is the matrix product itself
     short_pads = max(pads[0]) < kh and max(pads[1]) < kw
     if x.dtype == kernel.dtype == jnp.float32 and strides[0] == strides[1] and short_pads and native.enabled():
-        return "native"
+        if kernel.size <= 1 << 20:  # beyond, a kernel no longer stays in the cache, and XLA's blocks win
+            return "native"
     return "lax" if (kh, kw) == (3, 3) and cin >= 16 else "im2col"
 
 

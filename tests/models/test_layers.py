@@ -118,6 +118,26 @@ def test_xla_only_switches_the_kernel_off_and_on(monkeypatch):
     assert how() == "native"
 
 
+def test_formulation_by_shape(monkeypatch):
+    def how(cin, cout, window, stride=(1, 1), groups=1, dtype=jnp.float32, plain=True):
+        x, kernel = jnp.zeros((1, 8, 8, cin), dtype), jnp.zeros((*window, cin // groups, cout), dtype)
+        pad = (window[0] // 2,) * 2
+        return layers.formulation(x, kernel, stride, (pad, pad), groups, plain)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(native, "enabled", lambda: True)
+    assert how(16, 16, (3, 3)) == how(1, 20, (5, 5)) == how(64, 32, (1, 1)) == "native"
+    assert how(512, 512, (3, 3)) == "lax"
+    assert how(16, 16, (3, 3), stride=(1, 2)) == how(16, 16, (3, 3), dtype=jnp.bfloat16) == "lax"
+    assert how(8, 8, (3, 3), groups=8) == "depthwise"
+    assert how(8, 8, (3, 3), groups=2) == how(8, 8, (3, 3), plain=False) == "lax"
+    monkeypatch.setattr(native, "enabled", lambda: False)
+    assert how(16, 16, (3, 3)) == "lax"
+    assert how(3, 16, (3, 3)) == how(20, 50, (5, 5)) == how(64, 32, (1, 1)) == "im2col"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert how(16, 16, (3, 3)) == how(8, 8, (3, 3), groups=8) == "lax"
+
+
 @pytest.mark.parametrize(
     ("padding", "stride", "dilation", "groups"),
     [("SAME", 1, 1, 1), ("SAME", 2, 1, 1), ("VALID", 2, 1, 1), (((1, 2), (0, 1)), 1, 1, 1), ("SAME", 1, 2, 1)]
