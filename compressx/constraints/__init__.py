@@ -13,6 +13,7 @@ from compressx.constraints.base import intersection as intersection
 from compressx.constraints.base import support as support
 from compressx.constraints.base import violations as violations
 from compressx.constraints.bsp import bsp, bsp_columns, bsp_rows
+from compressx.constraints.crossbar_prune import crossbar_aware
 from compressx.constraints.darb import balanced_block_max, bank_balanced, block_max, darb
 from compressx.constraints.library import select_library as select_library
 from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
@@ -43,6 +44,7 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "darb": darb,
     "balanced_block_max": balanced_block_max,
     "bank_balanced": bank_balanced,
+    "crossbar_aware": crossbar_aware,
     "polarize": polarize,
     "quantize": quantize,
     "unify": unify,
