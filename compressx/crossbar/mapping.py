@@ -1,0 +1,299 @@
+"""Mapping of layers to arrays: pruned rows and columns squeezed out, whole arrays counted, cells in use reported.
+
+    arrays = ceil(kept rows / array rows) * ceil(kept columns * columns of a weight / array columns)
+
+for each group of a layer; groups that fit into one array share arrays along the diagonal, because they share neither
+inputs nor outputs. Shapes: P = rows (kh*kw*cin/groups), F = columns (cout/groups) of a group's matrix.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from compressx.crossbar.design import Design
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as matrices: what is stored, and how often it is used for one input of the network.
+
+    Attributes:
+      name: path of the weight.
+      kept: bool `[groups, P, F]`: non-zero weights.
+      uses: matrix-vector products for one inference: output pixels of a convolution, time steps of a recurrence, or 1.
+    """
+
+    name: str
+    kept: np.ndarray
+    uses: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kept.ndim != 3 or self.kept.dtype != np.bool_ or min(self.kept.shape) < 1:
+            raise ValueError(
+                f"layer {self.name}: kept must be bool [groups, P, F] and not empty, "
+                f"got {self.kept.dtype} {self.kept.shape}"
+            )
+        if self.uses < 1:
+            raise ValueError(f"layer {self.name}: uses must be at least 1, got {self.uses}")
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the dense layer for one inference."""
+        return int(self.kept.size) * self.uses
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """One layer on a design, in whole arrays.
+
+    Attributes:
+      name, groups, uses: of the layer.
+      rows, cols: of the dense matrix of a group.
+      kept_rows, kept_cols: rows and columns that are not all zero, per group: int `[groups]`.
+      weights: non-zero weights of all groups.
+      arrays: physical arrays; dense_arrays: the same without squeezing.
+      cells: cells inside squeezed matrices (what has to be programmed, zeros among them).
+      nonzero_cells: cells of non-zero weights, all slices counted.
+      array_cells: cells of an array.
+    """
+
+    name: str
+    groups: int
+    uses: int
+    rows: int
+    cols: int
+    kept_rows: tuple[int, ...]
+    kept_cols: tuple[int, ...]
+    weights: int
+    arrays: int
+    dense_arrays: int
+    cells: int
+    nonzero_cells: int
+    array_cells: int
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the arrays' cells that belong to a kept row and a kept column."""
+        return self.cells / (self.arrays * self.array_cells) if self.arrays else 0.0
+
+    @property
+    def density(self) -> float:
+        """Share of the arrays' cells that belong to a non-zero weight."""
+        return self.nonzero_cells / (self.arrays * self.array_cells) if self.arrays else 0.0
+
+    def row(self) -> dict[str, Any]:
+        """The layer as a row of a table."""
+        return {
+            "layer": self.name,
+            "matrix": f"{self.rows}x{self.cols}" + (f" x{self.groups}" if self.groups > 1 else ""),
+            "kept rows": sum(self.kept_rows),
+            "kept columns": sum(self.kept_cols),
+            "weights": self.weights,
+            "uses": self.uses,
+            "arrays dense": self.dense_arrays,
+            "arrays": self.arrays,
+            "utilisation": self.utilisation,
+            "non-zero cells": self.density,
+        }
+
+
+def dense_layer(name: str, weight: Any, uses: int = 1) -> Layer:
+    """A dense layer `[in, out]`."""
+    w = _weight(name, weight, 2)
+    return Layer(name, (w != 0)[None], uses)
+
+
+def conv_layer(
+    name: str,
+    weight: Any,
+    input_size: tuple[int, int],
+    strides: tuple[int, int] = (1, 1),
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+    groups: int = 1,
+) -> Layer:
+    """A convolution `[kh, kw, cin/groups, cout]`: one use per output pixel; depthwise where groups = cin.
+
+    Args:
+      name: path of the weight.
+      weight: the kernel.
+      input_size: height and width of the input.
+      strides: rows, columns.
+      padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+      groups: `feature_group_count`; output channels are divided among the groups in order.
+    """
+    w = _weight(name, weight, 4)
+    kh, kw, cin, cout = w.shape
+    if groups < 1 or cout % groups:
+        raise ValueError(f"layer {name}: {cout} output channels do not divide into groups={groups}")
+    out = output_size(input_size, (kh, kw), strides, padding)
+    if min(out) < 1:
+        raise ValueError(f"layer {name}: kernel {kh}x{kw} leaves no output of an input {input_size}")
+    matrices = np.moveaxis((w != 0).reshape(kh * kw * cin, groups, cout // groups), 1, 0)
+    return Layer(name, matrices, out[0] * out[1])
+
+
+def recurrent_layers(name: str, kernels: Mapping[str, Any], steps: int) -> list[Layer]:
+    """A recurrent cell: each of its matrices `[in, gates]` is a layer of its own, used once a time step.
+
+    Input and recurrent matrices stay apart, since a GRU's reset gate acts on the recurrent product alone.
+    """
+    return [dense_layer(f"{name}/{key}", kernel, steps) for key, kernel in kernels.items()]
+
+
+def output_size(
+    size: tuple[int, int], kernel: tuple[int, int], strides: tuple[int, int], padding: str | Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    if isinstance(padding, str):
+        if padding == "SAME":
+            return ceil(size[0] / strides[0]), ceil(size[1] / strides[1])
+        if padding != "VALID":
+            raise ValueError(f'padding must be "SAME", "VALID" or pairs of numbers, got {padding!r}')
+        padding = ((0, 0), (0, 0))
+    pads = [sum(p) for p in padding]
+    height, width = ((n + p - k) // s + 1 for n, p, k, s in zip(size, pads, kernel, strides, strict=True))
+    return height, width
+
+
+def map_layer(layer: Layer, design: Design, squeeze: bool = True) -> Mapped:
+    """Counts the arrays of a layer, see the module's formula; a group without a weight takes none.
+
+    Args:
+      layer: what is stored.
+      design: array size and columns per weight.
+      squeeze: leave out rows and columns that are all zero.
+    """
+    groups, rows, cols = layer.kept.shape
+    kept_rows = layer.kept.any(axis=2).sum(axis=1)
+    kept_cols = layer.kept.any(axis=1).sum(axis=1)
+    dense = _arrays(np.full(groups, rows), np.full(groups, cols), design)
+    if not squeeze:
+        kept_rows, kept_cols = np.full(groups, rows), np.full(groups, cols)
+    weights, per = int(layer.kept.sum()), design.columns_per_weight
+    return Mapped(
+        name=layer.name,
+        groups=groups,
+        uses=layer.uses,
+        rows=rows,
+        cols=cols,
+        kept_rows=tuple(int(n) for n in kept_rows),
+        kept_cols=tuple(int(n) for n in kept_cols),
+        weights=weights,
+        arrays=_arrays(kept_rows, kept_cols, design),
+        dense_arrays=dense,
+        cells=int((kept_rows * kept_cols).sum()) * per,
+        nonzero_cells=weights * per,
+        array_cells=design.rows * design.cols,
+    )
+
+
+def _arrays(rows: np.ndarray, cols: np.ndarray, design: Design) -> int:
+    """Whole arrays for matrices of these sizes; small ones are laid along diagonals, first fit in order."""
+    per, total = design.columns_per_weight, 0
+    free_rows = free_cols = 0
+    for r, c in zip((int(n) for n in rows), (int(n) * per for n in cols), strict=True):
+        if r == 0 or c == 0:
+            continue
+        if r > design.rows or c > design.cols or len(rows) == 1:
+            total += ceil(r / design.rows) * ceil(c / design.cols)
+            continue
+        if r > free_rows or c > free_cols:
+            total, free_rows, free_cols = total + 1, design.rows, design.cols
+        free_rows, free_cols = free_rows - r, free_cols - c
+    return total
+
+
+def map_network(layers: Sequence[Layer], design: Design, squeeze: bool = True) -> list[Mapped]:
+    """All layers, in order."""
+    return [map_layer(layer, design, squeeze) for layer in layers]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Where a reduction in arrays comes from: prune x bits x signs (FORMS, table of crossbar reductions).
+
+    Attributes:
+      prune: dense weights / weights in kept rows and columns.
+      bits: columns of a baseline weight / columns of a stored weight, signs left out (32 -> 8 bit: 4).
+      signs: 2 where the baseline has positive and negative arrays and the design has one, else 1.
+      baseline_arrays: arrays of the dense network on the baseline.
+      arrays: arrays of the squeezed network on the design.
+    """
+
+    prune: float
+    bits: float
+    signs: float
+    baseline_arrays: int
+    arrays: int
+
+    @property
+    def product(self) -> float:
+        """The reduction as the paper counts it: weights, bits and signs multiplied."""
+        return self.prune * self.bits * self.signs
+
+    @property
+    def measured(self) -> float:
+        """The reduction in whole arrays."""
+        return self.baseline_arrays / self.arrays if self.arrays else float("inf")
+
+    @property
+    def rounding(self) -> float:
+        """measured / product: what the whole arrays of either side gain or lose."""
+        return self.measured / self.product
+
+
+def reduction(layers: Sequence[Layer], design: Design, baseline_bits: int = 32) -> Reduction:
+    """Factors of the reduction from a dense network of `baseline_bits` in split arrays to this network on this design."""
+    mapped = map_network(layers, design)
+    wide = ceil(baseline_bits / design.device.cell_bits)
+    kept = sum(r * c for m in mapped for r, c in zip(m.kept_rows, m.kept_cols, strict=True))
+    if kept == 0:
+        raise ValueError("no weight is left: every row of every layer is zero")
+    baseline = 0
+    for layer in layers:
+        groups, rows, cols = layer.kept.shape
+        baseline += groups * ceil(rows / design.rows) * ceil(2 * cols * wide / design.cols)
+    return Reduction(
+        prune=sum(int(layer.kept.size) for layer in layers) / kept,
+        bits=wide / design.slices,
+        signs=2 * design.slices / design.columns_per_weight,
+        baseline_arrays=baseline,
+        arrays=sum(m.arrays for m in mapped),
+    )
+
+
+def frees_whole_arrays(mapped: Mapped, design: Design) -> bool:
+    """Whether not one more row or column could be kept in the same arrays (of a layer without groups).
+
+    True where kept rows fill whole arrays or nothing was pruned, and columns likewise: then no weight was given away
+    without an array for it.
+    """
+    if mapped.groups != 1:
+        raise ValueError(f"layer {mapped.name} has {mapped.groups} groups; this holds for one matrix")
+    per_array = design.cols // design.columns_per_weight
+    rows, cols = mapped.kept_rows[0], mapped.kept_cols[0]
+    return (rows == mapped.rows or rows % design.rows == 0) and (cols == mapped.cols or cols % per_array == 0)
+
+
+def occupancy(layer: Layer, design: Design, group: int = 0) -> np.ndarray:
+    """The picture of a layer: share of non-zero weights in each physical array, float64 `[row arrays, column arrays]`.
+
+    Rows and columns are squeezed, in order; a weight that straddles two arrays counts in both by its columns.
+    """
+    kept = layer.kept[group]
+    kept = kept[kept.any(axis=1)][:, kept.any(axis=0)]
+    cells = np.repeat(kept, design.columns_per_weight, axis=1)
+    down, across = ceil(cells.shape[0] / design.rows), ceil(cells.shape[1] / design.cols)
+    full = np.zeros((down * design.rows, across * design.cols))
+    full[: cells.shape[0], : cells.shape[1]] = cells
+    return full.reshape(down, design.rows, across, design.cols).mean(axis=(1, 3))
+
+
+def _weight(name: str, weight: Any, ndim: int) -> np.ndarray:
+    w = np.asarray(weight)
+    if w.ndim != ndim or w.size == 0:
+        raise ValueError(f"layer {name}: expected a weight of {ndim} axes that is not empty, got shape {w.shape}")
+    return w

@@ -1,0 +1,116 @@
+"""Designs of published engines. Each field has its source; what a paper leaves open says so."""
+
+from fractions import Fraction
+
+from compressx.crossbar.design import Adc, Design, Device
+
+ISAAC_PAPER = 'A. Shafiee et al., "ISAAC", ISCA 2016'
+FORMS_PAPER = 'G. Yuan et al., "FORMS", ISCA 2021, arXiv 2106.09144'
+_OURS = "our choice; the paper does not say"
+
+_FORMS_ADC_BITS = {4: 3, 8: 4, 16: 5}  # FORMS, section IV
+
+
+def isaac() -> Design:
+    """ISAAC: 128 x 128 arrays of 2-bit cells, 16-bit weights with an offset, 16-bit inputs, 8-bit ADC with flip."""
+    return Design(
+        name="ISAAC",
+        device=Device(2, source=ISAAC_PAPER),
+        adc=Adc(8, encoding="flip"),
+        input_bits=16,
+        inputs="twos_complement",
+        weight_bits=16,
+        sources=(
+            ("rows, cols, active_rows, device, dac_bits", f"{ISAAC_PAPER}: 128 x 128, 2-bit cells, 1-bit DAC"),
+            ("input_bits, weight_bits", f"{ISAAC_PAPER}: 16 bits, 16 input cycles of 100 ns"),
+            ("adc", f"{ISAAC_PAPER}: log2(128) + 2 + 1 - 1 = 9 bits, less one by flipped columns"),
+            ("signs", f"{ISAAC_PAPER}: w + 2^15 stored, 2^15 x (number of ones) subtracted"),
+            ("inputs", f"two's complement with a negative top cycle: {_OURS}"),
+        ),
+    )
+
+
+def forms(fragment: int = 8, encoding: str = "flip", weight_bits: int = 8) -> Design:
+    """FORMS: polarized fragments of 4, 8 or 16 rows, one fragment active at a time, 3-, 4- or 5-bit ADC.
+
+    Args:
+      fragment: rows of a fragment.
+      encoding: "flip" makes the paper's ADC widths lossless (a worst-case sum of 3 m needs one bit more without it);
+        the paper does not mention it. "saturating" takes the widths at face value; "ideal" never clips.
+      weight_bits: bits of the magnitude. The paper says "8-bit weights" and keeps the sign elsewhere; whether the sign
+        is one of the 8 is not said.
+    """
+    if fragment not in _FORMS_ADC_BITS:
+        raise ValueError(f"FORMS has fragments of 4, 8 and 16 rows, got {fragment}; build other sizes with Design(...)")
+    return Design(
+        name=f"FORMS-{fragment}",
+        active_rows=fragment,
+        device=Device(2, source=FORMS_PAPER),
+        adc=Adc(_FORMS_ADC_BITS[fragment], encoding=encoding),
+        input_bits=16,
+        weight_bits=weight_bits,
+        signs="polarized",
+        sources=(
+            ("rows, cols, active_rows, device, dac_bits", f"{FORMS_PAPER}, section IV"),
+            ("adc.bits", f"{FORMS_PAPER}, section IV: 3, 4, 5 bits for 4, 8, 16 rows"),
+            ("adc.encoding", "flip is ISAAC's, added here: without it the stated widths are one bit short"),
+            ("input_bits", f"{FORMS_PAPER}: 16-bit inputs, one bit a cycle"),
+            ("weight_bits", f"{FORMS_PAPER}: 8 bits, four 2-bit cells"),
+            ("inputs", f"unsigned, as after a rectifier; signed inputs: 'sign_planes' ({_OURS})"),
+        ),
+    )
+
+
+def prime_like() -> Design:
+    """Like PRIME: 4-bit cells in pairs, inputs in two 3-bit halves, 6-bit outputs, positive minus negative array."""
+    paper = 'P. Chi et al., "PRIME", ISCA 2016'
+    return Design(
+        name="PRIME-like",
+        device=Device(4, source=paper),
+        adc=Adc(6, lsb=Fraction(512)),
+        dac_bits=3,
+        input_bits=6,
+        weight_bits=8,
+        signs="differential_analog",
+        sources=(
+            ("device, weight_bits", f"{paper}: two 4-bit cells a weight"),
+            ("dac_bits, input_bits", f"{paper}: 6-bit inputs in two parts of 3 bits"),
+            ("adc.bits", f"{paper}: 6-bit output"),
+            ("adc.lsb", f"512, the power of two with which 128 rows cannot clip: {_OURS}"),
+            ("signs", f"{paper}: one array for positive, one for negative weights; subtraction of currents: {_OURS}"),
+            ("rows, cols, active_rows", "128 x 128 as the others, for comparison; not the paper's"),
+        ),
+    )
+
+
+def puma_like() -> Design:
+    """Like PUMA: ISAAC's array and ADC with 16-bit weights and inputs."""
+    paper = 'A. Ankit et al., "PUMA", ASPLOS 2019'
+    return isaac().but(
+        name="PUMA-like",
+        sources=(
+            ("rows, cols, device, weight_bits, input_bits, dac_bits, adc.bits", f"{paper}, defaults of its simulator"),
+            ("signs, adc.encoding, inputs", "as ISAAC; PUMA's simulator does not evaluate the array through the ADC"),
+        ),
+    )
+
+
+PRESETS = {
+    "isaac": isaac,
+    "forms-4": lambda: forms(4),
+    "forms-8": lambda: forms(8),
+    "forms-16": lambda: forms(16),
+    "prime-like": prime_like,
+    "puma-like": puma_like,
+}
+
+
+def preset(name: str) -> Design:
+    """The design of that name.
+
+    Raises:
+      ValueError: there is none; the message lists the names.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no design {name!r}; there are {', '.join(PRESETS)}, or build a Design(...)")
+    return PRESETS[name]()
