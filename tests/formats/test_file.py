@@ -232,7 +232,7 @@ mutation = st.one_of(
 )
 
 
-@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
 @given(mutations=st.lists(mutation, min_size=1, max_size=4))
 def test_mutated_bytes_load_as_they_were_or_are_refused(
     saved: bytes, scratch: Path, hard: dict[str, Any], mutations: list[tuple[str, float, int]]
@@ -446,7 +446,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_forged_files_load_consistently_or_are_refused(saved: bytes, scratch: Path, data: st.DataObject) -> None:
     header, arrays = _open(saved)
