@@ -28,7 +28,7 @@ class Adc:
       lsb: size of a step in cell units, an exact rational.
       encoding: "ideal": no clip, as if the code were as wide as needed; "saturating": clips; "flip": clips, but a
         column whose cells sum to more than half of the possible sum is stored as (largest level - cell) and corrected
-        digitally, which halves the largest sum (ISAAC, section IV).
+        digitally, which halves the largest sum (ISAAC).
       low, high: ends of the clip range in codes; None: 0..2^bits - 1, or -2^(bits-1)..2^(bits-1) - 1 where sums are
         signed (sign scheme "differential_analog").
     """
@@ -95,13 +95,13 @@ class Design:
       device: the cell.
       adc: the converter.
       dac_bits: bits of an input that are applied in a cycle.
-      input_bits: bits of an input.
+      input_bits: bits of an input; the simulation takes up to 16, counting and cost up to 32 (weights alike).
       inputs: "unsigned"; "twos_complement" (the top bit counts negative; 1-bit DAC only); "sign_planes" (positive and
         negative parts one after the other, twice the cycles).
       weight_bits: bits of a stored weight: the sign is one of them with "offset", and it is not one of them with the
         other schemes, which store magnitudes.
       signs: "offset" stores w + 2^(weight_bits-1) and subtracts 2^(weight_bits-1) x (sum of the inputs), counted by a
-        unit column, whose reading is exact (ISAAC, section V); "differential_digital" has positive and negative
+        unit column, whose reading is exact (ISAAC); "differential_digital" has positive and negative
         magnitudes in two sets of columns and subtracts codes; "differential_analog" subtracts currents before the ADC,
         whose codes are then signed; "polarized" has magnitudes of one sign in every group of `active_rows` rows, and a
         sign bit that adds or subtracts the code (FORMS, section IV).
@@ -127,8 +127,8 @@ class Design:
             ("cols", 1, 4096),
             ("active_rows", 1, self.rows),
             ("dac_bits", 1, 8),
-            ("input_bits", 1, 16),
-            ("weight_bits", 1, 16),
+            ("input_bits", 1, 32),
+            ("weight_bits", 1, 32),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"design {self.name}: {name} must be in {low}..{high}, got {getattr(self, name)}")

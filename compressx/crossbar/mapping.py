@@ -246,7 +246,7 @@ class Reduction:
 
 
 def reduction(layers: Sequence[Layer], design: Design, baseline_bits: int = 32) -> Reduction:
-    """Factors of the reduction from a dense network of `baseline_bits` in split arrays to this network on this design."""
+    """Factors of the reduction from a dense network of `baseline_bits` in split arrays to this network here."""
     mapped = map_network(layers, design)
     wide = ceil(baseline_bits / design.device.cell_bits)
     kept = sum(r * c for m in mapped for r, c in zip(m.kept_rows, m.kept_cols, strict=True))

@@ -1,0 +1,237 @@
+"""Published chips as sums of their parts: power, area and cycle time, each number with its source.
+
+Sums reproduce the papers' totals to the digit; where the papers contradict themselves, `known_inconsistencies` says so.
+"""
+
+from dataclasses import dataclass
+
+from compressx.crossbar.presets import FORMS_PAPER, ISAAC_PAPER
+
+_FORMS_III = f"{FORMS_PAPER}, table III"
+_FORMS_IV = f"{FORMS_PAPER}, table IV"
+_ISAAC_IMA = f"{ISAAC_PAPER}, table of parts"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of an MCU (the unit that holds a few arrays), all its instances together."""
+
+    name: str
+    spec: str
+    mw: float
+    mm2: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip of tiles of MCUs of arrays.
+
+    Attributes:
+      name: for reports.
+      parts: of one MCU.
+      digital_mw, digital_mm2: of a tile, outside its MCUs (buffer, bus, router, activation, pooling, output registers).
+      link_mw, link_mm2: of the chip's links (HyperTransport).
+      mcus: per tile; tiles: per chip; arrays: per MCU.
+      cycle_ns: one input cycle of one group of active rows: all columns of an array converted once.
+      overhead_stages: pipeline stages besides the input cycles; ISAAC's 22 stages are 16 input cycles and 6 others.
+      pooling_stages: further stages where a layer pools (FORMS: 26 in all).
+      notes: what was assumed.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    digital_mw: float
+    digital_mm2: float
+    cycle_ns: float
+    link_mw: float = 10400.0  # HyperTransport: FORMS, table IV, alike for ISAAC
+    link_mm2: float = 22.88  # FORMS, table IV
+    mcus: int = 12  # FORMS, section IV; ISAAC alike
+    tiles: int = 168  # ISAAC; FORMS, table IV
+    arrays: int = 8  # ISAAC: 8 arrays an IMA; FORMS, table III
+    overhead_stages: int = 6  # ISAAC: 22 stages, 16 of them input cycles
+    pooling_stages: int = 4  # FORMS, section IV: 26 stages with pooling
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mcu_mw(self) -> float:
+        """Power of an MCU."""
+        return sum(p.mw for p in self.parts)
+
+    @property
+    def mcu_mm2(self) -> float:
+        """Area of an MCU."""
+        return sum(p.mm2 for p in self.parts)
+
+    @property
+    def mcus_mw(self) -> float:
+        """Power of a tile's MCUs."""
+        return self.mcus * self.mcu_mw
+
+    @property
+    def tile_mw(self) -> float:
+        """Power of a tile."""
+        return self.mcus_mw + self.digital_mw
+
+    @property
+    def tile_mm2(self) -> float:
+        """Area of a tile."""
+        return self.mcus * self.mcu_mm2 + self.digital_mm2
+
+    @property
+    def mw(self) -> float:
+        """Power of the chip, all parts on."""
+        return self.tiles * self.tile_mw + self.link_mw
+
+    @property
+    def mm2(self) -> float:
+        """Area of the chip."""
+        return self.tiles * self.tile_mm2 + self.link_mm2
+
+    @property
+    def total_arrays(self) -> int:
+        """Arrays on the chip."""
+        return self.tiles * self.mcus * self.arrays
+
+    def rows(self) -> list[dict[str, object]]:
+        """The parts of an MCU as rows of a table."""
+        return [
+            {"part": p.name, "spec": p.spec, "mW": p.mw, "mm2": p.mm2, "source": p.source}
+            for p in self.parts
+        ]  # fmt: skip
+
+
+def isaac_chip() -> Chip:
+    """ISAAC as FORMS' tables list it, with the array power that makes its sum come out (2.40 mW, ISAAC's own)."""
+    return Chip(
+        "ISAAC",
+        parts=(
+            Part("ADC", "8 x 8 bit, 1.2 GS/s", 16.0, 0.0096, _FORMS_III),
+            Part("DAC", "8 x 128, 1 bit", 4.0, 0.00017, _FORMS_III),
+            Part("sample and hold", "8 x 128", 0.01, 0.00004, _FORMS_III),
+            # FORMS prints 2.43 mW; with it the tile would be 289.32 mW, not the 288.96 mW of table IV
+            Part(
+                "arrays",
+                "8, 128 x 128, 2-bit cells",
+                2.40,
+                0.0002,
+                "8 x 0.3 mW, 2.5e-5 mm2: constants of PUMA's simulator (2019), after ISAAC",
+            ),
+            Part("shift and add", "4", 0.2, 0.00024, f"{_FORMS_III}; area {_ISAAC_IMA}"),
+            Part("input register", "", 1.24, 0.0021, _ISAAC_IMA),
+            Part("output register", "", 0.23, 0.00077, _ISAAC_IMA),
+        ),
+        digital_mw=40.85,  # FORMS, table IV
+        digital_mm2=0.213,  # FORMS, table IV
+        cycle_ns=100.0,  # ISAAC: 100 ns; 128 columns at 1.2 GS/s would be 106.7 ns
+        notes=("cycle of 100 ns as ISAAC states; one ADC for 128 columns at 1.2 GS/s would take 106.7 ns",),
+    )
+
+
+def forms_chip() -> Chip:
+    """FORMS with fragments of 8; taken for 4 and 16 too, whose parts the paper does not list."""
+    return Chip(
+        "FORMS",
+        parts=(
+            Part("ADC", "32 x 4 bit, 2.1 GS/s", 15.2, 0.0091, _FORMS_III),
+            Part("DAC", "8 x 128, 1 bit", 4.0, 0.00017, _FORMS_III),
+            Part("sample and hold", "8 x 128", 0.0055, 0.000023, _FORMS_III),
+            Part("arrays", "8, 128 x 128, 2-bit cells", 2.44, 0.00024, _FORMS_III),
+            Part("shift and add", "4", 0.2, 0.00024, f"{_FORMS_III}; area {_ISAAC_IMA} (0.000024 in FORMS)"),
+            Part("skip logic", "", 0.01, 1e-7, _FORMS_III),
+            Part("sign indicator", "", 0.012, 3.1e-6, _FORMS_III),
+            Part("input register", "", 1.24, 0.0021, f"{_ISAAC_IMA}; not listed by FORMS, needed for its sum"),
+            Part("output register", "", 0.23, 0.00077, f"{_ISAAC_IMA}; not listed by FORMS, needed for its sum"),
+        ),
+        digital_mw=53.05,  # FORMS, table IV
+        digital_mm2=0.25,  # FORMS, table IV
+        cycle_ns=128 / (4 * 2.1),  # FORMS, section IV: 4 ADCs an array, 32 columns each, 2.1 GS/s: 15.24 ns
+        notes=(
+            "parts are those of fragment size 8; sizes 4 and 16 are given the same power, area and ADC rate",
+            "a cycle converts one fragment; all 128 rows take 128 / fragment cycles for every input bit",
+        ),
+    )
+
+
+CHIPS = {"isaac": isaac_chip, "forms": forms_chip}
+
+
+@dataclass(frozen=True)
+class Inconsistency:
+    """Where a paper contradicts itself or its source: what it says, and what follows from its other numbers."""
+
+    where: str
+    stated: str
+    recomputed: str
+    treatment: str
+
+
+def known_inconsistencies() -> tuple[Inconsistency, ...]:
+    """The contradictions found in FORMS' hardware numbers, recomputed here from the same tables."""
+    forms, isaac = forms_chip(), isaac_chip()
+    stated_area = 12 * (forms.mcu_mm2 - 0.00024 + 0.000024)
+    printed = 12 * (isaac.mcu_mw - 2.40 + 2.43)
+    return (
+        Inconsistency(
+            "table III, ADC bits",
+            "3, 4, 5 bits for fragments of 4, 8, 16",
+            "largest sums 12, 24, 48 need 4, 5, 6 bits; with ISAAC's flipped columns 6, 12, 24 fit 3, 4, 5",
+            "three ADC modes: ideal, flip (lossless), saturating (as stated)",
+        ),
+        Inconsistency(
+            "table III, shift and add",
+            "0.000024 mm2",
+            f"12 MCUs would take {stated_area:.4f} mm2; {12 * forms.mcu_mm2:.4f} with ISAAC's 0.00024; stated 0.152",
+            "0.00024 mm2 used",
+        ),
+        Inconsistency(
+            "table III, ISAAC's arrays",
+            "2.43 mW",
+            f"12 MCUs would take {printed:.2f} mW; with ISAAC's 2.40 mW {isaac.mcus_mw:.2f}, as table IV says",
+            "2.40 mW used",
+        ),
+        Inconsistency(
+            "table III, registers",
+            "not listed",
+            f"12 MCUs take {12 * (forms.mcu_mw - 1.24 - 0.23):.2f} mW without, {forms.mcus_mw:.2f} with ISAAC's; "
+            "stated 280.05",
+            "registers added",
+        ),
+        Inconsistency(
+            "text, chip power against ISAAC",
+            "+0.08 %",
+            f"{100 * (forms.mw / isaac.mw - 1):+.2f} %",
+            "tables used",
+        ),
+        Inconsistency(
+            "text, chip area against ISAAC",
+            "+4.5 %",
+            f"{100 * (89.15 / 85.09 - 1):+.2f} % from table IV",
+            "tables used",
+        ),
+        Inconsistency(
+            "table V, polarization only, fragment 8",
+            "0.54 of ISAAC's GOPS/s/mm2, 0.61 of its GOPS/W",
+            "0.39 and 0.41 from cycle time, sweep, area and power; fragment 16 agrees (0.77, 0.84 against 0.78, 0.82)",
+            "computed value reported; the table holds a factor that is not stated",
+        ),
+        Inconsistency(
+            "text, fragment 16 against 8",
+            "+42 % (29 %)",
+            f"{100 * (0.77 / 0.54 - 1):+.0f} % ({100 * (0.84 / 0.61 - 1):+.0f} %) from the table",
+            "table used",
+        ),
+        Inconsistency(
+            "headline ratios",
+            "1.50x and 1.93x the throughput per area and per watt",
+            f"fragment 16: {39.48 / 26.4:.2f}x, {51.26 / 26.61:.2f}x; "
+            f"fragment 8: {36.02 / 26.4:.2f}x, {27.73 / 26.61:.2f}x",
+            "the size is named with every ratio",
+        ),
+        Inconsistency(
+            "frames per second with zero skipping, fragment 8",
+            "3.4x on the best network",
+            "16 input cycles / mean effective cycles of 10.7 and more is at most 1.5x",
+            "all-zero fragments count 0 cycles here, and this is said; see zero_skip",
+        ),
+    )
