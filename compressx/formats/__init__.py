@@ -12,8 +12,10 @@ from compressx.formats.base import Packed as Packed
 from compressx.formats.base import dense_nbytes as dense_nbytes
 from compressx.formats.base import dtype_of, fail, same
 from compressx.formats.base import nbytes as nbytes
+from compressx.formats.bit_planes import BIT_PLANES, BIT_PLANES_COMPLEMENT
 from compressx.formats.block_max import BLOCK_MAX
 from compressx.formats.bspc import BSPC
+from compressx.formats.cells import CELLS
 from compressx.formats.compact import COMPACT
 from compressx.formats.dense import DENSE
 from compressx.formats.file import SavedModel as SavedModel
@@ -21,11 +23,17 @@ from compressx.formats.file import Sizes as Sizes
 from compressx.formats.file import load_model as load_model
 from compressx.formats.file import save_model as save_model
 from compressx.formats.fkw import FKW
+from compressx.formats.quantized import QUANTIZED
 from compressx.formats.sparse import BITMASK, COO_DELTA, csr
+from compressx.formats.unified import UNIFIED
 
 # name -> format; where two take the same bytes, the first one here is chosen
 FORMATS: dict[str, Format] = {
-    f.name: f for f in (DENSE, COMPACT, BITMASK, csr(32), csr(16), COO_DELTA, FKW, BSPC, BLOCK_MAX)
+    f.name: f
+    for f in (
+        *(DENSE, COMPACT, BITMASK, csr(32), csr(16), COO_DELTA, FKW, BSPC, BLOCK_MAX),
+        *(QUANTIZED, UNIFIED, CELLS, BIT_PLANES, BIT_PLANES_COMPLEMENT),
+    )
 }
 
 

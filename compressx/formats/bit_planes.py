@@ -1,0 +1,111 @@
+"""Bit planes: one bit of every weight after the other, as a digital in-memory engine stores them in its rows.
+
+Weights are `scale * integer` (grids "uniform" and "cells" of `quantize`). Two ways to hold a sign:
+
+    bit-planes             magnitude planes, the highest that any weight uses first, and a sign plane
+    bit-planes-complement  two's complement: the first plane counts -2**(planes - 1)
+
+A plane has a bit a weight, in stored order: `planes` is uint8 `[planes, ceil(n / 8)]`. The sign plane is left out where
+no weight is negative. Bytes: (planes + sign) ceil(n / 8), and the scales.
+
+Source: the dot product is sum_ij c_i d_j 2**(i + j) popcount(x_i AND w_j), d = -1 for a two's complement sign plane, as
+in S. Angizi et al., "Accelerating Deep Neural Networks in Processing-in-Memory Platforms: Analog or Digital Approach?",
+2019.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from compressx.formats.base import Format, Packed, dtype_of, fail, only, take
+from compressx.formats.parts import check_shape, part
+from compressx.formats.quantized import Coded, coded, read_levels, supports, weights, write_levels
+
+
+def integer_levels(w: np.ndarray, constraint: Any) -> bool | str:
+    """True where a constraint says that weights are integers times a scale."""
+    found = part(constraint, None, ("quantize",))
+    if found is not None and found[0]["grid"] not in ("uniform", "cells"):
+        return f"levels of the grid {found[0]['grid']!r} are not integers times a scale"
+    return supports(w, constraint)
+
+
+def to_planes(codes: np.ndarray, number: int) -> np.ndarray:
+    """The `number` low bits of non-negative integers, highest first: uint8 `[number, ceil(n / 8)]`."""
+    flat = codes.reshape(-1)
+    return (
+        np.stack([np.packbits((flat >> i & 1).astype(np.uint8)) for i in reversed(range(number))])
+        if number
+        else (np.zeros((0, -(-flat.size // 8)), np.uint8))
+    )
+
+
+def from_planes(entry: str, planes: np.ndarray, n: int) -> np.ndarray:
+    """Inverse of `to_planes`: int32 `[n]`."""
+    bits = np.unpackbits(planes, axis=1) if planes.size else np.zeros((planes.shape[0], n), np.uint8)
+    if bits[:, n:].any():
+        fail(entry, "bits after the last weight are set")
+    codes = np.zeros(n, np.int32)
+    for plane in bits[:, :n]:
+        codes = 2 * codes + plane
+    return codes
+
+
+def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+    c = coded(w, constraint, structure)
+    arrays, meta = write_levels(c)
+    magnitude = np.abs(c.codes)
+    arrays["planes"] = to_planes(magnitude, int(magnitude.max(initial=0)).bit_length())
+    if (c.codes < 0).any():
+        arrays["sign"] = np.packbits(c.codes.reshape(-1) < 0)
+    return Packed("bit-planes", w.shape, w.dtype.name, arrays, meta)
+
+
+def _unpack(packed: Packed) -> np.ndarray:
+    only(packed, "levels", "planes", "sign")
+    codes, n, bound = _start(packed)
+    if "sign" in packed.arrays:
+        bits = np.unpackbits(take(packed, "sign", "uint8", (-(-n // 8),)))
+        if bits[n:].any() or (bits[:n].astype(bool) & (codes == 0)).any():
+            fail("bit-planes/sign", "a zero, or no weight at all, has a sign")
+        codes = np.where(bits[:n] > 0, -codes, codes)
+    return bound(codes)
+
+
+def _pack_complement(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+    c = coded(w, constraint, structure)
+    arrays, meta = write_levels(c)
+    # -2**(b - 1) <= code < 2**(b - 1) for the least b; a code below 0 asks for the bits of its complement
+    number = int(np.where(c.codes < 0, ~c.codes, c.codes).max(initial=0)).bit_length() + 1
+    arrays["planes"] = to_planes(c.codes & ((1 << number) - 1), number)
+    return Packed("bit-planes-complement", w.shape, w.dtype.name, arrays, meta)
+
+
+def _unpack_complement(packed: Packed) -> np.ndarray:
+    only(packed, "levels", "planes")
+    codes, _, bound = _start(packed)
+    number = packed.arrays["planes"].shape[0]
+    return bound(np.where(codes >> max(number - 1, 0) > 0, codes - (1 << number), codes))
+
+
+def _start(packed: Packed) -> tuple[np.ndarray, int, Any]:
+    """The unsigned integers of the planes, their number, and what turns signed ones into the weight."""
+    check_shape(packed, 1)
+    levels, structure = read_levels(packed)
+    if levels.grid not in ("uniform", "cells"):
+        fail(f"{packed.format}/grid", f"{levels.grid!r} has no bit planes")
+    n = int(np.prod(packed.shape, dtype=np.int64))
+    planes = take(packed, "planes", "uint8", (None, -(-n // 8)))
+    if planes.shape[0] > levels.bits + 1:
+        fail(f"{packed.format}/planes", f"{planes.shape[0]} planes for levels of {levels.bits} bits")
+
+    def bound(codes: np.ndarray) -> np.ndarray:
+        if int(np.abs(codes).max(initial=0)) > levels.top:
+            fail(f"{packed.format}/planes", f"integer {int(np.abs(codes).max())} above the top level {levels.top}")
+        return weights(Coded(codes.astype(np.int32).reshape(packed.shape), structure, levels), dtype_of(packed))
+
+    return from_planes(f"{packed.format}/planes", planes, n), n, bound
+
+
+BIT_PLANES = Format("bit-planes", integer_levels, _pack, _unpack)
+BIT_PLANES_COMPLEMENT = Format("bit-planes-complement", integer_levels, _pack_complement, _unpack_complement)

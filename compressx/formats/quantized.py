@@ -1,0 +1,183 @@
+"""The quantized format: a few bits a weight, with the scale or codebook they stand for; zeros by code or by a bitmask.
+
+A code of b bits is a sign and an index of b - 1 bits, 0 for a pruned weight (grid "cells": a sign and b bits of
+magnitude). Of a weight of n entries, nnz of them non-zero, the smaller of two layouts is taken:
+
+    codes    ceil(n b / 8)                        every weight, in stored order, highest bit first
+    codes    ceil(nnz b / 8)  + mask ceil(n / 8)  the non-zero ones, and a bit a weight that tells which
+
+and `levels`: the scale, 4 bytes (8 for float64 weights), or the codebook in the weight's dtype; one, or one a channel.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from compressx.constraints.quantization import Levels, encode, fit, levels_of
+from compressx.formats.base import Format, Packed, check_finite, choice, dtype_of, fail, integer, only, same, take
+from compressx.formats.parts import check_shape, fits, part
+
+_GRIDS = ("uniform", "power_of_two", "cells", "codebook")
+
+
+class Coded(NamedTuple):
+    """A weight on levels.
+
+    Attributes:
+      codes: signed indices, int32 of the weight's shape.
+      structure: scale `[]` or `[cout]`, or codebook `[top]` or `[top, cout]`.
+      levels: which levels.
+    """
+
+    codes: np.ndarray
+    structure: np.ndarray
+    levels: Levels
+
+
+def supports(w: np.ndarray, constraint: Any) -> bool | str:
+    """True where a constraint says which levels the weight lies on."""
+    if part(constraint, None, ("quantize",)) is None:
+        return "needs a constraint with quantize(...), which says what the levels are"
+    return fits(w, 1)
+
+
+def coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
+    """The codes of a weight; ValueError where a weight does not lie exactly on its level."""
+    found = part(constraint, structure, ("quantize",))
+    if found is None:
+        raise ValueError("no quantize(...) in the constraint")
+    spec, scale = found
+    levels = levels_of(spec)
+    scale = fit(jnp.asarray(w), levels) if scale is None else jnp.asarray(scale)
+    codes = np.asarray(encode(jnp.asarray(w), scale, levels))
+    out = Coded(codes, np.asarray(scale), levels)
+    back = weights(out, w.dtype)
+    if not same(back, np.ascontiguousarray(w)):
+        off = int(np.sum(back != w))
+        raise ValueError(f"{off} of {w.size} weights are not on the levels of quantize(bits={levels.bits}, ...)")
+    return out
+
+
+def weights(c: Coded, dtype: np.dtype[Any]) -> np.ndarray:
+    """The weights that codes stand for, by NumPy alone; the products are exact, so no library rounds otherwise."""
+    k = np.abs(c.codes)
+    with np.errstate(over="ignore"):
+        if c.levels.grid == "codebook":
+            at = np.maximum(k - 1, 0)
+            if c.levels.per == "tensor":
+                magnitude = c.structure[at]
+            else:
+                magnitude = c.structure[at.reshape(-1, at.shape[-1]), np.arange(at.shape[-1])].reshape(at.shape)
+        else:
+            step = c.structure.dtype.type(1)
+            level = np.ldexp(step, k - 1) if c.levels.grid == "power_of_two" else k.astype(c.structure.dtype)
+            magnitude = level * c.structure
+        signed = np.where(c.codes < 0, -magnitude, magnitude).astype(dtype)
+    return np.where(c.codes == 0, np.zeros((), dtype), signed)
+
+
+def width(levels: Levels) -> int:
+    """Bits of a code, its sign among them."""
+    return levels.bits + 1 if levels.grid == "cells" else levels.bits
+
+
+def write_levels(c: Coded) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the meta that `read_levels` understands."""
+    meta = {"bits": c.levels.bits, "grid": c.levels.grid, "per": c.levels.per}
+    return {"levels": c.structure.reshape(-1)}, meta
+
+
+def read_levels(packed: Packed) -> tuple[Levels, np.ndarray]:
+    """The levels and the scale or codebook of a packed weight, checked."""
+    name = packed.format
+    grid = choice(packed, "grid", _GRIDS)
+    per = choice(packed, "per", ("tensor", "channel"))
+    bits = integer(packed, "bits", 1, 16)
+    dtype = dtype_of(packed)
+    if dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+        fail(name, f"dtype {packed.dtype!r} has no levels")
+    try:
+        levels = Levels(bits, grid, per, cell_bits=1)
+    except ValueError as error:
+        fail(f"{name}/bits", str(error))
+    channels = packed.shape[-1] if per == "channel" else 1
+    entries = channels * (levels.top if grid == "codebook" else 1)
+    held = dtype.name if grid == "codebook" else "float64" if dtype.name == "float64" else "float32"
+    structure = take(packed, "levels", held, (entries,))
+    check_finite(f"{name}/levels", structure)
+    shape = ((levels.top,) if grid == "codebook" else ()) + ((channels,) if per == "channel" else ())
+    return levels, structure.reshape(shape)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Integers in 0 .. 2**bits - 1 as one string of bits, each highest bit first: uint8."""
+    flat = codes.reshape(-1)
+    digits = np.empty((flat.size, bits), np.uint8)
+    for i in range(bits):
+        digits[:, i] = flat >> (bits - 1 - i) & 1
+    return np.packbits(digits.reshape(-1))
+
+
+def unpack_codes(entry: str, stored: np.ndarray, number: int, bits: int) -> np.ndarray:
+    """Inverse of `pack_codes`: int32 `[number]`; bits after the last code must be 0."""
+    digits = np.unpackbits(stored)
+    if digits[number * bits :].any():
+        fail(entry, "bits after the last code are set")
+    codes = np.zeros(number, np.int32)
+    for digit in digits[: number * bits].reshape(number, bits).T:
+        codes = 2 * codes + digit
+    return codes
+
+
+def to_unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Signed indices as a sign bit above the magnitude."""
+    return np.abs(codes) | (codes < 0).astype(np.int32) << (bits - 1)
+
+
+def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray:
+    """Inverse of `to_unsigned`; a negative zero is no code."""
+    k = stored & ((1 << (bits - 1)) - 1)
+    negative = stored >> (bits - 1) > 0
+    if (negative & (k == 0)).any():
+        fail(entry, "a zero has a sign")
+    if k.size and int(k.max()) > top:
+        fail(entry, f"index {int(k.max())} of {top} levels")
+    return np.where(negative, -k, k).astype(np.int32)
+
+
+def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+    c = coded(w, constraint, structure)
+    b = width(c.levels)
+    flat = c.codes.reshape(-1)
+    mask = flat != 0
+    kept = int(mask.sum())
+    arrays, meta = write_levels(c)
+    masked = -(-kept * b // 8) + -(-flat.size // 8) < -(-flat.size * b // 8)
+    arrays["codes"] = pack_codes(to_unsigned(flat[mask] if masked else flat, b), b)
+    if masked:
+        arrays["mask"] = np.packbits(mask)
+    return Packed("quantized", w.shape, w.dtype.name, arrays, meta | {"masked": masked})
+
+
+def _unpack(packed: Packed) -> np.ndarray:
+    only(packed, "levels", "codes", "mask")
+    check_shape(packed, 1)
+    levels, structure = read_levels(packed)
+    b, n = width(levels), int(np.prod(packed.shape, dtype=np.int64))
+    mask = np.ones(n, bool)
+    if choice(packed, "masked", (True, False)):
+        bits = np.unpackbits(take(packed, "mask", "uint8", (-(-n // 8),)))
+        if bits[n:].any():
+            fail("quantized/mask", "bits after the last weight are set")
+        mask = bits[:n].astype(bool)
+    elif "mask" in packed.arrays:
+        fail("quantized/mask", "present, though all weights have codes")
+    kept = int(mask.sum())
+    stored = unpack_codes("quantized/codes", take(packed, "codes", "uint8", (-(-kept * b // 8),)), kept, b)
+    codes = np.zeros(n, np.int32)
+    codes[mask] = to_signed("quantized/codes", stored, b, levels.top)
+    return weights(Coded(codes.reshape(packed.shape), structure, levels), dtype_of(packed))
+
+
+QUANTIZED = Format("quantized", supports, _pack, _unpack)
