@@ -8,6 +8,8 @@ from compressx.admm import admm as admm
 from compressx.admm import find_state as find_admm_state
 from compressx.admm import metrics as admm_metrics
 from compressx.constraints import *  # noqa: F403  (the factories are listed in constraints.__all__)
+from compressx.formats import load_model as load_model
+from compressx.formats import save_model as save_model
 from compressx.harden import ConstraintViolation as ConstraintViolation
 from compressx.harden import check as check
 from compressx.harden import count_violations as count_violations

@@ -101,6 +101,11 @@ def test_a_kept_group_stays_free_where_a_member_is_zero() -> None:
     np.testing.assert_array_equal(f.freeze(w, ()), [[True, False]] * 3)
 
 
+def test_a_kept_group_of_tiny_weights_stays_free() -> None:
+    w = jnp.array([[1e-30, 0.0], [2e-30, 0.0]])
+    np.testing.assert_array_equal(cx.filters(keep=1).freeze(w, ()), [[True, False]] * 2)
+
+
 def test_all_zero_and_all_equal_inputs_keep_exact_counts() -> None:
     assert int(jnp.count_nonzero(cx.unstructured(0.3).project(jnp.ones((10, 10)), ()))) == 30
     assert int(jnp.count_nonzero(cx.unstructured(0.3).project(jnp.zeros((10, 10)), ()))) == 0
