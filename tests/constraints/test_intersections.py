@@ -1,0 +1,137 @@
+"""Real combinations: every set holds after hardening and retraining, and those that cannot be combined say why."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import compressx as cx
+from compressx.admm import find_state
+from compressx.constraints.polarization import mixed_fragments, polarity
+from compressx.harden import check, structures
+from compressx.retrain import find_state as retrain_state
+
+SHAPE = (3, 3, 4, 8)
+
+
+def normal(seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(SHAPE), jnp.float32)
+
+
+COMBINATIONS = {
+    "FORMS": cx.filters(0.75) & cx.columns(0.75) & cx.polarize(4) & cx.quantize(8, "cells"),
+    "FORMS on a crossbar": cx.crossbar_aware(0.5, 0.5, 12, 8, 4)
+    & cx.polarize(4, "C", "energy")
+    & cx.quantize(4, "cells"),
+    "pruned, quantized": cx.unstructured(0.3) & cx.quantize(4),
+    "pruned, clustered": cx.unstructured(0.3) & cx.quantize(3, "codebook"),
+    "patterns, powers of two": cx.pattern_connectivity(entries=4, density=0.5)
+    & cx.quantize(4, "power_of_two", "channel"),
+    "unified, quantized": cx.unify((4, 2), 0.6) & cx.quantize(4),
+    "unified, clustered": cx.unify((4, 1), 0.6) & cx.quantize(3, "codebook", "channel"),
+    "all": cx.filters(0.75) & cx.polarize(4) & cx.unify((4, 1), 0.6, "keep") & cx.quantize(5),
+    "unified and pruned, quantized": cx.unify_and_prune((4, 2), 0.3, 0.3, "exact") & cx.quantize(4, "cells"),
+}
+
+
+QUICK = ("FORMS", "pruned, quantized", "patterns, powers of two", "unified, quantized")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in COMBINATIONS])
+def test_every_set_holds_after_admm_hardening_and_retraining(name: str) -> None:
+    """All sets at once by ADMM on a quadratic; then zeros, signs, ties and integers survive 10 steps of retraining."""
+    constraint = COMBINATIONS[name]
+    rules, target = [("w", constraint)], normal(1)
+    tx = optax.chain(cx.admm(rules, rho=0.5, every=2, refresh_every=2), optax.sgd(0.2))
+
+    @jax.jit
+    def admm_step(params: Any, state: Any) -> Any:
+        updates, state = tx.update({"w": params["w"] - target}, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params: Any = {"w": target}
+    state = tx.init(params)
+    for _ in range(16):
+        params, state = admm_step(params, state)
+    structure = structures(params, rules, find_state(state))
+    hard = cx.harden(params, rules, find_state(state))  # raises where a set is left
+    assert 0 < int(jnp.count_nonzero(hard["w"])) <= target.size
+
+    rt = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9), cx.retrain(rules, structure))
+    step = jax.jit(lambda p, s: rt.update({"w": p["w"] - normal(2)}, s, p))
+    free, rs = hard, rt.init(hard)
+    for _ in range(10):
+        updates, rs = step(free, rs)
+        free = cx.retract(optax.apply_updates(free, updates), rules, retrain_state(rs))
+    np.testing.assert_array_equal(jnp.sign(free["w"]), jnp.sign(hard["w"]))
+    assert not np.array_equal(free["w"], hard["w"])
+    # the scale has moved: it is chosen anew for the last set, the other structures are those of hardening
+    last = constraint.sets[-1].init(free["w"])
+    check(free, rules, {"w": (*structure["w"][:-1], last)})
+
+
+def test_hardening_is_the_chain_of_the_projections_in_stage_order() -> None:
+    w = normal()
+    parts = [cx.unstructured(0.4), cx.polarize(4), cx.unify((4, 1), 0.5, "keep"), cx.quantize(4)]
+    whole = parts[3] & parts[1] & parts[2] & parts[0]  # written in any order
+    assert [p.spec["kind"] for p in whole.sets] == ["unstructured", "polarize", "unify", "quantize"]
+    z = w
+    for p in parts:
+        z = p.project(z, p.init(z))
+    np.testing.assert_array_equal(whole.project(w, whole.init(w)), z)
+
+
+def test_signs_and_scale_are_chosen_for_what_pruning_leaves() -> None:
+    w = normal(3)
+    both = cx.columns(0.5) & cx.polarize(4)
+    pruned = cx.columns(0.5).project(w, ())
+    found, wanted = both.init(w)[1], polarity(pruned, 4)
+    np.testing.assert_array_equal(found.order, wanted.order)
+    np.testing.assert_array_equal(found.negative, wanted.negative)
+    # in ADMM too, where the weights themselves are never exactly zero
+    tx = cx.admm([("w", both)], rho=0.1, every=1, refresh_every=1)
+    state = tx.init({"w": w})
+    np.testing.assert_array_equal(find_state(state).structure["w"][1].order, wanted.order)
+    v = normal(4)
+    _, state = tx.update({"w": v}, state, {"w": v})
+    again = polarity(cx.columns(0.5).project(v, ()), 4)
+    np.testing.assert_array_equal(find_state(state).structure["w"][1].order, again.order)
+    assert int(mixed_fragments(cx.polarize(4).project(v, again), again, 4)) == 0
+    scale = (cx.unstructured(0.1) & cx.quantize(3)).init(w)[1]
+    assert float(scale) > float(cx.quantize(3).init(w)) * 1.2
+
+
+def test_pruning_and_quantizing_together_beats_quantizing_over_the_zeros() -> None:
+    """Zeros are no level: a quantizer that sees them as weights would bring them back or spend its levels on them."""
+    w = normal(5)
+    both = cx.unstructured(0.2) & cx.quantize(3)
+    z = both.project(w, both.init(w))
+    mask = cx.unstructured(0.2).project(w, ()) != 0
+    np.testing.assert_array_equal(z != 0, mask)
+    wrong = cx.quantize(3).project(w, cx.quantize(3).init(w))  # scale of the dense weights
+    kept = jnp.where(mask, wrong, 0.0)
+    assert float(jnp.sum(jnp.square(z - w))) < float(jnp.sum(jnp.square(kept - w)))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: cx.unstructured(0.5) & cx.unify((2, 2), 0.5),
+            r'bring back weights that the other set made 0; zeros="keep"',
+        ),
+        (lambda: cx.polarize(4) & cx.unify((2, 2), 0.5), "bring back weights"),
+        (lambda: cx.filters(0.5) & cx.unify_and_prune((2, 2), 0.5, 0.2), "bring back weights"),
+        (lambda: cx.unify((2, 4), 0.5) & cx.quantize(4, per="channel"), "4 filters shares one magnitude.*per channel"),
+        (lambda: cx.polarize(4) & cx.polarize(8), "both fix the sign"),
+        (lambda: cx.quantize(4) & cx.quantize(8), "both fix the levels"),
+        (lambda: cx.unify((2, 2), 0.5) & cx.unify((4, 1), 0.5), "both fix the tied magnitudes"),
+        (lambda: cx.unstructured(0.5, scope="global") & cx.quantize(4), "several leaves together"),
+    ],
+)
+def test_combinations_that_cannot_be_say_why(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
