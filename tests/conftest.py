@@ -114,6 +114,11 @@ def _data_folder() -> Path | None:
     return Path(folder) if folder and Path(folder).is_dir() else None
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names bytes by their number: gzip writes the time into them, and two workers must agree on every test's name."""
+    return f"{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked `data` where there are none."""
     if _data_folder() is None:
