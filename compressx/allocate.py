@@ -1,17 +1,19 @@
-"""Sharing out a density over the leaves of a network: uniform, Erdos-Renyi-Kernel, or by a budget of bytes or FLOPs.
+"""Sharing out a density over a network's leaves: uniform, Erdos-Renyi-Kernel, or a budget by size or sensitivity.
 
-Every function maps `path -> shape` to `path -> number of weights to keep`, exact integers whose sum is the budget, so
+The functions map `path -> shape` to `path -> number of weights to keep`, exact integers whose sum is the budget, so
 that a list of rules is one comprehension: `[(p, unstructured(keep=k)) for p, k in erk(shapes, 0.1).items()]`.
+`by_sensitivity` chooses among rates whose loss was measured, within a budget of bytes, multiply-adds or time.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from compressx.rules import path_name
+from compressx.sensitivity import Row
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -155,3 +157,78 @@ def by_flops(leaf_shapes: Shapes, positions: Mapping[str, int], budget: int) -> 
         middle = (low + high + 1) // 2
         low, high = (middle, high) if cost(_share(sizes, weight, middle)) <= budget else (low, middle - 1)
     return _share(sizes, weight, low)
+
+
+def by_sensitivity(rows: Sequence[Row], cost: Callable[[Row], float], budget: float, states: int = 4096) -> list[Row]:
+    """One rate per leaf, of those measured, so that the losses added up are least within a budget.
+
+        argmin over choices  sum_l change(l, d_l)   s.t.   sum_l cost(l, d_l) <= budget
+
+    A multiple-choice knapsack, solved over leaves by keeping the choices so far that no other one beats in both cost
+    and loss: exact while there are at most `states` of them. Beyond that the budget is cut into `states` equal steps
+    and the best choice of each step goes on: the budget still holds, the loss is near the least. That the losses of
+    leaves add up is an assumption; after pruning all of them together it has to be measured.
+
+    Args:
+      rows: from `sensitivity`, for every leaf the same or different densities; smaller `change` is better.
+      cost: of a row, in the budget's unit, not negative: `bytes_cost()`, `flops_cost(positions)`, `table_cost(table)`.
+      budget: the most that all leaves may cost.
+      states: how many partial choices are kept.
+
+    Returns:
+      The chosen row of every leaf, in the leaves' first order.
+
+    Raises:
+      ValueError: no rows, a cost or change that is not a number, or a budget below the cheapest choice.
+    """
+    options: dict[str, list[tuple[float, float, Row]]] = {}
+    for row in rows:
+        c = float(cost(row))
+        if not (math.isfinite(c) and c >= 0 and math.isfinite(row.change)):
+            raise ValueError(f"{row.path} at density {row.density}: cost {c}, change {row.change}; both must be finite")
+        options.setdefault(row.path, []).append((c, row.change, row))
+    if not options:
+        raise ValueError("there are no rows to choose from")
+    rest = [min(c for c, _, _ in choices) for choices in options.values()]
+    if sum(rest) > budget:
+        raise ValueError(f"a budget of {budget} is below {sum(rest)}, the least that the measured rates can cost")
+    front: list[tuple[float, float, tuple[Row, ...]]] = [(0.0, 0.0, ())]
+    for number, choices in enumerate(options.values()):
+        room = budget - sum(rest[number + 1 :])  # what the later leaves need at least is not spent
+        tried = [(c0 + c, v0 + v, (*taken, row)) for c0, v0, taken in front for c, v, row in choices if c0 + c <= room]
+        tried.sort(key=lambda t: t[:2])
+        front = []
+        for state in tried:
+            if not front or state[1] < front[-1][1]:
+                front.append(state)
+        if len(front) > states:  # losses fall along the front: the last state of a step is its best
+            best = {int(state[0] / room * states): state for state in front}
+            front = [front[0], *(s for s in best.values() if s is not front[0])]  # the cheapest always goes on
+    return list(min(front, key=lambda t: (t[1], t[0]))[2])
+
+
+def bytes_cost(value_bytes: int = 4, index_bits: float = 0.0) -> Callable[[Row], float]:
+    """Bytes of a row: `weights * value_bytes + groups * index_bits / 8` (index_bits = 1: a bitmask over the groups)."""
+    return lambda row: row.weights * value_bytes + math.ceil(row.groups * index_bits / 8)
+
+
+def flops_cost(positions: Mapping[str, int]) -> Callable[[Row], float]:
+    """Multiply-adds of a row: `weights * positions[path]`, positions as in `by_flops`."""
+
+    def cost(row: Row) -> float:
+        if row.path not in positions:
+            raise ValueError(f"positions is missing {row.path}")
+        return float(row.weights * positions[row.path])
+
+    return cost
+
+
+def table_cost(table: Mapping[tuple[str, int], float]) -> Callable[[Row], float]:
+    """Cost by measurement: `table[path, kept]`, such as the milliseconds of that layer with so many groups."""
+
+    def cost(row: Row) -> float:
+        if (row.path, row.kept) not in table:
+            raise ValueError(f"the table has no entry for {row.path} with {row.kept} of {row.groups} groups")
+        return float(table[row.path, row.kept])
+
+    return cost
