@@ -209,7 +209,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
         raise ConfigError(str(error)) from None
     job = training.Job(
         task=make_task(model, mean, std, config.data),
-        init=lambda: first_weights(config, model, info.shape, options.data_dir),
+        first=first_weights(config, model, info.shape, options.data_dir),
         train=arrays(train.take(slice(0, used))),
         test=arrays(test),
         validation=arrays(train.take(slice(used, len(train)))) if held else None,
@@ -229,7 +229,7 @@ def _take_dense(config: Config, job: training.Job, workdir: Path) -> training.Jo
     own, other = training.Checkpoints(workdir / "checkpoints"), Path(config.init_from)
     template = _template(job, Phase(phases.DENSE, "dense", "", config.plan.dense))
     if own.has_weights(phases.DENSE):
-        return dataclasses.replace(job, init=lambda: own.load_weights(phases.DENSE, template))
+        return dataclasses.replace(job, first=own.load_weights(phases.DENSE, template))
     try:
         theirs = json.loads((other / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -243,7 +243,7 @@ def _take_dense(config: Config, job: training.Job, workdir: Path) -> training.Jo
     source = training.Checkpoints(other / "checkpoints")
     if not source.has_weights(phases.DENSE):
         raise ConfigError(f"init_from={config.init_from!r} has not finished its dense phase")
-    return dataclasses.replace(job, init=lambda: source.load_weights(phases.DENSE, template))
+    return dataclasses.replace(job, first=source.load_weights(phases.DENSE, template))
 
 
 def plan_phases(config: Config) -> tuple[Phase, ...]:
@@ -316,7 +316,7 @@ def conclude(
 
 
 def _template(job: training.Job, phase: Phase) -> Weights:
-    return training.like(jax.eval_shape(job.init), phase, job.placement)
+    return training.like(job.first, phase, job.placement)
 
 
 def _phase_table(todo: tuple[Phase, ...], outcome: Outcome) -> html.Table:

@@ -94,7 +94,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, IndexError, OSError) as error:
-        lines = [line.strip() for line in str(error).replace("\\n", "\n").replace("\\'", "'").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in str(error).replace("\\n", "\n").replace("\\'", "'").splitlines() if line.strip()
+        ]
         if any(line.startswith("Traceback") for line in lines):
             text = lines[-1].partition(": ")[2] or lines[-1]  # what the config file itself raised
         else:

@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -38,7 +38,7 @@ class Job:
 
     Attributes:
       task: the loss and the score.
-      init: makes the first weights (structure `{}`).
+      first: the weights before any training (structure `{}`).
       train: training set, host arrays with a leading axis n.
       test: reported after every epoch; never chooses anything.
       validation: part of the training set held out, or None.
@@ -53,7 +53,7 @@ class Job:
     """
 
     task: Task
-    init: Callable[[], Weights]
+    first: Weights
     train: Mapping[str, Any]
     test: Mapping[str, Any]
     validation: Mapping[str, Any] | None = None
@@ -104,7 +104,7 @@ def train(job: Job, phases: tuple[Phase, ...], workdir: Path, display: Display) 
 
 def check_phases(job: Job, phases: tuple[Phase, ...]) -> None:
     """Raises ConfigError where a phase's rules, rho or lengths cannot be run, before anything is trained or written."""
-    params = jax.eval_shape(job.init).params
+    params = job.first.params
     per_epoch = batches.steps_per_epoch(_size(job.train), job.batch)
     for phase in phases:
         steps = phase.fit.epochs * per_epoch
@@ -158,7 +158,7 @@ class _Run:
     def __init__(self, job: Job, phases: tuple[Phase, ...], workdir: Path, display: Display) -> None:
         self.job, self.phases, self.display = job, phases, display
         self.place = job.placement
-        self.first = job.init()
+        self.first = job.first
         self.checkpoints = Checkpoints(workdir / "checkpoints", display.say)
         self.metrics_path = workdir / "metrics.jsonl"
         self.metrics: MetricsWriter | None = None

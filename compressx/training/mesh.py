@@ -45,7 +45,7 @@ class Placement(NamedTuple):
 
     def _put(self, x: Any, sharding: NamedSharding) -> Any:
         if jax.process_count() == 1:
-            return jax.device_put(x, sharding, may_alias=False)
+            return jax.device_put(jnp.array(x), sharding)  # a copy first: one shard may alias what is put
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.jit(lambda x: x.copy(), out_shardings=sharding)(x)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
