@@ -13,6 +13,7 @@ from compressx.constraints.base import intersection as intersection
 from compressx.constraints.base import support as support
 from compressx.constraints.base import violations as violations
 from compressx.constraints.bsp import bsp, bsp_columns, bsp_rows
+from compressx.constraints.coupled import coupled_filters
 from compressx.constraints.crossbar_prune import crossbar_aware
 from compressx.constraints.darb import balanced_block_max, bank_balanced, block_max, darb
 from compressx.constraints.library import select_library as select_library
@@ -34,6 +35,7 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "columns": columns,
     "channels": channels,
     "filters_and_columns": filters_and_columns,
+    "coupled_filters": coupled_filters,
     "pattern": pattern,
     "connectivity": connectivity,
     "pattern_connectivity": pattern_connectivity,

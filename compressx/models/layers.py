@@ -1,6 +1,7 @@
 """Layers with the names and values of flax's own, in the formulation that is fastest where they run."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,19 @@ from jax import lax
 from compressx.models import native
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
+
+_only_lax = False
+
+
+@contextlib.contextmanager
+def lax_only() -> Iterator[None]:
+    """Within it, every convolution is traced as one `conv_general_dilated`: for those who read the traced program."""
+    global _only_lax
+    before, _only_lax = _only_lax, True
+    try:
+        yield
+    finally:
+        _only_lax = before
 
 
 def widen(channels: int, width: float) -> int:
@@ -72,7 +86,7 @@ def formulation(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads:
     `benchmarks/training.py --layers` measures the choices.
     """
     kh, kw, cin, cout = kernel.shape
-    if jax.default_backend() != "cpu" or not plain:
+    if _only_lax or jax.default_backend() != "cpu" or not plain:
         return "lax"
     if groups == cout == x.shape[-1] and cin == 1:
         return "depthwise"

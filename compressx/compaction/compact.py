@@ -1,0 +1,149 @@
+"""Physical compaction: the same network with smaller arrays, its outputs unchanged to float tolerance."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compressx.compaction.channels import Channels, CompactionError, channels
+from compressx.compaction.dead import Dead, dead
+from compressx.compaction.primitives import shrink
+from compressx.compaction.program import Function, Op
+from compressx.models.layers import convolve
+from compressx.rules import paths
+
+
+class Compact(NamedTuple):
+    """A network with smaller arrays.
+
+    Attributes:
+      variables: the tree of the whole network, with smaller leaves.
+      apply: `apply(variables, x) -> outputs`, pure; jits, differentiates, exports. Batch normalisation uses its running
+        statistics: a compact network is for inference (or for tuning with the statistics frozen).
+      dead: what was removed, and what was folded into biases.
+    """
+
+    variables: Any
+    apply: Callable[[Any, Any], Any]
+    dead: Dead
+
+
+def compact(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, ...] = ()) -> Compact:
+    """Removes every channel that does not matter, and returns the smaller network.
+
+    Arguments and errors are those of `dead`, which says what goes. The network need not know: its traced program is run
+    again with smaller shapes, convolutions in the formulation that is fastest at their new size.
+
+        small = compact(model, variables, jnp.zeros((1, 32, 32, 3)))
+        logits = jax.jit(small.apply)(small.variables, images)
+    """
+    found = dead(model, variables, x, keep)
+    return Compact(cut(variables, found), smaller(model, variables, found, keep), found)
+
+
+def cut(variables: Any, found: Dead) -> Any:
+    """The leaves without what is removed, constants folded in."""
+    leaves, treedef = jax.tree.flatten(variables)
+    out = []
+    for path, leaf in zip(paths(variables), leaves, strict=True):
+        array = np.asarray(leaf)
+        if path in found.folded:
+            array = array + found.folded[path].astype(array.dtype)
+        for axis, ids in enumerate(found.kept.get(path, ())):
+            if ids is not None:
+                array = array.take(ids, axis)
+        out.append(jnp.asarray(array) if array is not leaf else leaf)
+    return jax.tree.unflatten(treedef, out)
+
+
+def smaller(
+    model: nn.Module | Function, variables: Any, found: Dead, keep: tuple[str, ...] = ()
+) -> Callable[[Any, Any], Any]:
+    """`apply(small variables, x)` of the network without what is removed, for inputs of any batch.
+
+    Args:
+      model: the whole network.
+      variables: of the whole network, arrays or shapes.
+      found: what is removed.
+      keep: see `channels`.
+    """
+    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    traced: dict[Any, tuple[Channels, np.ndarray]] = {}
+
+    def apply(small: Any, x: Any) -> Any:
+        shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), x)
+        leaves, treedef = jax.tree.flatten(shape)
+        key = (treedef, tuple((s.shape, s.dtype) for s in leaves))
+        if key not in traced:
+            whole = channels(model, spec, shape, keep)
+            traced[key] = whole, _masks(whole, found)
+        whole, live = traced[key]
+        return _run(whole, live, jax.tree.leaves(small), jax.tree.leaves(x))
+
+    return apply
+
+
+def _masks(whole: Channels, found: Dead) -> np.ndarray:
+    """unit -> whether it stays."""
+    live = np.ones(whole.units, bool)
+    for leaf, path in enumerate(whole.program.paths):
+        for units, ids in zip(whole.axes[leaf], found.kept.get(path, ()), strict=False):
+            if ids is not None:
+                gone = np.setdiff1d(np.arange(0 if units is None else units.size), ids)
+                if units is None or not units[gone].all():
+                    raise CompactionError(f"{path}: inputs of this shape need channels that inputs of another did not")
+                live[units[gone]] = False
+    return live
+
+
+def _run(whole: Channels, live: np.ndarray, leaves: list[Any], inputs: list[Any]) -> Any:
+    program = whole.program
+
+    def masks(value: int) -> list[np.ndarray | None]:
+        cuts = (None if units is None else live[units] for units in whole.axes[value])
+        return [None if m is None or m.all() else m for m in cuts]
+
+    def shape(value: int) -> tuple[int, ...]:
+        pairs = zip(program.shapes[value], masks(value), strict=True)
+        return tuple(n if m is None else int(m.sum()) for n, m in pairs)
+
+    values: dict[int, Any] = {}
+    for value, array in program.constants.items():
+        for axis, mask in enumerate(masks(value)):
+            if mask is not None:
+                array = np.asarray(array).compress(mask, axis)
+        values[value] = array
+    for value, leaf in enumerate(leaves):
+        if jnp.shape(leaf) != shape(value):
+            raise CompactionError(f"{program.paths[value]}: has shape {jnp.shape(leaf)}, expected {shape(value)}")
+        values[value] = leaf
+    values |= zip(program.inputs, inputs, strict=True)
+    for op in program.ops:
+        before, after = [masks(v) for v in op.inputs], [masks(v) for v in op.outputs]
+        if any(m is not None for axes in (*before, *after) for m in axes):
+            op = op._replace(params=shrink(op, before, after, [shape(v) for v in op.outputs]))
+        values |= zip(op.outputs, _do(op, [values[v] for v in op.inputs]), strict=True)
+    return jax.tree.unflatten(program.treedef, [values[v] for v in program.outputs])
+
+
+def _do(op: Op, arguments: list[Any]) -> list[Any]:
+    p = op.params
+    if op.primitive.name == "conv_general_dilated" and p["batch_group_count"] == 1 and not p["preferred_element_type"]:
+        lhs, rhs = arguments
+        out = convolve(
+            lhs,
+            rhs,
+            p["window_strides"],
+            p["padding"],
+            p["lhs_dilation"],
+            p["rhs_dilation"],
+            p["dimension_numbers"],
+            p["feature_group_count"],
+            p["precision"],
+        )
+        return [out]
+    out = op.primitive.bind(*arguments, **p)
+    return list(out) if op.primitive.multiple_results else [out]

@@ -1,0 +1,180 @@
+"""What is known of a network's values without its inputs: exact zeros and constants, and which products can matter."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from compressx.compaction.channels import Channels
+from compressx.compaction.primitives import ELEMENTWISE, REDUCTIONS, STRUCTURE, WINDOWS, Contraction, reaches_border
+from compressx.compaction.program import Op
+
+
+class Value(NamedTuple):
+    """A value of which some elements depend on the inputs.
+
+    Attributes:
+      value: array, 0 where the element is unknown.
+      unknown: bool array of its shape; None where everything is known.
+    """
+
+    value: Any
+    unknown: Any = None
+
+    def mask(self) -> Array:
+        return jnp.zeros(jnp.shape(self.value), bool) if self.unknown is None else self.unknown
+
+
+class Flow(NamedTuple):
+    """What one contraction can carry.
+
+    Attributes:
+      left: bool `[P, F]`, whether position p of the left operand can be non-zero for free index f (F = 1: any).
+      right: the same of the right operand.
+      shift: float `[P, O]`, what position p adds to output o at every place, where that is one known constant.
+      exact: bool `[P, O]`, whether it is (False also where `shift` is not computed).
+    """
+
+    left: Array
+    right: Array
+    shift: Array
+    exact: Array
+
+
+def flows(found: Channels, variables: Any, x: Any) -> tuple[list[Flow], dict[int, Array]]:
+    """Runs a network with unknown inputs (assumed finite), and reports what its contractions can carry.
+
+    Every element is either known (it depends on the variables alone, or is multiplied by an exact zero) or unknown; a
+    sum is known if all terms with non-zero weight are. Pure; jits.
+
+    Returns:
+      One `Flow` per contraction, and the vectors `[c]` among the values that depend on the variables alone.
+    """
+    program = found.program
+    values: dict[int, Value] = {v: Value(jnp.asarray(c)) for v, c in program.constants.items()}
+    values |= {i: Value(jnp.asarray(leaf)) for i, leaf in enumerate(jax.tree.leaves(variables))}
+    for v, leaf in zip(program.inputs, jax.tree.leaves(x), strict=True):
+        values[v] = Value(jnp.zeros(leaf.shape, leaf.dtype), jnp.ones(leaf.shape, bool))
+    by_op: dict[int, list[int]] = {}
+    for k, c in enumerate(found.contractions):
+        by_op.setdefault(c.op, []).append(k)
+    result: dict[int, Flow] = {}
+    for number, op in enumerate(program.ops):
+        ins = [values[v] for v in op.inputs]
+        for k in by_op.get(number, ()):
+            result[k] = _flow(op, found.contractions[k], ins)
+        values |= zip(op.outputs, _step(op, ins), strict=True)
+    vectors = {v: values[v].value for v in found.weights if len(program.shapes[v]) == 1}
+    return [result[k] for k in range(len(result))], vectors
+
+
+def _bind(op: Op, *arguments: Any) -> list[Any]:
+    out = op.primitive.bind(*arguments, **op.params)
+    return list(out) if op.primitive.multiple_results else [out]
+
+
+def _step(op: Op, ins: list[Value]) -> list[Value]:
+    name = op.primitive.name
+    if all(x.unknown is None for x in ins):
+        return [Value(v) for v in _bind(op, *(x.value for x in ins))]
+    if name == "conv_general_dilated" or name == "dot_general":
+        return [_product(op, *ins)]
+    shapes = jax.eval_shape(lambda *a: _bind(op, *a), *(x.value for x in ins))
+    unknown: list[Array]
+    if name in ELEMENTWISE:
+        unknown = [_any_of(name, ins, shapes[0].shape)]
+    elif name in STRUCTURE or name == "split":
+        unknown = _bind(op, *(x.mask() for x in ins))
+    elif name == "pad":
+        unknown = _bind(op, ins[0].mask(), jnp.zeros((), bool))
+    elif name in REDUCTIONS:
+        unknown = [jnp.any(ins[0].mask(), axis=op.params["axes"])]
+    elif name in WINDOWS:
+        p = {k: op.params[k] for k in ("window_dimensions", "window_strides", "padding", "base_dilation")}
+        dilation = op.params["window_dilation"]
+        ones = ins[0].mask().astype(jnp.float32)
+        unknown = [lax.reduce_window(ones, -np.inf, lax.max, window_dilation=dilation, **p) > 0.5]
+    else:  # no rule: whatever it makes is unknown
+        return [Value(jnp.zeros(s.shape, s.dtype), jnp.ones(s.shape, bool)) for s in shapes]
+    results = _bind(op, *(x.value for x in ins))
+    return [Value(jnp.where(u, jnp.zeros((), v.dtype), v), u) for v, u in zip(results, unknown, strict=True)]
+
+
+def _any_of(name: str, ins: list[Value], shape: tuple[int, ...]) -> Array:
+    """Where an elementwise result is unknown: where any operand is, unless a known 0 multiplies it."""
+
+    def spread(mask: Array) -> Array:
+        return jnp.broadcast_to(mask, shape) if mask.ndim == 0 or mask.ndim == len(shape) else mask
+
+    if name == "select_n" and ins[0].unknown is None:
+        return lax.select_n(ins[0].value, *(spread(x.mask()) for x in ins[1:]))
+    unknown = jnp.zeros(shape, bool)
+    for x in ins:
+        if x.unknown is not None:
+            unknown = unknown | spread(x.unknown)
+    if name == "mul":
+        for x in ins:
+            unknown = unknown & ~spread((x.value == 0) & ~x.mask())
+    return unknown
+
+
+def _product(op: Op, lhs: Value, rhs: Value) -> Value:
+    """A convolution or matrix product: an output is unknown if a product with non-zero weight is."""
+    (value,) = _bind(op, lhs.value, rhs.value)
+    reach = jnp.zeros(value.shape, jnp.float32)
+    plain = op._replace(params={**op.params, "preferred_element_type": None})
+    for a, b in ((lhs.mask(), (rhs.value != 0) | rhs.mask()), (lhs.value != 0, rhs.mask())):
+        reach = reach + _bind(plain, a.astype(jnp.float32), b.astype(jnp.float32))[0]
+    unknown = reach > 0.5
+    return Value(jnp.where(unknown, jnp.zeros((), value.dtype), value), unknown)
+
+
+def _matrix(x: Value, summed: int, free: int | None) -> Array:
+    """Whether any element at (summed, free) can be non-zero, bool `[P, F]`."""
+    live = (x.value != 0) | x.mask()
+    kept = [summed] if free is None else [summed, free]
+    flat = jnp.any(live, axis=tuple(a for a in range(live.ndim) if a not in kept))
+    if free is None:
+        return flat[:, None]
+    return flat if summed < free else flat.T
+
+
+def _flow(op: Op, c: Contraction, ins: list[Value]) -> Flow:
+    lhs, rhs = ins
+    left, right = (_matrix(x, s, f) for x, s, f in zip(ins, c.axes, c.free, strict=True))
+    none = Flow(left, right, jnp.zeros(right.shape, jnp.float32), jnp.zeros(right.shape, bool))
+    if c.free[1] is None or rhs.unknown is not None or lhs.unknown is None:
+        return none
+    kernel = jnp.moveaxis(rhs.value, (c.axes[1], c.free[1]), (-2, -1))  # [taps..., P, O]
+    if op.primitive.name == "conv_general_dilated":
+        if set(op.params["lhs_dilation"]) != {1}:
+            return none
+        edge = _edge_taps(op, lhs.value.shape, rhs.value.shape)
+    elif kernel.ndim == 2 and not op.params["dimension_numbers"][1][0]:
+        edge = np.zeros((), bool)
+    else:
+        return none
+    taps = tuple(range(kernel.ndim - 2))
+    inside = ~jnp.any((kernel != 0) & edge[..., None, None], axis=taps)
+    others = tuple(a for a in range(lhs.value.ndim) if a != c.axes[0])
+    flat = ~jnp.any(lhs.mask(), axis=others) & (lhs.value.max(others) == lhs.value.min(others))
+    level = jnp.where(flat, lhs.value.max(others), jnp.zeros((), lhs.value.dtype))
+    return Flow(left, right, level[:, None] * kernel.sum(taps), flat[:, None] & inside)
+
+
+def _edge_taps(op: Op, image: tuple[int, ...], kernel: tuple[int, ...]) -> np.ndarray:
+    """Bool `[taps...]`: taps that read padding at some place, where a constant map would not be one."""
+    p = op.params
+    numbers = p["dimension_numbers"]
+    masks = []
+    for k, (at_image, at_kernel) in enumerate(zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True)):
+        size, taps = image[at_image], kernel[at_kernel]
+        stride, dilation, pad = p["window_strides"][k], p["rhs_dilation"][k], p["padding"][k]
+        out = (size + sum(pad) - dilation * (taps - 1) - 1) // stride + 1
+        masks.append(np.array(reaches_border(size, out, taps, stride, pad[0], dilation), bool))
+    grid = np.zeros([m.size for m in masks], bool)
+    for a, m in enumerate(masks):
+        grid |= np.expand_dims(m, [i for i in range(len(masks)) if i != a])
+    return grid

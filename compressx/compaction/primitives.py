@@ -1,0 +1,417 @@
+"""What each primitive does to channels: which indices of its operands and results stand for the same unit.
+
+A *unit* is what stays or goes as one: filter 3 of a convolution, the same entry of its normalisation, channel 3 of what
+it is added to, input channel 3 of whoever reads the sum. Every axis of every value carries the units of its indices, or
+None where it is *fixed* (batch, space, classes: never cut). A rule joins the units of the operands and gives those of
+the results; a primitive without a rule fixes everything it touches.
+"""
+
+import math
+from collections.abc import Callable, Container
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from compressx.compaction.program import Op
+
+Axis = np.ndarray | None  # units along an axis; None: fixed
+Axes = list[Axis]
+Shape = tuple[int, ...]
+Masks = list[np.ndarray | None]
+
+
+class Contraction(NamedTuple):
+    """Where one unit's values flow into others: a sum over an axis that both operands of an op share.
+
+    Attributes:
+      op: number of the op.
+      axes: the summed axis of the left and of the right operand.
+      free: the axis of each operand whose indices the sums are told apart by; None where none or several have units.
+    """
+
+    op: int
+    axes: tuple[int, int]
+    free: tuple[int | None, int | None]
+
+
+class Units:
+    """Collects which units are joined, and which are fixed and why, while a program is walked."""
+
+    def __init__(self, weights: Container[int]) -> None:
+        self.weights = weights  # values that depend on the variables alone
+        self.count = 1  # unit 0 is the fixed one
+        self.edges: list[tuple[np.ndarray, np.ndarray]] = []
+        self.fixed: list[tuple[np.ndarray, str]] = []
+        self.roles: list[tuple[np.ndarray, str]] = []
+        self.contractions: list[Contraction] = []
+        self._loose: list[tuple[int, int]] = []
+
+    def fresh(self, n: int, loose: bool = False) -> np.ndarray:
+        """New units; loose ones come from broadcasting, and are whatever they meet."""
+        start, self.count = self.count, self.count + n
+        if loose:
+            self._loose.append((start, self.count))
+        return np.arange(start, self.count)
+
+    def loose(self, axis: np.ndarray) -> bool:
+        return bool(axis.size) and any(a <= axis.min() and axis.max() < b for a, b in self._loose)
+
+    def fix(self, axis: Axis, why: str) -> None:
+        if axis is not None:
+            self.fixed.append((axis, why))
+
+    def fix_all(self, axes: Axes, why: str) -> None:
+        for axis in axes:
+            self.fix(axis, why)
+
+    def join(self, a: Axis, b: Axis, why: str) -> Axis:
+        """The units of two axes that run along each other."""
+        if a is None or b is None:
+            self.fix(a, why)
+            self.fix(b, why)
+            return None
+        self.edges.append((a, b))
+        return b if self.loose(a) else a
+
+    def role(self, value: int, axis: Axis, role: str) -> None:
+        """Notes that an axis of a weight makes channels ("out") or reads them ("in")."""
+        if axis is not None and value in self.weights:
+            self.roles.append((axis, role))
+
+    def contract(self, op: int, ends: tuple[tuple[Axes, int, int | None], ...], why: str) -> None:
+        """Joins the summed axes of two operands and records that values flow through them.
+
+        Args:
+          op: number of the op.
+          ends: per operand its axes, the summed one and the free one.
+          why: the reason, where one of the summed axes is fixed.
+        """
+        (left, a, free_a), (right, b, free_b) = ends
+        if self.join(left[a], right[b], why) is not None:
+            self.contractions.append(Contraction(op, (a, b), (free_a, free_b)))
+
+
+def reaches_border(size: int, out: int, taps: int, stride: int, before: int, dilation: int) -> list[bool]:
+    """For each tap along one axis, whether it reads padding at any output position."""
+    return [before > k * dilation or (out - 1) * stride + k * dilation - before >= size for k in range(taps)]
+
+
+Label = Callable[[Units, int, Op, list[Axes], list[Shape], Shape], Any]  # the axes of the result, or of each result
+
+
+def _elementwise(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    axes: Axes = []
+    name = op.primitive.name
+    for a, n in enumerate(out):
+        found: list[Axis] = []
+        for units, shape in zip(ins, shapes, strict=True):
+            if not shape:
+                continue
+            if shape[a] == n:
+                found.append(units[a])
+            else:  # one value for all: it stays one
+                u.fix(units[a], f"{name} repeats it")
+        joined = found[0]
+        for other in found[1:]:
+            joined = u.join(joined, other, f"{name} meets an axis that cannot be cut")
+        axes.append(joined)
+    return axes
+
+
+def _broadcast(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    axes: Axes = [u.fresh(n, loose=True) for n in out]
+    for a, to in enumerate(op.params["broadcast_dimensions"]):
+        if shapes[0][a] == out[to]:
+            axes[to] = ins[0][a]
+        else:
+            u.fix(ins[0][a], "broadcast_in_dim repeats it")
+    return axes
+
+
+def _reshape(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    if op.params.get("dimensions") is not None:
+        return _fixed(u, number, op, ins, shapes, out)
+    axes: Axes = [None] * len(out)
+    for mine, theirs in _factors(shapes[0], out):
+        named = [a for a in mine if ins[0][a] is not None]
+        if len(named) > 1:  # what was broadcast keeps its extent, and another axis may still be cut
+            for a in list(named):
+                units = ins[0][a]
+                if len(named) > 1 and units is not None and u.loose(units):
+                    u.fix(units, "reshape merges it with another axis")
+                    named.remove(a)
+        if len(named) > 1:
+            for a in named:
+                u.fix(ins[0][a], "reshape merges two axes that could be cut")
+            continue
+        if not named:
+            continue
+        units = ins[0][named[0]]
+        assert units is not None
+        sizes = [shapes[0][a] for a in mine]
+        column = np.expand_dims(units, [i for i, a in enumerate(mine) if a != named[0]])
+        grid = np.broadcast_to(column, sizes).reshape([out[a] for a in theirs])
+        place = _varies(grid)
+        if place is None:
+            u.fix(units, "reshape splits it")
+        else:
+            axes[theirs[place]] = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[:, 0]
+    return axes
+
+
+def _varies(grid: np.ndarray) -> int | None:
+    """The only axis along which the grid varies; the last axis that can stand for it where several can."""
+    for place in sorted(range(grid.ndim), key=lambda a: (grid.shape[a] > 1, a), reverse=True):
+        first = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[:, :1]
+        if (np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1) == first).all():
+            return place
+    return None
+
+
+def _factors(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """The shortest runs of old and new axes with equal products, of a reshape without empty axes."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) and j < len(new):
+        mine, theirs = [i], [j]
+        while math.prod(old[a] for a in mine) != math.prod(new[a] for a in theirs):
+            if math.prod(old[a] for a in mine) < math.prod(new[a] for a in theirs):
+                mine.append(mine[-1] + 1)
+            else:
+                theirs.append(theirs[-1] + 1)
+        i, j = mine[-1] + 1, theirs[-1] + 1
+        runs.append((mine, theirs))
+    return runs
+
+
+def _transpose(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    return [ins[0][a] for a in op.params["permutation"]]
+
+
+def _squeeze(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    dropped = {a % len(shapes[0]) for a in op.params["dimensions"]}
+    for a in dropped:
+        u.fix(ins[0][a], "squeeze drops its axis")
+    return [units for a, units in enumerate(ins[0]) if a not in dropped]
+
+
+def _rev(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    turned = op.params["dimensions"]
+    return [x[::-1] if x is not None and a in turned else x for a, x in enumerate(ins[0])]
+
+
+def _slice(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    p = op.params
+    strides = p["strides"] or (1,) * len(out)
+    axes: Axes = []
+    for units, start, limit, stride in zip(ins[0], p["start_indices"], p["limit_indices"], strides, strict=True):
+        if stride != 1:
+            u.fix(units, "a slice takes every few of it")
+            units = None
+        axes.append(units if units is None else units[start:limit])
+    return axes
+
+
+def _dynamic_slice(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    axes: Axes = []
+    for units, size, n in zip(ins[0], out, shapes[0], strict=True):
+        if size != n:
+            u.fix(units, "dynamic_slice takes a part of it")
+        axes.append(units if size == n else None)
+    return axes
+
+
+def _pad(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    axes: Axes = []
+    for units, (low, high, interior) in zip(ins[0], op.params["padding_config"], strict=True):
+        if units is not None and (interior or low < 0 or high < 0):
+            u.fix(units, "pad cuts or spreads it")
+            units = None
+        axes.append(units if units is None else np.concatenate([u.fresh(low), units, u.fresh(high)]))
+    return axes
+
+
+def _concatenate(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    along = op.params["dimension"]
+    axes: Axes = []
+    for a in range(len(out)):
+        column = [x[a] for x in ins]
+        if a == along:
+            if all(x is None for x in column):
+                axes.append(None)
+            else:  # a fixed part stays whole beside parts that may be cut
+                parts = [x if x is not None else u.fresh(s[a]) for x, s in zip(column, shapes, strict=True)]
+                for x, part in zip(column, parts, strict=True):
+                    if x is None:
+                        u.fix(part, "it stands for an axis that cannot be cut")
+                axes.append(np.concatenate([p for p in parts if p is not None]))
+        else:
+            joined = column[0]
+            for other in column[1:]:
+                joined = u.join(joined, other, "concatenate meets an axis that cannot be cut")
+            axes.append(joined)
+    return axes
+
+
+def _split(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> list[Axes]:
+    along, sizes = op.params["axis"], op.params["sizes"]
+    starts = np.cumsum([0, *sizes])
+    return [
+        [x if x is None or a != along else x[start : start + n] for a, x in enumerate(ins[0])]
+        for start, n in zip(starts, sizes, strict=False)
+    ]
+
+
+def _reduce(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    gone = op.params["axes"]
+    for a in gone:
+        u.fix(ins[0][a], f"{op.primitive.name} runs over it")
+    return [x for a, x in enumerate(ins[0]) if a not in gone]
+
+
+def _window(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    p = op.params
+    axes: Axes = []
+    for a, units in enumerate(ins[0]):
+        whole = p["window_dimensions"][a] == p["window_strides"][a] == 1 and tuple(p["padding"][a]) == (0, 0)
+        if not whole or p["base_dilation"][a] != 1:
+            u.fix(units, f"{op.primitive.name} slides along it")
+            units = None
+        axes.append(units)
+    return axes
+
+
+def _cumulative(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    u.fix(ins[0][op.params["axis"]], f"{op.primitive.name} runs along it")
+    return [None if a == op.params["axis"] else x for a, x in enumerate(ins[0])]
+
+
+def _conv(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    p = op.params
+    (batch, cin, *space), (cout, kin, *taps), (out_batch, out_channel, *_) = p["dimension_numbers"]
+    lhs, rhs = ins
+    axes: Axes = [None] * len(out)
+    if p["batch_group_count"] != 1:
+        return _fixed(u, number, op, ins, shapes, out)
+    for a in space:
+        u.fix(lhs[a], "conv_general_dilated slides along it")
+    for a in taps:
+        u.fix(rhs[a], "they are the taps of a convolution")
+    axes[out_batch], axes[out_channel] = lhs[batch], rhs[cout]
+    groups = p["feature_group_count"]
+    if groups == 1:
+        u.role(op.inputs[1], rhs[cout], "out")
+        u.role(op.inputs[1], rhs[kin], "in")
+        ends = ((lhs, cin, None), (rhs, kin, cout))
+        u.contract(number, ends, "conv_general_dilated sums over an axis that cannot be cut")
+    elif groups == shapes[0][cin] == shapes[1][cout]:  # each channel has its own filter
+        u.fix(rhs[kin], "it is the only input of a depthwise filter")
+        axes[out_channel] = u.join(lhs[cin], rhs[cout], "a depthwise convolution meets channels that cannot be cut")
+    else:
+        for units in (lhs[cin], rhs[kin], rhs[cout]):
+            u.fix(units, f"a convolution of {groups} groups needs its groups equal")
+        axes[out_channel] = None
+    return axes
+
+
+def _dot(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    (summed_l, summed_r), (batch_l, batch_r) = op.params["dimension_numbers"]
+    lhs, rhs = ins
+    for a, b in zip(summed_l, summed_r, strict=True):
+        ends = ((lhs, a, _free(lhs, a)), (rhs, b, _free(rhs, b)))
+        u.contract(number, ends, "dot_general sums over an axis that cannot be cut")
+    axes: Axes = [
+        u.join(lhs[a], rhs[b], "dot_general meets an axis that cannot be cut")
+        for a, b in zip(batch_l, batch_r, strict=True)
+    ]
+    for value, units, summed, batch in zip(op.inputs, ins, (summed_l, summed_r), (batch_l, batch_r), strict=True):
+        for a, x in enumerate(units):
+            if a in summed:
+                u.role(value, x, "in")
+            elif a not in batch:
+                u.role(value, x, "out")
+                axes.append(x)
+    return axes
+
+
+def _free(axes: Axes, summed: int) -> int | None:
+    others = [a for a in range(len(axes)) if a != summed]
+    named = others if len(others) == 1 else [a for a in others if axes[a] is not None]
+    return named[0] if len(named) == 1 else None
+
+
+def _fixed(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    for axes in ins:
+        u.fix_all(axes, f"they pass through {op.primitive.name}")
+    return [None] * len(out)
+
+
+ELEMENTWISE = frozenset(
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh "
+    "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt "
+    "max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square "
+    "stop_gradient sub tan tanh xor".split()
+)
+REDUCTIONS = {f"reduce_{k}": "max" for k in ("max", "min", "sum", "prod", "and", "or")}
+WINDOWS = frozenset(f"reduce_window_{k}" for k in ("max", "min", "sum"))
+STRUCTURE = frozenset("broadcast_in_dim reshape transpose squeeze rev slice concatenate".split())  # move values only
+
+# They number places or move values by computed indices: the channels that meet them are fixed.
+_WHOLE = ("iota", "argmax", "argmin", "gather", "dynamic_update_slice", "sort", "top_k", "scatter", "scatter-add")
+
+LABELS: dict[str, Label] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(WINDOWS, _window),
+    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _cumulative),
+    **dict.fromkeys(_WHOLE, _fixed),
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "rev": _rev,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "pad": _pad,
+    "concatenate": _concatenate,
+    "split": _split,
+    "conv_general_dilated": _conv,
+    "dot_general": _dot,
+}
+
+
+def shrink(op: Op, ins: list[Masks], outs: list[Masks], shapes: list[Shape]) -> dict[str, Any]:
+    """The params of an op whose operands lost indices.
+
+    Args:
+      op: the op of the whole program.
+      ins: per operand and axis, a mask of the indices that stay; None where all do.
+      outs: the same of the results.
+      shapes: of the results that are left.
+
+    Returns:
+      Params with which the primitive computes those results.
+    """
+    p, name, shape = dict(op.params), op.primitive.name, shapes[0]
+    if name == "broadcast_in_dim":
+        p["shape"] = shape
+    elif name == "reshape":
+        p["new_sizes"] = shape
+    elif name == "dynamic_slice":
+        p["slice_sizes"] = shape
+    elif name == "slice":
+        for key in ("start_indices", "limit_indices"):
+            p[key] = tuple(i if m is None else int(m[:i].sum()) for i, m in zip(p[key], ins[0], strict=True))
+    elif name == "pad":
+        cut = []
+        for (low, high, interior), mask in zip(p["padding_config"], outs[0], strict=True):
+            ends = (low, high) if mask is None else (int(mask[:low].sum()), int(mask[mask.size - high :].sum()))
+            cut.append((*ends, interior))
+        p["padding_config"] = tuple(cut)
+    elif name == "split":
+        p["sizes"] = tuple(s[p["axis"]] for s in shapes)
+    elif name == "conv_general_dilated" and p["feature_group_count"] != 1:
+        mask = ins[0][p["dimension_numbers"].lhs_spec[1]]
+        if mask is not None:
+            p["feature_group_count"] = int(mask.sum())
+    return p
