@@ -1,0 +1,276 @@
+"""SOT-MRAM engine: digital products from bit planes, AND, a count of ones and shifts; operations, latency and energy.
+
+    dot(x, w) = sum_i sum_j c_i d_j 2^(i+j) popcount(AND(x_i, w_j)),   c, d = 1, except -1 for the sign plane
+
+for two's complement operands of B_a and B_w bits. Weights lie in sub-array rows, one bit plane of one filter a row;
+inputs are written beside them; one operation senses two rows. Cost per product grows with kept weights x B_a x B_w.
+
+The body of "A SOT-MRAM-based Processing-In-Memory Engine for Highly Compressed DNN Implementation" (arXiv 1912.05416)
+was not available: nothing here is a result of it. Circuit numbers are those of S. Angizi et al., ISVLSI 2019, table of
+45 nm memories (32 Mb, one bank, 512 bits wide, 256 x 256 sub-arrays).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from compressx.crossbar.mapping import Layer
+
+_WORD = 32
+_TABLE = "S. Angizi et al., ISVLSI 2019, table of 45 nm memories, SOT-MRAM"
+
+
+def and_popcount_matmul(
+    x: Array, w: Array, x_bits: int, w_bits: int, x_signed: bool = False, w_signed: bool = True
+) -> Array:
+    """The integer product by bit planes, AND and population count, exactly: `[n, k] @ [k, F] -> [n, F]`, int32.
+
+    Args:
+      x, w: integers; those outside the range of their bits lose upper bits, as in the memory.
+      x_bits, w_bits: 1..8 each; with a sign the top plane counts negative (one signed bit: 0 and -1).
+      x_signed, w_signed: two's complement or unsigned.
+
+    Raises:
+      ValueError: widths are out of range, shapes do not fit, or k is so long that int32 could overflow.
+    """
+    for name, bits in (("x_bits", x_bits), ("w_bits", w_bits)):
+        if not 1 <= bits <= 8:
+            raise ValueError(f"{name} must be in 1..8, got {bits}")
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
+        raise ValueError(f"expected [n, k] and [k, F], got {x.shape} and {w.shape}")
+    if x.shape[1] * 2 ** (x_bits + w_bits) >= 2**31:
+        raise ValueError(f"k={x.shape[1]} at {x_bits} x {w_bits} bits may pass int32; split the rows")
+    planes_x = pack(x.astype(jnp.int32), x_bits)  # [B_a, n, words]
+    planes_w = pack(w.astype(jnp.int32).T, w_bits)  # [B_w, F, words]
+    coefficient = np.outer(plane_weights(x_bits, x_signed), plane_weights(w_bits, w_signed))
+    weights = jnp.asarray(coefficient, jnp.int32)[:, :, None, None]
+
+    def word(total: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
+        a, b = step  # [B_a, n], [B_w, F]
+        ones = lax.population_count(a[:, None, :, None] & b[None, :, None, :]).astype(jnp.int32)
+        return total + jnp.sum(ones * weights, axis=(0, 1)), None
+
+    start = jnp.zeros((x.shape[0], w.shape[1]), jnp.int32)
+    return lax.scan(word, start, (planes_x.transpose(2, 0, 1), planes_w.transpose(2, 0, 1)))[0]
+
+
+def plane_weights(bits: int, signed: bool) -> list[int]:
+    """What each plane counts, lowest first; the top one is negative in two's complement."""
+    powers = [2**i for i in range(bits)]
+    return [*powers[:-1], -powers[-1]] if signed else powers
+
+
+def pack(x: Array, bits: int) -> Array:
+    """Bit planes, 32 entries a word, the last filled with zeros: int32 `[m, k] -> uint32 [bits, m, ceil(k/32)]`."""
+    m, k = x.shape
+    words = ceil(k / _WORD)
+    padded = jnp.pad(x, ((0, 0), (0, words * _WORD - k))).reshape(m, words, _WORD)
+    shifts = jnp.arange(bits, dtype=jnp.int32).reshape(-1, 1, 1, 1)
+    plane = ((padded[None] >> shifts) & 1).astype(jnp.uint32)
+    place = jnp.asarray(1 << np.arange(_WORD, dtype=np.uint64), jnp.uint32).reshape(1, 1, 1, -1)
+    return jnp.sum(plane * place, axis=-1, dtype=jnp.uint32)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A memory that computes. Every time is of one operation on `width` bits, every energy likewise.
+
+    Attributes:
+      rows, cols: of a sub-array; width: bits of an operation, cols x the sub-arrays that work together.
+      read_ns, write_ns, read_nj, write_nj: of a row.
+      and_nj: of sensing two rows at once; and_ns: its time (None: that of a read, since both sense once).
+      count_ns, count_nj: of counting, shifting and adding one result. The table has no such entry: 0 hides the count
+        behind the next AND and leaves its energy out; set them if you know them.
+      leakage_mw: of the whole memory, as long as an inference takes.
+      parallel: groups of sub-arrays (`width` bits each) that work at once.
+      source: of the numbers.
+    """
+
+    rows: int = 256
+    cols: int = 256
+    width: int = 512
+    read_ns: float = 2.85
+    write_ns: float = 2.59
+    read_nj: float = 0.57
+    write_nj: float = 0.66
+    and_nj: float = 0.64
+    and_ns: float | None = None
+    count_ns: float = 0.0
+    count_nj: float = 0.0
+    leakage_mw: float = 550.0
+    parallel: int = 1
+    source: str = _TABLE
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols", "width", "parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.cols:
+            raise ValueError(f"width={self.width} is not a multiple of cols={self.cols}")
+        for name in ("read_ns", "write_ns", "read_nj", "write_nj", "and_nj", "count_ns", "count_nj", "leakage_mw"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one layer does for one inference.
+
+    Attributes:
+      name: of the layer; weights: kept ones, rows and columns that are all zero left out.
+      subarrays: whole sub-arrays that hold its planes.
+      ands: operations AND + count; writes: rows of inputs written; programmed: rows of weights, written once.
+      ns: time; dynamic_nj: energy without leakage; leakage_nj.
+    """
+
+    name: str
+    weights: int
+    subarrays: int
+    ands: int
+    writes: int
+    programmed: int
+    ns: float
+    dynamic_nj: float
+    leakage_nj: float
+
+    def row(self) -> dict[str, Any]:
+        """The layer as a row of a table."""
+        return {
+            "layer": self.name,
+            "weights": self.weights,
+            "sub-arrays": self.subarrays,
+            "AND + count": self.ands,
+            "rows written": self.writes,
+            "us": self.ns / 1e3,
+            "uJ": (self.dynamic_nj + self.leakage_nj) / 1e3,
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """A network on the engine; layers run one after another."""
+
+    engine: Engine
+    layers: tuple[Work, ...]
+    assumptions: tuple[str, ...]
+
+    @property
+    def ms(self) -> float:
+        """Latency of an inference."""
+        return sum(layer.ns for layer in self.layers) / 1e6
+
+    @property
+    def fps(self) -> float:
+        """Inferences a second, one at a time."""
+        return 1e3 / self.ms
+
+    @property
+    def dynamic_uj(self) -> float:
+        """Energy of an inference without leakage."""
+        return sum(layer.dynamic_nj for layer in self.layers) / 1e3
+
+    @property
+    def uj(self) -> float:
+        """Energy of an inference, leakage included."""
+        return self.dynamic_uj + sum(layer.leakage_nj for layer in self.layers) / 1e3
+
+    @property
+    def subarrays(self) -> int:
+        """Sub-arrays of all layers."""
+        return sum(layer.subarrays for layer in self.layers)
+
+    @property
+    def ands(self) -> int:
+        """AND operations of an inference."""
+        return sum(layer.ands for layer in self.layers)
+
+    @property
+    def programming_uj(self) -> float:
+        """Energy of writing all weights, once."""
+        return sum(layer.programmed for layer in self.layers) * self.engine.write_nj / 1e3
+
+
+def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
+    """Counts operations, time and energy of a layer.
+
+        AND operations = uses * F * B_a * B_w * ceil(L / width)        L kept rows, F kept columns of each group
+        rows of weights = F * B_w * ceil(L / width);  a stack of sub-arrays holds rows - B_a of them
+        rows written a use = B_a * (stacks)
+
+    Every stack keeps its own copy of the input planes of its slice of L. Operations of `parallel` stacks overlap.
+    """
+    subarrays = ands = writes = programmed = weights = 0
+    room = engine.rows - x_bits
+    if room < 1:
+        raise ValueError(f"sub-arrays of {engine.rows} rows have no room for weights beside {x_bits} input planes")
+    for kept in layer.kept:
+        length, filters = int(kept.any(axis=1).sum()), int(kept.any(axis=0).sum())
+        if length == 0:
+            continue
+        pieces = ceil(length / engine.width)
+        stacks = pieces * ceil(filters * w_bits / room)
+        weights += length * filters
+        subarrays += stacks * (engine.width // engine.cols)
+        programmed += pieces * filters * w_bits
+        ands += layer.uses * pieces * filters * x_bits * w_bits
+        writes += layer.uses * x_bits * stacks
+    and_ns = engine.read_ns if engine.and_ns is None else engine.and_ns
+    ns = (ands * (and_ns + engine.count_ns) + writes * engine.write_ns) / min(
+        engine.parallel, max(1, subarrays // (engine.width // engine.cols))
+    )
+    return Work(
+        name=layer.name,
+        weights=weights,
+        subarrays=subarrays,
+        ands=ands,
+        writes=writes,
+        programmed=programmed,
+        ns=ns,
+        dynamic_nj=ands * (engine.and_nj + engine.count_nj) + writes * engine.write_nj,
+        leakage_nj=engine.leakage_mw * ns * 1e-3,
+    )
+
+
+def network(
+    layers: Iterable[Layer],
+    engine: Engine | None = None,
+    x_bits: int | Mapping[str, int] = 8,
+    w_bits: int | Mapping[str, int] = 8,
+) -> Report:
+    """All layers; bits as one number, or by layer name."""
+    engine = engine or Engine()
+    of = lambda bits, name: bits if isinstance(bits, int) else bits[name]
+    work = tuple(layer_work(layer, engine, of(x_bits, layer.name), of(w_bits, layer.name)) for layer in layers)
+    return Report(engine, work, assumptions(engine))
+
+
+def assumptions(engine: Engine) -> tuple[str, ...]:
+    """Everything in a report that was not measured."""
+    return (
+        f"numbers of an operation on {engine.width} bits: {engine.source}",
+        "an AND takes the time of one read, since two rows are sensed at once"
+        if engine.and_ns is None
+        else f"an AND takes {engine.and_ns} ns",
+        f"counting, shifting and adding: {engine.count_ns} ns and {engine.count_nj} nJ beyond the AND (no source)",
+        "inputs are written for every use, into every stack of sub-arrays that needs them; weights stay",
+        f"{engine.parallel} stack(s) of sub-arrays work at once; layers run one after another",
+        f"leakage of {engine.leakage_mw} mW, the whole 32 Mb memory, for the whole inference",
+        "write time and energy are parameters: sources disagree on whether SOT-MRAM writes are slow",
+    )
+
+
+def write_sensitivity(
+    layers: Sequence[Layer], engine: Engine, factors: Sequence[float], x_bits: int = 8, w_bits: int = 8
+) -> list[dict[str, float]]:
+    """Latency and energy with writes `factor` times as long and as costly: one row a factor."""
+    rows = []
+    for factor in factors:
+        slow = replace(engine, write_ns=engine.write_ns * factor, write_nj=engine.write_nj * factor)
+        found = network(layers, slow, x_bits, w_bits)
+        rows.append({"factor": factor, "write ns": slow.write_ns, "ms": found.ms, "uJ": found.uj, "fps": found.fps})
+    return rows
