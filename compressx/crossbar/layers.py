@@ -1,0 +1,307 @@
+"""Layers on crossbars, and whole flax models run with their matrix products replaced by the simulated hardware.
+
+    deployed = {"Conv_0": deploy(kernel, scale, design, input_scale), ...}
+    logits = simulate(model.apply, deployed)(variables, x, train=False)
+
+Inputs are rounded to integers of the design (x = input_scale * integer), weights are scale * integers, and biases,
+normalisation and activations stay digital. Gradients are straight-through.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from compressx.crossbar.cells import encode
+from compressx.crossbar.design import Design
+from compressx.crossbar.mvm import crossbar_matmul
+from compressx.crossbar.noise import Variation, perturb
+from compressx.crossbar.program import Programmed, program, worst_limb_cycles
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("groups", "scale", "input_scale", "key"), meta_fields=())
+@dataclass(frozen=True)
+class Deployed:
+    """A layer's weights on crossbars; a pytree.
+
+    Attributes:
+      groups: arrays of each group of filters (one, but for grouped convolutions).
+      scale: float32 `[]` or `[cout]`: weight = scale * integer.
+      input_scale: float32 `[]`: input = input_scale * integer.
+      key: for read noise, or None.
+    """
+
+    groups: tuple[Programmed, ...]
+    scale: Array
+    input_scale: Array
+    key: Array | None = None
+
+
+def deploy(
+    w: Any,
+    scale: Any,
+    design: Design,
+    input_scale: float,
+    rows: Sequence[int] | np.ndarray | None = None,
+    groups: int = 1,
+    name: str = "weights",
+    **options: Any,
+) -> Deployed:
+    """Lays a trained weight on crossbars.
+
+    Args:
+      w: dense `[in, out]` or convolution `[kh, kw, cin/groups, cout]`, every value `scale` times an integer.
+      scale: a number, or one for each of the last axis.
+      design: the engine.
+      input_scale: step of the inputs (`calibrate`).
+      rows: order of the rows (`program.rows_of`), where signs are polarized.
+      groups: `feature_group_count`; `rows` then holds for every group.
+      name: of the weights, for messages.
+      options: of `program` (path, prove).
+
+    Raises:
+      ValueError: a weight is not on the grid, or what `program` refuses.
+    """
+    if not input_scale > 0:
+        raise ValueError(f"{name}: input_scale must be positive, got {input_scale}")
+    w, scale = np.asarray(w), np.asarray(scale, np.float32)
+    ratio = w.astype(np.float64) / scale.astype(np.float64)
+    whole = np.rint(ratio)
+    if not np.allclose(ratio, whole, rtol=0, atol=1e-3):
+        raise ValueError(
+            f"{name}: weights are not multiples of their scale (off by up to {np.abs(ratio - whole).max():.3g}); "
+            "quantize and harden them first"
+        )
+    matrix = whole.astype(np.int32).reshape(-1, w.shape[-1])
+    if w.shape[-1] % groups:
+        raise ValueError(f"{name}: {w.shape[-1]} filters do not divide into groups={groups}")
+    parts = np.split(matrix, groups, axis=1)
+    arrays = tuple(program(part, design, rows=rows, name=name, **options) for part in parts)
+    return Deployed(arrays, jnp.asarray(scale), jnp.asarray(input_scale, jnp.float32))
+
+
+def quantize_inputs(x: Array, scale: Array, design: Design) -> Array:
+    """Inputs as integers of the design, float32: clip(round(x / scale)); gradient straight-through inside the range."""
+    low, high = design.input_range
+    ratio = jnp.clip(x.astype(jnp.float32) / scale, float(low), float(high))
+    return ratio + lax.stop_gradient(jnp.round(ratio) - ratio)
+
+
+def dense(x: Array, layer: Deployed) -> Array:
+    """A dense layer on crossbars, without its bias: `[..., in] -> [..., out]`, float32."""
+    arrays = layer.groups[0]
+    whole = quantize_inputs(x, layer.input_scale, arrays.design)
+    return crossbar_matmul(whole, arrays, layer.key) * _spread(layer, x.ndim)
+
+
+def conv(
+    x: Array,
+    layer: Deployed,
+    kernel: tuple[int, int],
+    strides: tuple[int, int] = (1, 1),
+    padding: str | Sequence[tuple[int, int]] = "SAME",
+    dilation: tuple[int, int] = (1, 1),
+) -> Array:
+    """A convolution on crossbars, without its bias: `[n, h, w, cin] -> [n, oh, ow, cout]`, float32.
+
+    Patches are gathered in the order (i, j, c) of the GEMM view; one product for every output pixel.
+    """
+    design = layer.groups[0].design
+    whole = quantize_inputs(x, layer.input_scale, design)
+    groups = len(layer.groups)
+    if x.shape[-1] % groups:
+        raise ValueError(f"{x.shape[-1]} input channels do not divide into {groups} groups")
+    outs = []
+    for part, arrays in zip(jnp.split(whole, groups, axis=-1), layer.groups, strict=True):
+        outs.append(crossbar_matmul(_patches(part, kernel, strides, padding, dilation), arrays, layer.key))
+    return jnp.concatenate(outs, axis=-1) * _spread(layer, x.ndim)
+
+
+def _spread(layer: Deployed, ndim: int) -> Array:
+    scale = layer.scale * layer.input_scale
+    return scale if scale.ndim == 0 else scale.reshape((1,) * (ndim - 1) + scale.shape)
+
+
+def _patches(
+    x: Array,
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    padding: str | Sequence[tuple[int, int]],
+    dilation: tuple[int, int],
+) -> Array:
+    """`[n, h, w, c] -> [n, oh, ow, kh*kw*c]`, exact (slices, no product)."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    pads = lax.padtype_to_pads(x.shape[1:3], reach, strides, padding) if isinstance(padding, str) else list(padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    oh, ow = ((x.shape[a + 1] - reach[a]) // strides[a] + 1 for a in (0, 1))
+    ends = strides[0] * (oh - 1) + 1, strides[1] * (ow - 1) + 1
+    taps = [(i * dilation[0], j * dilation[1]) for i in range(kernel[0]) for j in range(kernel[1])]
+    shifted = [x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]] for i, j in taps]
+    return jnp.concatenate(shifted, axis=-1)
+
+
+def simulate(apply: Callable[..., Any], deployed: Mapping[str, Deployed]) -> Callable[..., Any]:
+    """`apply` of a flax model with the products of some `nn.Dense` and `nn.Conv` layers done by crossbars.
+
+    Args:
+      apply: `model.apply`.
+      deployed: layer by module path (`Conv_0`, `block/Dense_1`), without `params` and `kernel`.
+
+    Returns:
+      A function of the same arguments; jit it with the deployed layers closed over, or use `hardware` inside one.
+
+    Raises:
+      ValueError: when called: a deployed path is no Dense or Conv layer of the model.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        used: set[str] = set()
+        with hardware(deployed, used):
+            result = apply(*args, **kwargs)
+        missing = sorted(set(deployed) - used)
+        if missing:
+            raise ValueError(f"no Dense or Conv layer of the model was called at {', '.join(missing)}")
+        return result
+
+    return run
+
+
+def hardware(deployed: Mapping[str, Deployed], used: set[str] | None = None) -> AbstractContextManager[None]:
+    """A context in which calls of the deployed layers run on crossbars; `used` collects the paths that were called."""
+
+    def call(module: nn.Module, x: Array, path: str) -> Array:
+        layer = deployed[path]
+        if used is not None:
+            used.add(path)
+        if isinstance(module, nn.Dense):
+            y = dense(x, layer)
+        else:
+            assert isinstance(module, nn.Conv)
+            y = conv(x, layer, *_geometry(module, path))
+        if module.use_bias:
+            bias = module.variables["params"]["bias"]
+            y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape).astype(y.dtype)
+        return y
+
+    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        path = "/".join(module.path)
+        if context.method_name == "__call__" and path in deployed and isinstance(module, (nn.Dense, nn.Conv)):
+            return call(module, args[0], path)
+        return next_fun(*args, **kwargs)
+
+    return nn.intercept_methods(intercept)
+
+
+def calibrate(
+    apply: Callable[..., Any], design: Design, *args: Any, **kwargs: Any
+) -> tuple[dict[str, float], dict[str, Array]]:
+    """Runs a model once and gives, for each Dense and Conv layer, the input scale and the inputs themselves.
+
+    scale = max |x| / largest input of the design; unsigned designs take only layers whose inputs are not negative.
+
+    Returns:
+      (scales, inputs) by module path; inputs are as the layer got them, before rounding.
+    """
+    seen: dict[str, Array] = {}
+
+    def intercept(next_fun: Callable[..., Any], given: Any, named: Any, context: Any) -> Any:
+        if context.method_name == "__call__" and isinstance(context.module, (nn.Dense, nn.Conv)):
+            seen["/".join(context.module.path)] = given[0]
+        return next_fun(*given, **named)
+
+    with nn.intercept_methods(intercept):
+        apply(*args, **kwargs)
+    scales = {}
+    for path, x in seen.items():
+        if design.inputs == "unsigned" and bool(jnp.any(x < 0)):
+            raise ValueError(f"{path}: inputs are negative, design {design.name} has unsigned ones; use 'sign_planes'")
+        top = float(jnp.max(jnp.abs(x)))
+        scales[path] = (top or 1.0) / design.input_range[1]
+    return scales, seen
+
+
+def layer_inputs(x: Array, layer: Deployed, module: nn.Module) -> Array:
+    """The integers that a layer's word lines see: int32 `[n, k]`, rows in use, for `zero_skip` and `saturation`."""
+    design = layer.groups[0].design
+    whole = jnp.round(quantize_inputs(x, layer.input_scale, design)).astype(jnp.int32)
+    if isinstance(module, nn.Conv):
+        if len(layer.groups) != 1:
+            raise ValueError("grouped convolutions have inputs for each group; split the channels first")
+        whole = _patches(whole, *_geometry(module, module.name or "conv"))
+    return whole.reshape(-1, whole.shape[-1])
+
+
+def _geometry(module: nn.Conv, path: str) -> tuple[Any, Any, Any, Any]:
+    """Kernel, strides, padding and dilation of a 2-D convolution."""
+    pair = lambda v: (1, 1) if v is None else (v, v) if isinstance(v, int) else tuple(v)
+    kernel = pair(module.kernel_size)
+    padding = module.padding
+    if len(kernel) != 2 or padding in ("CIRCULAR", "CAUSAL") or pair(module.input_dilation) != (1, 1):
+        raise ValueError(f"{path}: only 2-D convolutions with SAME, VALID or explicit padding run on crossbars")
+    if isinstance(padding, int):
+        padding = ((padding, padding),) * 2
+    elif not isinstance(padding, str):
+        padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
+    return kernel, pair(module.strides), padding, pair(module.kernel_dilation)
+
+
+def train_matmul(
+    x: Array,
+    w: Array,
+    scale: Array,
+    input_scale: Array,
+    design: Design,
+    key: Array | None = None,
+    variation: Variation | None = None,
+) -> Array:
+    """`x @ w` through a freshly drawn engine, for noise-aware training: forward simulated, backward plain.
+
+    Weights are rounded to integers inside the trace, so nothing is squeezed and nothing is proven. Polarized designs
+    need weights that are single-signed already, rows in order.
+
+    Args:
+      x: `[n, P]`; w: `[P, F]`; scale, input_scale: steps of both.
+      design: the engine.
+      key, variation: draw of devices; None: ideal ones.
+    """
+    low, high = design.weight_range
+    whole = jnp.clip(jnp.round(w / scale), low, high).astype(jnp.int32)
+    arrays = _traced(whole, design)
+    if variation is not None:
+        if key is None:
+            raise ValueError("a variation needs a key")
+        arrays = perturb(key, arrays, variation)
+    xs = quantize_inputs(x, input_scale, design)
+    simulated = crossbar_matmul(lax.stop_gradient(xs), arrays, key) * (scale * input_scale)
+    plain = jnp.matmul(xs * input_scale, w)
+    return plain + lax.stop_gradient(simulated - plain)
+
+
+def _traced(w: Array, design: Design) -> Programmed:
+    rows, filters = w.shape
+    return Programmed(
+        rows=jnp.arange(rows, dtype=jnp.int32),
+        limbs=w.astype(jnp.float32)[None],
+        cells=encode(w, design),
+        planes=None,
+        tables=None,
+        proven=jnp.zeros((0,), jnp.int32),
+        simulated=jnp.arange(filters, dtype=jnp.int32),
+        place=jnp.arange(filters, dtype=jnp.int32),
+        gain=None,
+        shift=None,
+        design=design,
+        inputs=rows,
+        filters=filters,
+        path="folded",
+        exact_rows=1,
+        limb_cycles=worst_limb_cycles(rows, design),
+    )
