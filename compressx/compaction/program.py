@@ -118,8 +118,18 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
         names,
         tuple(arguments[len(names) :]),
         constants,
-        tuple(ops),
+        _needed(ops, outputs),
         tuple(outputs),
         tuple(shapes),
         jax.tree.structure(out),
     )
+
+
+def _needed(ops: Sequence[Op], outputs: Sequence[int]) -> tuple[Op, ...]:
+    """The operations that reach an output: what the function computes and throws away couples nothing."""
+    wanted, kept = set(outputs), []
+    for op in reversed(ops):
+        if wanted.intersection(op.outputs):
+            wanted.update(op.inputs)
+            kept.append(op)
+    return tuple(reversed(kept))
