@@ -60,7 +60,8 @@ def test_the_second_load_comes_from_the_cache() -> None:
     st.binary(min_size=8, max_size=8),
 )
 def test_any_array_comes_back_as_it_was(array: np.ndarray, content: bytes) -> None:
-    first = through({"inputs": array, "labels": array}, content + array.tobytes() + repr(array.shape).encode())
+    key = content + array.tobytes() + repr((array.shape, array.dtype)).encode()
+    first = through({"inputs": array, "labels": array}, key)
     assert first["inputs"].dtype == array.dtype
     assert np.array_equal(first["inputs"], array, equal_nan=array.dtype.kind == "f")
 
