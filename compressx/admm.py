@@ -5,6 +5,9 @@
     gradient:      g + rho * sum_k (W - Z_k + U_k)               every step
     every `every` steps:  Z_k <- P_k(W + U_k),  U_k <- U_k + W - Z_k
 
+Ties and levels (stages TIE, LEVEL) are sets for the weights that the sets before them keep: 0 is no level of a kept
+weight, and all levels of a pruned one. So their P_k is taken of W + U_k with zeros where an earlier Z is zero.
+
 This is ADMM over the whole network, with the inner problem solved inexactly by the optimizer that follows in the
 chain; it is not the layer-wise ADMM by which a layer's outputs are fitted one layer at a time.
 
@@ -22,7 +25,7 @@ import optax
 from jax import Array, lax
 
 from compressx import rho as rho_schedules
-from compressx.constraints.base import Constraint
+from compressx.constraints.base import TIE, Constraint
 from compressx.rho import RhoSchedule
 from compressx.rules import Bound, Rules, resolve
 
@@ -67,6 +70,14 @@ def _norm(x: Any) -> Array:
 
 def _sets(b: Bound) -> tuple[Constraint, ...]:
     return b.constraint.sets
+
+
+def _kept(part: Constraint, v: Any, earlier: Sequence[Any]) -> Any:
+    """What a set is projected from: for ties and levels, v with zeros where an earlier set's Z has them."""
+    if part.stage >= TIE:
+        for z in earlier:
+            v = jax.tree.map(lambda v, z: jnp.where(z == 0, jnp.zeros((), v.dtype), v), v, z)
+    return v
 
 
 def _schedules(rho: Rho, bound: Sequence[Bound]) -> dict[str, RhoSchedule]:
@@ -128,8 +139,10 @@ def admm(
             w = b.take(leaves)
             chosen = b.constraint.init(w)  # each set's for the weights as the sets before it leave them
             structure[b.name] = chosen if b.constraint.parts else (chosen,)
+            before: list[Any] = []
             for k, (part, s) in enumerate(zip(_sets(b), structure[b.name], strict=True)):
-                b.put(z[k], part.project(w, s))
+                before.append(part.project(_kept(part, w, before), s))
+                b.put(z[k], before[-1])
                 b.put(u[k], jax.tree.map(jnp.zeros_like, w))
         # a distinct array for every entry: shared buffers cannot be donated
         residuals = [{b.name: jnp.full(len(_sets(b)), jnp.inf, jnp.float32) for b in bound} for _ in range(2)]
@@ -194,6 +207,7 @@ def _dual_step(
         w = b.take(leaves)
         residuals, moves = [], []
         chosen: list[Any] = []
+        done: list[Any] = []
         for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
             u, before = b.take(trees_u[k]), b.take(trees_z[k])
             v = jax.tree.map(jnp.add, w, u)
@@ -206,7 +220,8 @@ def _dual_step(
                     return part.refresh(v, s)
 
                 s = lax.cond(number % refresh_every == 0, anew, lambda _, s: s, v, s)
-            z = part.project(v, s)
+            z = part.project(_kept(part, v, done), s)
+            done.append(z)
             b.put(trees_z[k], z)
             b.put(trees_u[k], jax.tree.map(lambda v, z: v - z, v, z))
             residual = jax.tree.map(jnp.subtract, w, z)

@@ -94,8 +94,8 @@ def quantize(
     2**18 evenly drawn weights of a larger leaf), then two on all weights; a leaf that already has no more distinct
     magnitudes than levels keeps them.
 
-    Retraining keeps every index and sign: the scale alone is trained (or the codebook's entries, each the mean of its
-    weights).
+    Retraining keeps every index and sign: the scale alone is trained, in steps of the bits that it has (2**-17 of
+    itself for 8 bits in float32), or the codebook's entries, each the mean of its weights.
 
     Args:
       bits: bits per weight, the sign among them (2..16; "power_of_two" 2..6; "codebook" 2..8); with "cells" bits of the
@@ -180,32 +180,42 @@ def decode(codes: Array, structure: Array, levels: Levels, dtype: Any = jnp.floa
 def fit(w: Array, levels: Levels) -> Array:
     """The scale or codebook chosen for w, see `quantize`; 1 where w is all zero."""
     _check_dtype(w, levels)
-    magnitude = jnp.abs(_wide(w)).reshape(-1, 1 if levels.per == "tensor" else w.shape[-1])
+    magnitude = jnp.abs(_wide(w)).reshape(-1, w.shape[-1] if w.ndim else 1)
     if levels.grid == "codebook":
-        found = jax.vmap(partial(_k_means, count=levels.top), in_axes=1, out_axes=1)(magnitude)
+        groups = magnitude.reshape(-1, 1) if levels.per == "tensor" else magnitude
+        found = jax.vmap(partial(_k_means, count=levels.top), in_axes=1, out_axes=1)(groups)
         found = jnp.maximum(found, float(jnp.finfo(w.dtype).tiny)).astype(w.dtype)
-    else:
-        found = _least_squares(magnitude, levels, w.dtype)
-    return found[..., 0] if levels.per == "tensor" else found
+        return found[..., 0] if levels.per == "tensor" else found
+    return _least_squares(magnitude, levels, w.dtype).reshape(_scale_shape(w, levels))
 
 
 @partial(jax.jit, static_argnames="levels")
 def refit(w: Array, piece: FixedLevels, levels: Levels) -> Array:
     """The scale or codebook nearest to w for fixed indices: least squares for a scale, means for a codebook."""
-    channels = 1 if levels.per == "tensor" else w.shape[-1]
-    codes = piece.codes.astype(jnp.int32).reshape(-1, channels)
-    x = _wide(w).reshape(-1, channels) * jnp.sign(codes).astype(_wide(w).dtype)
-    before = piece.structure if levels.per == "channel" else piece.structure[..., None]
+    codes = piece.codes.astype(jnp.int32).reshape(-1, w.shape[-1] if w.ndim else 1)
+    x = _wide(w).reshape(codes.shape) * jnp.sign(codes).astype(_wide(w).dtype)
     k = jnp.abs(codes)
+    before = piece.structure
     if levels.grid == "codebook":
-        means = jax.vmap(_means, in_axes=(1, 1, 1), out_axes=1)(x, k - 1, _wide(before))
-        found = jnp.maximum(means, float(jnp.finfo(w.dtype).tiny)).astype(before.dtype)
-    else:
-        level = _level(k, levels, x.dtype)
-        s = _improve(x, level, before)
-        # once more from the rounded value, so that weights already on a line return their scale exactly
-        found = _exact(_improve(x, level, _exact(s, levels, w.dtype)), levels, w.dtype)
-    return found[..., 0] if levels.per == "tensor" else found
+        if levels.per == "tensor":
+            means = _means(x.reshape(-1), k.reshape(-1) - 1, _wide(before))
+        else:
+            means = jax.vmap(_means, in_axes=(1, 1, 1), out_axes=1)(x, k - 1, _wide(before))
+        return jnp.maximum(means, float(jnp.finfo(w.dtype).tiny)).astype(before.dtype)
+    level, axes = _level(k, levels, x.dtype), _axes(levels)
+    s = _improve(x, level, before.reshape(1, -1), axes)
+    # once more from the rounded value, so that weights already on a line return their scale exactly
+    s = _improve(x, level, _exact(s, levels, w.dtype), axes)
+    return _exact(s, levels, w.dtype).reshape(before.shape)
+
+
+def _axes(levels: Levels) -> tuple[int, ...]:
+    """The axes of the GEMM view that share a scale."""
+    return (0, 1) if levels.per == "tensor" else (0,)
+
+
+def _scale_shape(w: Array, levels: Levels) -> tuple[int, ...]:
+    return () if levels.per == "tensor" else (w.shape[-1],)
 
 
 def _wide(w: Array) -> Array:
@@ -263,36 +273,36 @@ def _scale_bits(levels: Levels, dtype: Any) -> int:
     return max(0, held - levels.top.bit_length())
 
 
-def _improve(x: Array, level: Array, s: Array) -> Array:
+def _improve(x: Array, level: Array, s: Array, axes: tuple[int, ...]) -> Array:
     """argmin_s ||x - s * level||, written as a correction of s, which is exact where nothing is to be corrected."""
-    energy = jnp.sum(jnp.square(level), axis=0)
-    step = jnp.sum((x - s[None] * level) * level, axis=0)
+    energy = jnp.sum(jnp.square(level), axis=axes, keepdims=True)
+    step = jnp.sum((x - s * level) * level, axis=axes, keepdims=True)
     return s + jnp.where(energy > 0, step / jnp.where(energy > 0, energy, 1.0), 0.0)
 
 
 def _least_squares(magnitude: Array, levels: Levels, dtype: Any) -> Array:
-    """The scale of each column of `[n, channels]`: the best of many starts, then alternating least squares."""
-    top = jnp.max(magnitude, axis=0, initial=0.0)
+    """The scale of magnitudes `[n, cout]`, `[1, 1]` or `[1, cout]`: the best of many starts, then least squares."""
+    axes = _axes(levels)
+    top = jnp.max(magnitude, axis=axes, keepdims=True, initial=0.0)
     # exact rescaling to about 1, so that no square under- or overflows
     exponent = jnp.clip(jnp.frexp(top)[1], -100, 100)
-    x = magnitude * jnp.ldexp(jnp.ones((), magnitude.dtype), -exponent)[None]
+    x = magnitude * jnp.ldexp(jnp.ones((), magnitude.dtype), -exponent)
     top = jnp.ldexp(top, -exponent)
 
     # The largest weight may lie on any level or beyond the last. For weights that lie on levels already, one is exact.
     table = _table(levels)
     parts = np.concatenate([table[::-1][:256], table[-1] * np.geomspace(1.05, 8, 32)])
-    starts = top[None] / jnp.asarray(parts, x.dtype)[:, None]
-    n, channels = x.shape
-    # an odd stride, so that the sample does not meet the same filter again and again
-    sample = x[:: max(1, n // max(256, 2**16 // channels)) | 1]
+    starts = top[None] / jnp.asarray(parts, x.dtype)[:, None, None]
+    sample = x[:, :: max(1, x.shape[1] // 2**12)] if levels.per == "tensor" else x
+    sample = sample[:: max(1, x.shape[0] // max(256 if levels.per == "channel" else 16, 2**16 // sample.shape[1]))]
 
     def error(s: Array, sample: Array) -> Array:
-        near = _level(_index(sample / s[None], levels), levels, x.dtype) * s[None]
-        return jnp.sum(jnp.where(sample == 0, 0.0, jnp.square(sample - near)), axis=0)
+        near = _level(_index(sample / s, levels), levels, x.dtype) * s
+        return jnp.sum(jnp.where(sample == 0, 0.0, jnp.square(sample - near)), axis=axes, keepdims=True)
 
     def step(_: int, s: Array) -> Array:
-        level = _level(_index(x / s[None], levels), levels, x.dtype)
-        return _improve(x, jnp.where(x == 0, 0.0, level), s)
+        level = _level(_index(x / s, levels), levels, x.dtype)
+        return _improve(x, jnp.where(x == 0, 0.0, level), s, axes)
 
     def best(starts: Array, sample: Array) -> Array:
         errors = lax.map(lambda s: error(s, sample), starts)
@@ -303,7 +313,7 @@ def _least_squares(magnitude: Array, levels: Levels, dtype: Any) -> Array:
     spare = _scale_bits(levels, dtype)
     if spare < 8:  # the rounding of the scale is coarse: whether up or down is better depends on the weights
         widths = jnp.asarray([1, 1 - 2.0 ** -(spare + 1), 1 + 2.0 ** -(spare + 1)], s.dtype)
-        s = best(lax.reduce_precision(s[None] * widths[:, None], jnp.finfo(s.dtype).nexp, spare), x)
+        s = best(lax.reduce_precision(s[None] * widths[:, None, None], jnp.finfo(s.dtype).nexp, spare), x)
     return jnp.where(top > 0, _exact(jnp.ldexp(s, exponent), levels, dtype), 1.0)
 
 

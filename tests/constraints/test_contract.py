@@ -28,6 +28,10 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
     "columns": (cx.columns(0.5), (3, 3, 4, 6)),
     "channels": (cx.channels(0.5), (3, 3, 4, 6)),
     "filters_and_columns": (cx.filters_and_columns(0.5, 0.25), (3, 3, 4, 6)),
+    "coupled_filters": (
+        cx.coupled_filters([(3, [(0, 6)]), (1, [(1, 4), (-1, 1)])], 0.5),
+        ((3, 3, 4, 6), (6, 5)),
+    ),
     "pattern natural": (cx.pattern(k=8), (3, 3, 6, 8)),
     "pattern aligned": (cx.pattern("elog", aligned=4), (3, 3, 5, 10)),
     "pattern network": (cx.pattern("all", k=8, scope="network", shrink=0.5), ((3, 3, 4, 6), (3, 3, 6, 4))),
@@ -42,13 +46,27 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
     "darb": (cx.darb(0.3, allowed=(1, 2, 4, 8)), (11, 7)),
     "balanced_block_max": (cx.balanced_block_max(0.5, size=2), (11, 7)),
     "bank_balanced": (cx.bank_balanced(0.5, 4, axis="inputs"), (11, 7)),
+    "crossbar_aware": (cx.crossbar_aware(0.5, 0.4, rows=4, cols=4, cells_per_weight=2), (3, 3, 2, 7)),
+    "polarize": (cx.polarize(4), (3, 3, 4, 6)),
+    "polarize energy": (cx.polarize(3, "C", "energy"), (8, 6)),
+    "quantize": (cx.quantize(3), (6, 8)),
+    "quantize channel": (cx.quantize(4, "cells", "channel"), (3, 3, 4, 6)),
+    "quantize powers": (cx.quantize(3, "power_of_two", zero_level=True), (6, 8)),
+    "quantize codebook": (cx.quantize(3, "codebook"), (3, 3, 4, 6)),
+    "unify": (cx.unify((2, 3), 0.5), (7, 8)),
+    "unify cubes": (cx.unify((2, 9, 2), 0.5), (3, 3, 4, 5)),
+    "prune_blocks": (cx.prune_blocks((2, 3), 0.5), (7, 8)),
+    "unify_and_prune": (cx.unify_and_prune((2, 2), 0.4, 0.3), (7, 8)),
+    "unify_and_prune exact": (cx.unify_and_prune((2, 2), 0.4, 0.3, "exact"), (7, 8)),
+    "filters & polarize & quantize": (cx.filters(0.5) & cx.polarize(4) & cx.quantize(4, "cells"), (3, 3, 4, 6)),
+    "unify & quantize": (cx.unify((2, 3), 0.5) & cx.quantize(4), (7, 8)),
     "filters & unstructured": (cx.filters(0.5) & cx.unstructured(0.1), (3, 3, 4, 6)),
     "n_of_m & columns": (cx.n_of_m(2, 4) & cx.columns(0.5), (8, 6)),
 }
 table = pytest.mark.parametrize("name", list(EXAMPLES))
 
 # Sequences of projections and greedy choices: feasible, not claimed to be nearest.
-NOT_NEAREST = ("filters_and_columns", "bsp", "balanced_block_max")
+NOT_NEAREST = ("filters_and_columns", "bsp", "balanced_block_max", "crossbar_aware", "unify_and_prune")
 
 
 def draw(constraint: cx.Constraint, shape: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:
@@ -135,7 +153,12 @@ def test_vmap_equals_the_loop(name: str) -> None:
     ws = [draw(constraint, shape, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *ws)
     got = jax.jit(jax.vmap(lambda w: run(constraint, w)))(stacked)
-    same(got, jax.tree.map(lambda *x: jnp.stack(x), *[jitted(name, "run")(w) for w in ws]))
+    want = jax.tree.map(lambda *x: jnp.stack(x), *[jitted(name, "run")(w) for w in ws])
+    if constraint.stage in (cx.TIE, cx.LEVEL):  # sums in another order: means and scales may differ in the last bit
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+    else:
+        same(got, want)
 
 
 @table
@@ -183,8 +206,8 @@ def test_retraining_moves_only_inside_the_frozen_piece(name: str) -> None:
 
 def _free(z: Any, retract: Callable[..., Any], piece: Any) -> Any:
     """Where a projected weight may be non-zero: non-zeros, and members of kept groups that happen to be 0."""
-    moved = retract(jax.tree.map(jnp.ones_like, z), piece)
-    return jax.tree.map(lambda m, v: (m != 0) | (v != 0), moved, z)
+    up, down = (retract(jax.tree.map(lambda x, a=a: jnp.full_like(x, a), z), piece) for a in (1.0, -1.0))
+    return jax.tree.map(lambda a, b, v: (a != 0) | (b != 0) | (v != 0), up, down, z)
 
 
 @table
@@ -198,6 +221,8 @@ def test_a_second_call_does_not_compile_again(name: str) -> None:
 @table
 def test_admm_moves_weights_into_the_set(name: str) -> None:
     constraint, shape = EXAMPLES[name]
+    if len(constraint.sets) > 2:
+        pytest.skip("with three sets at once the residual is reported, and not claimed to vanish")
     target = draw(constraint, shape, 3)
     params = {"w": target}
     # rho * U grows with rho here: with the dual kept instead, two sets at once can settle between them
