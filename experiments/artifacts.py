@@ -58,7 +58,7 @@ def save(
 def read(path: Path) -> Stored:
     """A compressed model from its file, with every figure taken from the stored arrays.
 
-    `rate.all_weights` counts trained parameters (all leaves below `params/`), biases and normalisation included.
+    `rate.all_weights` counts every leaf below `params/`; leaves without a constraint (biases, ...) count as kept whole.
     """
     saved = formats.load_model(path)
     names, leaves = paths(saved.params), jax.tree.leaves(saved.params)
@@ -85,8 +85,8 @@ def read(path: Path) -> Stored:
         saved=saved,
         layers=layers,
         rate={
-            "constrained_weights": _ratio([row for row in layers if row.path in held]),
-            "all_weights": _ratio(trained) if bound else None,
+            "constrained_weights": _ratio([row for row in trained if row.path in held]),
+            "all_weights": _ratio([row if row.path in held else row._replace(kept=row.total) for row in trained]),
             "bytes": saved.sizes.dense / saved.sizes.packed,
         },
         size={"dense": saved.sizes.dense, "packed": saved.sizes.packed},

@@ -267,8 +267,8 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`.
     """
     workdir, written = options.workdir, dataclasses.asdict(config)
+    driver.check_claim(workdir, written)
     if (workdir / "summary.json").exists():
-        driver.claim(workdir, written)
         print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
         return read_summary(workdir / "summary.json")
     todo = plan_phases(config)

@@ -119,25 +119,31 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     Raises:
       ConfigError: it holds a run of another config; names the keys that differ.
     """
+    check_claim(workdir, config)
     path = workdir / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged ({error}); use another --workdir") from None
-        a, b = flatten(old), flatten(json.loads(json.dumps(config)))
-        changed = [
-            f"{k} ({a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} now)"
-            for k in sorted(a | b)
-            if a.get(k, ...) != b.get(k, ...)
-        ]
-        if changed:
-            raise ConfigError(
-                f"{workdir} holds a run with another config; use another --workdir, or undo: {'; '.join(changed)}"
-            )
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(config, indent=2) + "\n")
+
+
+def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming the keys that differ, where the work directory holds a run of another config."""
+    path = workdir / "config.json"
+    if not path.exists():
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(config, indent=2) + "\n")
+    try:
+        old = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); use another --workdir") from None
+    a, b = flatten(old), flatten(json.loads(json.dumps(config)))
+    changed = [
+        f"{k} ({a.get(k, 'absent')!r} there, {b.get(k, 'absent')!r} now)"
+        for k in sorted(a | b)
+        if a.get(k, ...) != b.get(k, ...)
+    ]
+    if changed:
+        what = "; ".join(changed)
+        raise ConfigError(f"{workdir} holds a run with another config; use another --workdir, or undo: {what}")
 
 
 def write_text(path: Path, text: str) -> None:

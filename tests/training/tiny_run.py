@@ -1,12 +1,13 @@
 """A run of a few seconds with every kind of phase; as a script it can be told to kill itself at a step.
 
-    python tiny_run.py WORKDIR STEP|save:N|never
+python tiny_run.py WORKDIR STEP|save:N|never
 """
 
 import dataclasses
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import flax.linen as nn
@@ -40,6 +41,8 @@ PLAN = Plan(
     stages=(Stage(rules(100, 20), Admm(epochs=3, lr=1e-2, rho=1e-1, every=4), Fit(epochs=1, lr=3e-3, distill=0.5)),),
     baselines=("gradual",),
 )
+# 12 steps, and phases without any
+SHORT = Plan(Fit(epochs=2, lr=1e-2), (Stage((("params/a/kernel", {"kind": "filters", "keep": 4}),), Admm(0), Fit(0)),))
 
 
 def job(**changes):
@@ -48,16 +51,13 @@ def job(**changes):
     xt, yt = synthetic.images(0, "test", 50)
     net = Net()
 
-    def init():
-        variables = jax.jit(net.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
-        return Weights({"params": variables["params"]}, {"batch_stats": variables["batch_stats"]}, {})
-
+    variables = jax.jit(net.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
     task = training.classification(
         net.apply, lambda v: data.augment.normalise(v, (0.5,), (0.25,)), data.augment.random_shift(1)
     )
     made = training.Job(
         task=task,
-        init=init,
+        first=Weights({"params": variables["params"]}, {"batch_stats": variables["batch_stats"]}, {}),
         train={"inputs": x, "labels": y},
         test={"inputs": xt, "labels": yt},
         seed=7,
@@ -92,18 +92,23 @@ class Killer(training.Display):
 
 
 def _kill_in_save(number):
-    """Kills the process inside the n-th orbax save, after its arrays are on the disk and before it is committed."""
-    from orbax.checkpoint import CheckpointManager
+    """Kills the process in its n-th save, as soon as a file of it is on the disk."""
+    save, count = training.Checkpoints.save, [0]
 
-    save, count = CheckpointManager._finalize_checkpoint, [0]
+    def watch(folder):
+        while not any("tmp" in p.name and any(p.iterdir()) for p in folder.glob("*")):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    def finalize(self, *args, **kwargs):
+    def watched(self, *args):
         count[0] += 1
         if count[0] == number:
+            threading.Thread(target=watch, args=(self.folder / "steps",), daemon=True).start()
+        save(self, *args)
+        if count[0] == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return save(self, *args, **kwargs)
 
-    CheckpointManager._finalize_checkpoint = finalize
+    training.Checkpoints.save = watched
 
 
 if __name__ == "__main__":

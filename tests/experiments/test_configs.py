@@ -1,0 +1,64 @@
+"""Every variant can be read, fits its network, and has the rate of its name."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from compressx import models
+from compressx.rules import resolve
+from compressx.training import phases
+from configs import cnn as configs
+from experiments import cnn
+
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}
+
+
+@pytest.mark.parametrize("variant", [*configs.VARIANTS, *(f"{v}_tiny" for v in configs.VARIANTS)])
+def test_every_variant_fits_its_network(variant) -> None:
+    config = cnn.read(configs.get_config(variant))
+    assert config.variant == variant
+    model = models.build(config.model.name, classes=10, **config.model.options)
+    x = jax.ShapeDtypeStruct((1, *SHAPES[config.data.name]), jnp.float32)
+    params = {"params": jax.eval_shape(model.init, jax.random.key(0), x)["params"]}
+    todo = phases.plan(config.plan)
+    for phase in todo:
+        if phase.rules is not None:
+            resolve(phase.rules, params)
+    rate = variant.removesuffix("_tiny").rpartition("_")[2]
+    if rate.endswith("x"):
+        assert _rate(todo, params) >= float(rate[:-1]) * 0.999  # a tiny network rounds its density
+
+
+def _rate(todo, params) -> float:
+    """Weights of the constrained leaves over those that the last rules keep, from the specs alone."""
+    last = [p for p in todo if p.rules is not None and p.name.startswith("retrain")][-1]
+    leaves = jax.tree.leaves(params)
+    total = kept = 0
+    for b in resolve(last.rules, params):
+        size = sum(leaves[i].size for i in b.indices)
+        spec = b.constraint.spec
+        total += size
+        if spec["kind"] == "filters_and_columns":
+            kept += spec["keep_filters"] * spec["keep_columns"]
+        else:
+            kept += spec["keep"] or round(spec["density"] * size)
+    return total / kept
+
+
+def test_tiny_is_tiny() -> None:
+    for variant in configs.VARIANTS:
+        config = cnn.read(configs.get_config(f"{variant}_tiny"))
+        assert config.data.train <= 96
+        todo = phases.plan(config.plan)
+        assert sum(p.fit.epochs for p in todo) <= 4 * len(todo)
+
+
+def test_an_unknown_variant_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="no variant 'digitz'; there are digits, mnist_lenet5_unstructured"):
+        configs.get_config("digitz")
+
+
+def test_a_misspelt_setting_is_refused() -> None:
+    config = configs.get_config("digits")
+    with pytest.raises(AttributeError, match="sed"):
+        config.sed = 1
