@@ -6,6 +6,7 @@ optimizers   learning-rate schedules and the optax chain of each kind of phase
 phases       the phases of a plan; hardening
 gradual      gradual magnitude pruning, for comparison
 loop         `train`: epochs, records, checkpoints, resuming
+together     `train_together`: several seeds as one program
 checkpoint   orbax checkpoints, atomic and checked
 mesh         layouts over devices and hosts
 progress     the bar
@@ -34,3 +35,4 @@ from compressx.training.progress import Display as Display
 from compressx.training.state import Task as Task
 from compressx.training.state import TrainState as TrainState
 from compressx.training.state import classification as classification
+from compressx.training.together import train_together as train_together

@@ -109,12 +109,12 @@ def check_phases(job: Job, phases: tuple[Phase, ...]) -> None:
     for phase in phases:
         steps = phase.fit.epochs * per_epoch
         try:
-            jax.eval_shape(_transform(job.optimizer, phase, steps, per_epoch, None).init, params)
+            jax.eval_shape(phase_optimizer(job.optimizer, phase, steps, per_epoch, None).init, params)
         except ValueError as error:
             raise ConfigError(f"phase {phase.name}: {error}") from None
 
 
-def _transform(
+def phase_optimizer(
     name: str, phase: Phase, steps: int, per_epoch: int, structure: Any
 ) -> optax.GradientTransformationExtraArgs:
     """The phase's optimizer; `structure` is what the sets it must stay inside leave open (None: chosen at init)."""
@@ -202,14 +202,14 @@ class _Run:
             assert rules is not None
             structure = jax.jit(lambda p: structures(p, rules))(weights.params)
         steps = phase.fit.epochs * self.per_epoch
-        tx = _transform(self.job.optimizer, phase, steps, self.per_epoch, structure or None)
+        tx = phase_optimizer(self.job.optimizer, phase, steps, self.per_epoch, structure or None)
         params = self.place.put(weights.params)
         state = TrainState(
             params=params,
             batch_stats=self.place.put(weights.batch_stats),
             opt_state=jax.jit(tx.init)(params),
             step=jnp.zeros((), jnp.int32),
-            key=jax.random.fold_in(jax.random.key(self.job.seed), np.uint32(_number(phase.name))),
+            key=phase_key(phase, self.job.seed),
             sums=Sums.zero(),
         )
         return _Begun(self.place.put(state), tx, structure)
@@ -236,7 +236,7 @@ class _Run:
         while done < steps:
             epoch = done // self.per_epoch
             if epoch != current:
-                current, order = epoch, self.place.copy(self._order(phase, epoch))
+                current, order = epoch, self.place.copy(epoch_order(phase, epoch, self.job))
             stop = min(self._next(done, self.job.chunk), (epoch + 1) * self.per_epoch)
             if phase.kind == "gradual":
                 stop = min(stop, self._next(done, due))
@@ -253,10 +253,6 @@ class _Run:
             if done < steps and self._save_is_due(done):
                 self._save(phase, index, state, done)
         self._end(phase, begun, state)
-
-    def _order(self, phase: Phase, epoch: int) -> np.ndarray:
-        seed = (_number(phase.name) << 32) | self.job.seed
-        return batches.epoch_batches(seed, epoch, _size(self.job.train), self.job.batch)
 
     def _prune(self, phase: Phase, state: TrainState, t: float) -> TrainState:
         """One step of gradual pruning: the smallest weights go, and stay gone."""
@@ -417,6 +413,17 @@ def _residuals(opt_state: Any) -> dict[str, Any]:
         "dual": {n: float(np.max(v)) for n, v in state.dual.items()},
         "rho": {n: float(v) for n, v in state.rho.items()},
     }
+
+
+def epoch_order(phase: Phase, epoch: int, job: Job) -> np.ndarray:
+    """The batches of an epoch, int32 `[steps, batch]`: a function of seed, phase and epoch alone."""
+    seed = (_number(phase.name) << 32) | job.seed
+    return batches.epoch_batches(seed, epoch, _size(job.train), job.batch)
+
+
+def phase_key(phase: Phase, seed: int) -> jax.Array:
+    """The key from which a phase's steps fold theirs."""
+    return jax.random.fold_in(jax.random.key(seed), np.uint32(_number(phase.name)))
 
 
 def _number(name: str) -> int:

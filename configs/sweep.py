@@ -1,0 +1,67 @@
+"""The sweeps of `experiments.sweep`: accuracy against compression, for every method and several seeds.
+
+    python -m experiments.sweep --config=configs/sweep.py:VARIANT --workdir=DIR [--data_dir=DIR]
+
+Any setting can be changed on the command line: `--config.seeds=0,1,2,3,4`, `--config.base.plan.stages[0].admm.lr=3e-4`.
+Every variant has a form `VARIANT_tiny` for tests.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import cnn
+
+Settings = dict[str, Any]
+
+
+def sweep(variant: str, base: Settings, points: tuple[tuple[str, cnn.Rules], ...]) -> Settings:
+    """An experiment at several rates, with all methods and three seeds."""
+    base["plan"]["baselines"] = ()
+    base["paper"] = {"quantity": "", "value": 0.0}
+    return {
+        "variant": variant,
+        "base": base,
+        "points": tuple({"name": name, "rules": rules} for name, rules in points),
+        "methods": ("admm", "one_shot", "gradual", "dense"),
+        "seeds": (0, 1, 2),
+        "together": "auto",
+    }
+
+
+def digits(variant: str) -> Settings:
+    """The digits at 10x, 20x and 40x. Cost: 30 runs of about 15 seconds on two cores."""
+    layers = {"c1": (144, 60), "c2": (4608, 500), "f1": (32768, 1150), "f2": (640, 190)}  # of all, kept at 20x
+
+    def rules(rate: int) -> cnn.Rules:
+        return cnn.unstructured(**{name: min(n, k * 20 // rate) for name, (n, k) in layers.items()})
+
+    return sweep(variant, cnn.digits(variant), tuple((f"{rate}x", rules(rate)) for rate in (10, 20, 40)))
+
+
+def mnist(variant: str) -> Settings:
+    """LeNet-5 on MNIST at 40x, 85x and 246x, single weights, one stage. Cost: 30 runs of about 10 minutes."""
+    points = (
+        ("40x", cnn.unstructured(c1=250, c2=3600, f1=6200, f2=700)),
+        ("85x", cnn.UNSTRUCTURED[85]),
+        ("246x", cnn.UNSTRUCTURED[246]),
+    )
+    return sweep(variant, cnn.unstructured_85x(variant), points)
+
+
+VARIANTS: dict[str, Callable[[str], Settings]] = {"digits": digits, "mnist_lenet5_unstructured": mnist}
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    """The sweep of that name."""
+    name = variant.removesuffix("_tiny")
+    if name not in VARIANTS:
+        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
+    settings = VARIANTS[name](variant)
+    if name != variant:
+        cnn.tiny(settings["base"])
+        settings |= {"points": settings["points"][:2], "seeds": (0, 1), "methods": ("admm", "one_shot", "dense")}
+    config = ConfigDict(settings)
+    config.lock()
+    return config

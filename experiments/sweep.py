@@ -1,0 +1,288 @@
+"""Accuracy against compression: one experiment over rates, methods and seeds, drawn with its spread.
+
+    python -m experiments.sweep --config=configs/sweep.py:digits --workdir=runs/sweep
+
+Every point is a run of `experiments.cnn` in a folder of its own below `runs/`, resumable like any other; all methods
+and rates of a seed start from one dense network, which the first run of that seed trains. Every method gets the same
+number of epochs. On a GPU or TPU the seeds of a point are trained together, as one program; on CPU, where one run fills
+the cores already, one after the other.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from compressx import training
+from compressx.report import format as fmt
+from compressx.report import html, plots
+from compressx.report.environment import run_record
+from compressx.report.metrics import MetricsWriter
+from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.training import ConfigError
+from compressx.training.config import METHODS, Rule
+from experiments import artifacts, cnn, driver
+from experiments.driver import Options
+
+NAMES = {"admm": "ADMM", "one_shot": "one-shot", "gradual": "gradual magnitude", "dense": "dense, same budget"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A rate in words, and the rules that reach it."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One sweep.
+
+    Attributes:
+      base: the experiment; its plan has one stage, whose rules the points replace.
+      points: the rates.
+      methods: among "admm", "one_shot", "gradual" and "dense" (the same extra epochs without constraints).
+      seeds: every point is run with each.
+      together: "yes", the seeds of a point as one program (`training.train_together`), saved when they are finished;
+        "no", one after the other, each resumable at any step; "auto", together where the backend is not the CPU.
+      variant: its name.
+    """
+
+    base: cnn.Config
+    points: tuple[Point, ...]
+    methods: tuple[str, ...] = METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    together: str = "auto"
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        names = [p.name for p in self.points]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"points must have names of their own, at least one; got {names}")
+        if not self.methods or not set(self.methods) <= set(METHODS):
+            raise ConfigError(f"methods={self.methods} is impossible; they must be among {', '.join(METHODS)}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ConfigError(f"seeds={self.seeds} is impossible; give different ones, at least one")
+        if self.together not in ("yes", "no", "auto"):
+            raise ConfigError(f"together={self.together!r} is impossible; it must be yes, no or auto")
+        if len(self.base.plan.stages) != 1 or self.base.plan.baselines:
+            raise ConfigError(
+                "base.plan must have one stage and no baselines: the sweep's methods are compared instead"
+            )
+
+
+class Run(NamedTuple):
+    """One run of the sweep: its folder's name, and what it is."""
+
+    name: str
+    config: cnn.Config
+    method: str
+    point: str
+    seed: int
+
+
+def read(config: Any) -> Config:
+    """The frozen config of a ConfigDict or nested dict."""
+    return training.parse(Config, config)
+
+
+def runs(config: Config, workdir: Path) -> list[Run]:
+    """All runs, those of a seed together and its dense network first; `dense` is run once a seed."""
+    todo: list[Run] = []
+    for seed in config.seeds:
+        source = ""
+        wanted = [("dense", p) for p in config.points[:1] if "dense" in config.methods]
+        wanted += [(m, p) for p in config.points for m in config.methods if m != "dense"]
+        for method, point in wanted:
+            name = f"dense-s{seed}" if method == "dense" else f"{method}-{point.name}-s{seed}"
+            stage = dataclasses.replace(config.base.plan.stages[0], rules=point.rules)
+            plan = dataclasses.replace(config.base.plan, method=method, stages=(stage,))
+            one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source)
+            todo.append(Run(name, one, method, "" if method == "dense" else point.name, seed))
+            source = source or str(workdir / "runs" / name)
+    return todo
+
+
+def run(config: Config, options: Options) -> dict[str, Any]:
+    """Runs what is left of the sweep, and draws it.
+
+    Returns:
+      The sweep's summary.
+
+    Raises:
+      One of `driver.USER_ERRORS`; the runs done so far stay done.
+    """
+    workdir = options.workdir
+    driver.check_claim(workdir, dataclasses.asdict(config))
+    if (workdir / "summary.json").exists():
+        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
+        return read_summary(workdir / "summary.json")
+    todo = runs(config, workdir)
+    for r in todo:
+        if r.seed == config.seeds[0]:  # every point's rules and data, before anything is trained
+            job, _ = cnn.make_job(dataclasses.replace(r.config, init_from=""), options)
+            training.check_phases(job, cnn.plan_phases(r.config))
+    driver.claim(workdir, dataclasses.asdict(config))
+    together = config.together == "yes" or (config.together == "auto" and jax.default_backend() != "cpu")
+    if together:
+        for point in dict.fromkeys((r.method, r.point) for r in todo):
+            _train_group([r for r in todo if (r.method, r.point) == point], options)
+    done = []
+    for number, r in enumerate(todo):
+        print(f"[{number + 1}/{len(todo)}] {r.name}", flush=True)
+        done.append((r, cnn.train_and_evaluate(r.config, _there(r, options))))
+    return conclude(config, options, done)
+
+
+def _there(r: Run, options: Options) -> Options:
+    return dataclasses.replace(options, workdir=options.workdir / "runs" / r.name)
+
+
+def _train_group(group: list[Run], options: Options) -> None:
+    """Trains the runs of a point that are not finished, as one program, and finishes each."""
+    left = [r for r in group if not (_there(r, options).workdir / "summary.json").exists()]
+    if not left:
+        return
+    print(f"together: {', '.join(r.name for r in left)}", flush=True)
+    folders = [_there(r, options) for r in left]
+    made = [cnn.make_job(r.config, there) for r, there in zip(left, folders, strict=True)]
+    for r, there in zip(left, folders, strict=True):
+        driver.claim(there.workdir, dataclasses.asdict(r.config))
+    todo, jobs = cnn.plan_phases(left[0].config), [job for job, _ in made]
+    with training.Display(training.total_steps(jobs[0], todo)) as display:
+        outcomes = training.train_together(jobs, todo, [there.workdir for there in folders], display)
+    for r, there, (job, info), outcome in zip(left, folders, made, outcomes, strict=True):
+        cnn.conclude(r.config, there, job, info, todo, outcome)
+
+
+def evaluate(config: Config, options: Options) -> dict[str, Any]:
+    """A sweep has no model of its own."""
+    raise ConfigError("a sweep has no model; evaluate one of the runs below runs/ with experiments.cnn --mode=eval")
+
+
+def table(config: Config, done: list[tuple[Run, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row a method and point: rate, and accuracies in the order of the seeds with their mean and spread.
+
+    `spread` is the sample standard deviation, null for a single seed.
+    """
+    rows = []
+    for method in config.methods:
+        for point in [""] if method == "dense" else [p.name for p in config.points]:
+            mine = [s for r, s in done if r.method == method and r.point == point]
+            key = "dense_same_budget" if method == "dense" else "compressed"
+            values = [s["metric"][key] for s in mine]
+            rows.append(
+                {
+                    "method": method,
+                    "point": point or None,
+                    "rate": None if method == "dense" else mine[0]["rate"]["constrained_weights"],
+                    "bytes_rate": None if method == "dense" else float(np.mean([s["rate"]["bytes"] for s in mine])),
+                    "accuracy": values,
+                    "mean": float(np.mean(values)),
+                    "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                }
+            )
+    return rows
+
+
+def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, Any]]]) -> dict[str, Any]:
+    """Writes the table, the plot, the page and the summary.
+
+    The summary's metrics are means over seeds at the highest rate: `compressed` is the first method's.
+    """
+    workdir, rows = options.workdir, table(config, done)
+    with MetricsWriter(workdir / "metrics.jsonl") as writer:
+        for number, (r, s) in enumerate(done):
+            writer.write(number, r.method, run=r.name, seed=r.seed, rate=s["rate"], metric=s["metric"])
+    curves = {NAMES[m]: [row for row in rows if row["method"] == m] for m in config.methods if m != "dense"}
+    dense = [s["metric"]["dense"] for r, s in _first_of_each_seed(done)]
+    controls = {"dense": dense}
+    for row in rows:
+        if row["method"] == "dense":
+            controls[NAMES["dense"]] = row["accuracy"]
+    pictures = []
+    if curves:
+        methods = {name: ([r["rate"] for r in at], [r["accuracy"] for r in at]) for name, at in curves.items()}
+        path = plots.metric_against_rate(workdir / "sweep.png", methods, controls=controls)
+        text = "Mean over seeds with the sample standard deviation; every dot is a run. Same epochs for every method."
+        pictures.append(html.Picture(path, "Accuracy against compression", text))
+    first = done[0][1]
+    top = max((row for row in rows if row["rate"] is not None), key=lambda row: row["rate"], default=None)
+
+    def mean(method: str) -> float | None:
+        point = None if method == "dense" or top is None else top["point"]
+        return next((row["mean"] for row in rows if (row["method"], row["point"]) == (method, point)), None)
+
+    main = config.methods[0]
+    summary = make_summary(
+        driver="sweep",
+        variant=config.variant,
+        seed=config.seeds[0],
+        dataset=first["dataset"],
+        metric={
+            "name": "accuracy",
+            "higher_is_better": True,
+            "dense": float(np.mean(dense)),
+            "dense_same_budget": mean("dense"),
+            "one_shot": mean("one_shot"),
+            "hardened": None,
+            "compressed": mean(main) if main != "dense" else None,
+        },
+        rate={"constrained_weights": top["rate"] if top else None, "all_weights": None, "bytes": None},
+        bytes=None,
+        residual=None,
+        violations=sum(s["violations"] or 0 for _, s in done),
+        latency_ms=None,
+        seconds=sum(s["seconds"] for _, s in done),
+        paper=None,
+        sweep={"seeds": list(config.seeds), "rows": rows, "run": run_record(options.command)},
+    )
+    settings = json.loads((workdir / "config.json").read_text())
+    page = html.Page(
+        summary=summary,
+        config=settings,
+        pictures=pictures,
+        sections=[("Runs", _html_table(config, rows))],
+        links=[*artifacts.links(workdir), *((r.name, f"runs/{r.name}/report.html") for r, _ in done)],
+    )
+    html.write_report(workdir / "report.html", page)
+    write_summary(workdir / "summary.json", summary)
+    print("\n".join(map(_line, rows)))
+    print(f"Report: {workdir / 'report.html'}")
+    return summary
+
+
+def _first_of_each_seed(done: list[tuple[Run, dict[str, Any]]]) -> list[tuple[Run, dict[str, Any]]]:
+    seen: dict[int, tuple[Run, dict[str, Any]]] = {}
+    for r, s in done:
+        seen.setdefault(r.seed, (r, s))
+    return list(seen.values())
+
+
+def _html_table(config: Config, rows: list[dict[str, Any]]) -> html.Table:
+    header = ("method", "rate", "mean", "spread", *(f"seed {s}" for s in config.seeds))
+    body = [
+        (
+            NAMES[row["method"]],
+            fmt.rate(row["rate"]),
+            fmt.percent(row["mean"]),
+            fmt.percent(row["spread"]),
+            *(fmt.percent(a) for a in row["accuracy"]),
+        )
+        for row in rows
+    ]
+    return html.Table(header, body, (False, *[True] * (len(header) - 1)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    mean, spread = fmt.percent(row["mean"]), fmt.percent(row["spread"])
+    return f"{NAMES[row['method']]:<20}{fmt.rate(row['rate']):>8}  {mean} +- {spread}"
+
+
+if __name__ == "__main__":
+    driver.main("experiments.sweep", run, evaluate, read)

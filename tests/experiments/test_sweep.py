@@ -1,0 +1,143 @@
+"""Sweeps: which runs there are, what is shared, and what is made of them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from compressx.report.summary import read_summary
+from compressx.training import ConfigError
+from configs import sweep as configs
+from experiments import cnn, sweep
+from experiments.driver import Options
+
+
+def _config(**changes) -> sweep.Config:
+    return dataclasses.replace(sweep.read(configs.get_config("digits_tiny")), **changes)
+
+
+@pytest.mark.parametrize("variant", [*configs.VARIANTS, *(f"{v}_tiny" for v in configs.VARIANTS)])
+def test_every_variant_can_be_read(variant) -> None:
+    config = sweep.read(configs.get_config(variant))
+    assert config.variant == variant
+    assert all(p.rules for p in config.points)
+
+
+def test_every_seed_trains_one_dense_network(tmp_path) -> None:
+    todo = sweep.runs(_config(), tmp_path)
+    names = [r.name for r in todo if r.seed == 1]
+    assert names == ["dense-s1", "admm-10x-s1", "one_shot-10x-s1", "admm-20x-s1", "one_shot-20x-s1"]
+    assert len(todo) == 10
+    for r in todo:
+        assert r.config.seed == r.seed
+        assert r.config.init_from == ("" if r.method == "dense" else str(tmp_path / "runs" / f"dense-s{r.seed}"))
+        assert r.config.plan.method == r.method
+    without = sweep.runs(_config(methods=("gradual",)), tmp_path)
+    assert [r.config.init_from for r in without[:2]] == ["", str(tmp_path / "runs" / "gradual-10x-s0")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": ("magic",)}, "methods=.* is impossible"),
+        ({"seeds": (1, 1)}, "seeds=.* give different ones"),
+        ({"points": ()}, "points must have names"),
+        ({"together": "maybe"}, "together='maybe' is impossible"),
+    ],
+)
+def test_impossible_sweeps_are_refused(change, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        _config(**change)
+
+
+def _fake(values, calls):
+    """A driver that answers from a table: (method, point, seed) -> accuracy."""
+
+    def run(config, options):
+        name = options.workdir.name
+        calls.append(name)
+        value = values(name)
+        dense = config.plan.method == "dense"
+        metric = {"name": "accuracy", "higher_is_better": True, "dense": 0.99, "dense_same_budget": None}
+        metric |= {"one_shot": None, "hardened": 0.5, "compressed": None if dense else value}
+        metric |= {"dense_same_budget": value if dense else None}
+        rate = 10.0 if "10x" in name else 20.0
+        return {
+            "dataset": {"name": "digits", "source": "here", "train": 1, "test": 1, "stand_in": False},
+            "metric": metric,
+            "rate": {"constrained_weights": None if dense else rate, "all_weights": None, "bytes": 5.0},
+            "violations": 0,
+            "seconds": 2.0,
+        }
+
+    return run
+
+
+def test_the_table_is_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys) -> None:
+    accuracies = {f"admm-20x-s{s}": a for s, a in ((0, 0.9), (1, 0.94))}
+    calls: list[str] = []
+    monkeypatch.setattr(cnn, "train_and_evaluate", _fake(lambda name: accuracies.get(name, 0.8), calls))
+    summary = sweep.run(_config(), Options(tmp_path))
+    assert read_summary(tmp_path / "summary.json") == summary
+    (row,) = [r for r in summary["sweep"]["rows"] if (r["method"], r["point"]) == ("admm", "20x")]
+    assert row["accuracy"] == [0.9, 0.94]
+    assert row["mean"] == pytest.approx(0.92)
+    assert row["spread"] == pytest.approx(np.std([0.9, 0.94], ddof=1))
+    assert summary["metric"] | {"name": "", "higher_is_better": True} == {
+        "name": "",
+        "higher_is_better": True,
+        "dense": 0.99,
+        "dense_same_budget": 0.8,
+        "one_shot": 0.8,
+        "hardened": None,
+        "compressed": pytest.approx(0.92),
+    }
+    assert summary["rate"]["constrained_weights"] == 20.0
+    assert summary["seconds"] == 20.0
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "runs/admm-20x-s1/report.html" in (tmp_path / "report.html").read_text()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(calls) == 10
+    assert sweep.run(_config(), Options(tmp_path)) == summary  # finished: nothing is run again
+    assert len(calls) == 10
+    with pytest.raises(ConfigError, match="another config"):
+        sweep.run(_config(seeds=(5,)), Options(tmp_path))
+
+
+def test_a_bad_point_is_refused_before_anything_is_trained(tmp_path) -> None:
+    point = sweep.Point("x", (("params/c9/kernel", {"kind": "unstructured", "keep": 3}),))
+    with pytest.raises(ConfigError, match="matches nothing"):
+        sweep.run(_config(points=(*_config().points, point)), Options(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_and_goes_on(tmp_path, monkeypatch) -> None:
+    config = _config(seeds=(0,), methods=("admm", "dense"), points=_config().points[:1])
+    real, count = cnn.train_and_evaluate, [0]
+
+    def stopping(*args):
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(cnn, "train_and_evaluate", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(config, Options(tmp_path))
+    monkeypatch.setattr(cnn, "train_and_evaluate", real)
+    summary = sweep.run(config, Options(tmp_path))
+    one = json.loads((tmp_path / "runs" / "admm-10x-s0" / "summary.json").read_text())
+    assert summary["metric"]["compressed"] == one["metric"]["compressed"]
+    assert one["cnn"]["init_from"] == str(tmp_path / "runs" / "dense-s0")
+
+
+@pytest.mark.slow
+def test_seeds_trained_together_leave_whole_runs(tmp_path) -> None:
+    config = _config(methods=("one_shot",), points=_config().points[:1], together="yes")
+    summary = sweep.run(config, Options(tmp_path))
+    (row,) = summary["sweep"]["rows"]
+    for seed, accuracy in enumerate(row["accuracy"]):
+        folder = tmp_path / "runs" / f"one_shot-10x-s{seed}"
+        assert read_summary(folder / "summary.json")["metric"]["compressed"] == accuracy
+        assert all((folder / n).exists() for n in ("report.html", "metrics.jsonl", "compressed.safetensors"))
