@@ -243,7 +243,7 @@ def _geometry(module: nn.Conv, path: str) -> tuple[Any, Any, Any, Any]:
     """Kernel, strides, padding and dilation of a 2-D convolution."""
     pair = lambda v: (1, 1) if v is None else (v, v) if isinstance(v, int) else tuple(v)
     kernel = pair(module.kernel_size)
-    padding = module.padding
+    padding: Any = module.padding
     if len(kernel) != 2 or padding in ("CIRCULAR", "CAUSAL") or pair(module.input_dilation) != (1, 1):
         raise ValueError(f"{path}: only 2-D convolutions with SAME, VALID or explicit padding run on crossbars")
     if isinstance(padding, int):
