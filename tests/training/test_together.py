@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from compressx.report.metrics import read_metrics
-from compressx.training import ConfigError, Diverged, Display, mesh, phases, train_together
+from compressx.training import ConfigError, Display, Diverged, mesh, phases, train_together
 from compressx.training.loop import like
 
 TOLERANCE = 2e-4  # sums are taken in another order; 60 steps of Adam amplify it
