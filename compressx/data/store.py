@@ -103,7 +103,7 @@ def _prepare(arrays: Arrays, split: str, folder: Path) -> Arrays:
         made = Path(builder.data_path)
         stored = _read(made, split)  # a full disk does not always raise while writing
         for name, array in arrays.items():
-            if not np.array_equal(stored[name], array):
+            if stored[name].tobytes() != array.tobytes():  # bits, so that NaN equals itself
                 raise OSError(errno.EIO, f"{name} was not stored as it is")
         try:
             made.rename(folder)

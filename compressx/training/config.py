@@ -204,6 +204,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, tuple):
             raise ConfigError(f"{where}={value!r} must be a list")
+        if value == ("",):  # what an empty flag value is read as
+            value = ()
         if arguments[-1] is Ellipsis:
             return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(arguments):

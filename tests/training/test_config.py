@@ -23,6 +23,10 @@ def test_reads_nested_mappings_and_config_dicts_alike() -> None:
     assert plan.stages[0].rules == RULES
 
 
+def test_an_empty_flag_is_an_empty_list() -> None:
+    assert parse(Plan, GOOD | {"baselines": ("",)}).baselines == ()
+
+
 def test_what_is_read_is_what_was_written() -> None:
     plan = parse(Plan, GOOD)
     assert parse(Plan, dataclasses.asdict(plan)) == plan
