@@ -98,17 +98,18 @@ def structured(**keep: tuple[int, int]) -> Rules:
 
 
 def digits(variant: str) -> Settings:
-    """8x8 digits, a network of 38,160 weights, 20x fewer of them; one-shot and dense at the same budget beside it.
+    """8x8 digits, a network of 38,160 weights, 40x fewer of them; one-shot and dense at the same budget beside it.
 
-    Needs no data. Cost: about a minute. Launch: `make demo`.
+    Expected, over four seeds: dense 98.9 to 99.4 %, compressed 98.0 to 99.2 %, one-shot 93.8 to 96.1 % (355 test images).
+    Needs no data. Cost: half a minute. Launch: `make demo`.
     """
     c = base(variant)
     c["data"]["shift"] = 1
     c["batch"] = 32
-    rules = unstructured(c1=60, c2=500, f1=1150, f2=190)
+    rules = unstructured(c1=54, c2=300, f1=480, f2=120)
     c["plan"] |= {
         "dense": fit(25, 2e-3),
-        "stages": (stage(rules, admm(30, 1e-3, 3e-3, cycles=3, every=45), fit(25, 1e-3)),),
+        "stages": (stage(rules, admm(30, 3e-3, 1e-2, schedule="constant", every=45), fit(25, 2e-3)),),
         "baselines": ("one_shot", "dense_same_budget"),
     }
     return c
@@ -167,9 +168,9 @@ def unstructured_246x(variant: str) -> Settings:
 def structured_39x(variant: str) -> Settings:
     """39x fewer weights, filters and positions, in one stage. Paper's row: 99.16 %.
 
-    Cost: 50 epochs.
+    Cost: 66 epochs.
     """
-    return mnist(variant, (stage(STRUCTURED[39], ramp(8), fit(10, 2e-3)),), "metric.compressed", 0.9916)
+    return mnist(variant, (stage(STRUCTURED[39], ramp(8), fit(18, 2e-3)),), "metric.compressed", 0.9916)
 
 
 def structured_88x(variant: str) -> Settings:

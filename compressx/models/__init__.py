@@ -1,7 +1,8 @@
 """Networks as flax.linen modules, under one index.
 
 Every model is called as `model.apply(variables, x, train=False)` with x float32 `[n, h, w, c]`, normalised, and returns
-logits `[n, classes]`. Those with batch normalisation take `mutable=["batch_stats"]` while training.
+logits `[n, classes]` (`yolov3`: three heads). Those with batch normalisation take `mutable=["batch_stats"]` while
+training.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from compressx.models.lenet import DigitsCNN, LeNet5, LeNet5Caffe, LeNet300
 from compressx.models.mobilenet import MobileNetV2
 from compressx.models.resnet import CifarResNet, ResNet
 from compressx.models.vgg import VGG16
+from compressx.models.yolov3 import Darknet53, YOLOv3
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": DigitsCNN,
@@ -28,6 +30,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": partial(ResNet, blocks=(2, 2, 2, 2)),
     "resnet50": partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
     "mobilenet_v2": MobileNetV2,
+    "darknet53": Darknet53,
+    "yolov3": YOLOv3,
 }
 
 
@@ -66,5 +70,7 @@ __all__ = [
     "MobileNetV2",
     "ResNet",
     "VGG16",
+    "Darknet53",
+    "YOLOv3",
     "build",
 ]

@@ -1,4 +1,4 @@
-// Direct convolution and its weight gradient, float32, NHWC, as XLA FFI handlers.
+// Direct convolution, its weight gradient and its input gradient, float32, NHWC, as XLA FFI handlers.
 //
 // The reduction over (kx, cin) of one kernel row runs over consecutive floats of an image row, so both kernels see it as
 // one axis `q` of length kw * cin and need no patches. A tile keeps T x R vector registers of sums: T positions by R
@@ -61,6 +61,7 @@ struct Shape {
   int64_t frame_h() const { return (oh - 1) * stride + kh; }
   int64_t frame_w() const { return (ow - 1) * stride + kw; }
   int64_t q() const { return kw * ci; }                                       // reduction within one kernel row
+  int64_t spread() const { return (q() + kLanes - 1) / kLanes * kLanes; }     // q in whole vectors
   int64_t padded() const { return (co + kLanes - 1) / kLanes * kLanes; }      // output channels in whole vectors
 };
 
@@ -163,6 +164,32 @@ void GradTile(const Shape& s, const float* x, const float* g, float* dw) {
   }
 }
 
+// Adds g[pixel, :] . w[c, q0 + vector] of T pixels of one row to the frame's row, where pixel's window begins; R vectors of q.
+template <int T, int R>
+void SpreadTile(const Shape& s, const float* g, const float* w, float* frame) {
+  const int64_t step = s.stride * s.ci, wide = s.spread();
+  Vec acc[T][R] = {};
+  for (int64_t c = 0; c < s.co; ++c, w += wide) {
+    Vec wv[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) wv[r] = Load(w + r * kLanes);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const float value = g[t * s.co + c];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[t][r] += value * wv[r];
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      Vec* to = reinterpret_cast<Vec*>(frame + t * step + r * kLanes);
+      *to = *to + acc[t][r];
+    }
+  }
+}
+
 // Cuts `length` into near-equal pieces of at most Max and calls f(start, piece) with the piece as a constant.
 template <int Max, template <int> class F, class... Args>
 void Pieces(int64_t length, Args&&... args) {
@@ -198,6 +225,20 @@ struct Grad {
         GradTile<T, R>(s, x + start, g, dw + start * s.padded());
       } else if constexpr (T > 1) {
         Tile<T - 1>::Call(size, start, s, x, g, dw);
+      }
+    }
+  };
+};
+
+template <int R>
+struct Spread {
+  template <int T>
+  struct Tile {
+    static void Call(int size, int64_t start, const Shape& s, const float* g, const float* w, float* frame) {
+      if (size == T) {
+        SpreadTile<T, R>(s, g + start * s.co, w, frame + start * s.stride * s.ci);
+      } else if constexpr (T > 1) {
+        Tile<T - 1>::Call(size, start, s, g, w, frame);
       }
     }
   };
@@ -243,6 +284,23 @@ void GradImage(const Shape& s, const float* x, const float* g, float* dw) {
       if (size == 1) Pieces<kTile1, Grad<1>::Tile>(s.q(), s, x + ky * row, g + c, to);
     }
   });
+}
+
+// The transpose of ConvImage: each pixel of g adds its window to the frame. `w` is [kh, co, q in whole vectors].
+void SpreadImage(const Shape& s, const float* g, const float* w, float* frame) {
+  const int64_t row = s.frame_w() * s.ci, wide = s.spread();
+  for (int64_t ky = 0; ky < s.kh; ++ky) {
+    Blocks(wide / kLanes, [&](int64_t q, int64_t size) {
+      const float* wk = w + ky * s.co * wide + q;
+      for (int64_t oy = 0; oy < s.oh; ++oy) {
+        const float* gr = g + oy * s.ow * s.co;
+        float* to = frame + (oy * s.stride + ky) * row + q;
+        if (size == 4) Pieces<kTile4, Spread<4>::Tile>(s.ow, s, gr, wk, to);
+        if (size == 2) Pieces<kTile2, Spread<2>::Tile>(s.ow, s, gr, wk, to);
+        if (size == 1) Pieces<kTile1, Spread<1>::Tile>(s.ow, s, gr, wk, to);
+      }
+    });
+  }
 }
 
 using Array = ffi::Buffer<ffi::F32, 4>;
@@ -291,6 +349,38 @@ ffi::Error GradHandler(ffi::ThreadPool pool, Array x, Array g, Out dk, int64_t s
   return ffi::Error::Success();
 }
 
+// The gradient for the images by spreading: no multiplication with the zeros around g, and few lanes idle where ci is small.
+ffi::Error SpreadHandler(ffi::ThreadPool pool, Array g, Array k, Out dx, int64_t stride, int64_t top, int64_t left,
+                         int64_t dilation) {
+  const auto gd = g.dimensions(), kd = k.dimensions(), xd = dx->dimensions();
+  const Shape s{xd[1], xd[2], xd[3], kd[0], kd[1], gd[1], gd[2], gd[3], stride, top, left, dilation};
+  if (kd[2] != s.ci || kd[3] != s.co || gd[0] != xd[0]) return ffi::Error::InvalidArgument("input gradient: shapes disagree");
+  if (dilation != 1) return ffi::Error::InvalidArgument("input gradient: no dilation");
+  const int64_t wide = s.spread();
+  std::vector<float> packed(s.kh * s.co * wide, 0.f);
+  for (int64_t ky = 0; ky < s.kh; ++ky) {
+    for (int64_t q = 0; q < s.q(); ++q) {
+      const float* from = k.typed_data() + (ky * s.q() + q) * s.co;
+      for (int64_t c = 0; c < s.co; ++c) packed[(ky * s.co + c) * wide + q] = from[c];
+    }
+  }
+  const float *from = g.typed_data(), *w = packed.data();
+  float* to = dx->typed_data();
+  Parallel(pool, xd[0], [=, &s](int64_t i) {
+    thread_local std::vector<float> frame;
+    const int64_t fw = s.frame_w() * s.ci;
+    frame.assign(s.frame_h() * fw + kLanes, 0.f);  // the last window's idle lanes
+    SpreadImage(s, from + i * s.oh * s.ow * s.co, w, frame.data());
+    const int64_t columns = std::min(s.w, s.frame_w() - s.left), rows = std::min(s.h, s.frame_h() - s.top);
+    float* image = to + i * s.h * s.w * s.ci;
+    if (rows < s.h || columns < s.w) std::memset(image, 0, s.h * s.w * s.ci * 4);
+    for (int64_t y = 0; y < rows; ++y) {
+      std::memcpy(image + y * s.w * s.ci, frame.data() + (s.top + y) * fw + s.left * s.ci, columns * s.ci * 4);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxConv, ConvHandler,
@@ -305,6 +395,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxConv, ConvHandler,
                                   .Attr<int64_t>("dilation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxConvGrad, GradHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("top")
+                                  .Attr<int64_t>("left")
+                                  .Attr<int64_t>("dilation"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxConvSpread, SpreadHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Array>()

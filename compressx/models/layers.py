@@ -1,8 +1,8 @@
 """Layers with the names and values of flax's own, in the formulation that is fastest where they run."""
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ _only_lax = False
 
 @contextlib.contextmanager
 def lax_only() -> Iterator[None]:
-    """Within it, every convolution is traced as one `conv_general_dilated`: for those who read the traced program."""
+    """Within it, a convolution or a pooling is traced as one operation of lax: for those who read the traced program."""
     global _only_lax
     before, _only_lax = _only_lax, True
     try:
@@ -163,7 +163,7 @@ def convolve(
     )
 
 
-Conv = partial(nn.Conv, conv_general_dilated=convolve)
+Conv = functools.partial(nn.Conv, conv_general_dilated=convolve)
 """`flax.linen.Conv`, parameters `kernel` `[kh, kw, cin / groups, cout]` and `bias` `[cout]`, computed by `convolve`."""
 
 
@@ -207,8 +207,8 @@ def max_pool(
 ) -> jax.Array:
     """The largest value of each window.
 
-    Windows that do not overlap and need no padding are reshaped and reduced: XLA's gradient of `reduce_window` is slow
-    on the CPU. Equal values of such a window share the gradient evenly.
+    Windows that do not overlap and need no padding are compared element by element: XLA's gradient of `reduce_window`
+    is slow on the CPU. The first of equal values has the gradient, as there; a NaN wins.
 
     Args:
       x: `[n, h, w, c]`.
@@ -220,8 +220,12 @@ def max_pool(
       `[n, oh, ow, c]`.
     """
     strides = strides or window
-    if strides != window or padding != "VALID":
+    if strides != window or padding != "VALID" or _only_lax:
         return nn.max_pool(x, window, strides, padding)
     (n, h, w, c), (kh, kw) = x.shape, window
     x = x[:, : h // kh * kh, : w // kw * kw]
-    return x.reshape(n, h // kh, kh, w // kw, kw, c).max(axis=(2, 4))
+    x = x.reshape(n, h // kh, kh, w // kw, kw, c)
+    # selections, for `maximum` has a slower gradient that shares between equals
+    return functools.reduce(
+        lambda a, b: jnp.where((a >= b) | (a != a), a, b), [x[:, :, i, :, j] for i in range(kh) for j in range(kw)]
+    )

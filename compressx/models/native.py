@@ -74,7 +74,12 @@ def available() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_compile(compiler)))
-        for name, symbol in (("compressx_conv", "CompressxConv"), ("compressx_conv_grad", "CompressxConvGrad")):
+        targets = {
+            "compressx_conv": "CompressxConv",
+            "compressx_conv_grad": "CompressxConvGrad",
+            "compressx_conv_spread": "CompressxConvSpread",
+        }
+        for name, symbol in targets.items():
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError) as e:
         detail = getattr(e, "stderr", None)
@@ -111,6 +116,16 @@ def _call(
     return jax.ffi.ffi_call(target, out, vmap_method="sequential")(a, b, **attributes)
 
 
+def _spread(ow: int, w: int, kw: int, cin: int, cout: int, stride: int, lanes: int = 16) -> bool:
+    """True if spreading each cotangent's window costs fewer vector operations a row than gathering for each pixel.
+
+    Spreading reads and writes each sum in memory, about three operations, where gathering keeps it in a register; gathering
+    multiplies with the zeros around `g` and leaves lanes idle where `cin` is no multiple of the vector's.
+    """
+    gather = w * -(-kw // stride) * cout * -(-cin // lanes)
+    return ow * -(-kw * cin // lanes) * (cout + 3) < gather
+
+
 # The convolution is bilinear in image and kernel, and so are its two gradients; each one's gradients are the other two.
 # That closes the system under differentiation of any order.
 
@@ -136,7 +151,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def input_grad(g: jax.Array, kernel: jax.Array, stride: int, pads: Pads, size: tuple[int, int]) -> jax.Array:
     """The gradient of `conv` for its images of `size` (h, w), given the cotangent `g` `[n, oh, ow, cout]`."""
-    kh, kw, cin, _ = kernel.shape
+    kh, kw, cin, cout = kernel.shape
+    if _spread(g.shape[2], size[1], kw, cin, cout, stride):
+        return _call("compressx_conv_spread", g, kernel, (g.shape[0], *size, cin), (stride, pads[0][0], pads[1][0], 1))
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
     geometry = (1, kh - 1 - pads[0][0], kw - 1 - pads[1][0], stride)
     return _call("compressx_conv", g, flipped, (g.shape[0], *size, cin), geometry)

@@ -28,6 +28,7 @@ class Display:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[facts]}"),
                 console=self._console,
+                refresh_per_second=4,
             )
             self._task = self._bar.add_task("starting", total=total, facts="")
 
@@ -63,6 +64,8 @@ class Display:
         self.move(phase, step)
         if self._bar:
             self._bar.update(self._task, facts=f"epoch {epoch}/{epochs}  {text}")
+            if epoch == epochs:
+                self.say(f"{phase}  {text}")
             return
         done = step - (self._first or 0)
         left = (time.monotonic() - self._started) * (self._total - step) / done if done else 0.0

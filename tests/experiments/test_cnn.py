@@ -53,8 +53,8 @@ def test_the_summary_says_what_happened(done) -> None:
     assert (s["driver"], s["variant"], s["seed"]) == ("cnn", "digits_tiny", 0)
     assert (s["dataset"]["train"], s["dataset"]["test"]) == (96, 50)
     assert all(s["metric"][k] is not None for k in ("dense", "dense_same_budget", "one_shot", "hardened", "compressed"))
-    assert s["rate"]["constrained_weights"] == (144 + 4608 + 32768 + 640) / (60 + 500 + 1150 + 190)
-    assert s["rate"]["all_weights"] == 38282 / (60 + 500 + 1150 + 190 + 16 + 32 + 64 + 10)
+    assert s["rate"]["constrained_weights"] == (144 + 4608 + 32768 + 640) / (54 + 300 + 480 + 120)
+    assert s["rate"]["all_weights"] == 38282 / (54 + 300 + 480 + 120 + 16 + 32 + 64 + 10)
     assert s["rate"]["bytes"] == s["bytes"]["dense"] / s["bytes"]["packed"]
     assert s["violations"] == 0
     assert s["residual"]["primal"] > 0
@@ -68,7 +68,7 @@ def test_the_stored_model_is_the_one_that_was_measured(done, capsys) -> None:
     folder, summary = done
     saved = formats.load_model(folder / "compressed.safetensors")
     kept = {k: int(np.count_nonzero(v["kernel"])) for k, v in saved.params["params"].items()}
-    assert kept == {"c1": 60, "c2": 500, "f1": 1150, "f2": 190}
+    assert kept == {"c1": 54, "c2": 300, "f1": 480, "f2": 120}
     assert cli.main(["verify", str(folder / "compressed.safetensors")]) == 0
     cnn.evaluate(_config(), Options(folder))
     evaluated = read_summary(folder / "eval" / "digits-test" / "summary.json")
@@ -86,7 +86,7 @@ def test_a_finished_run_is_left_as_it_is(done, capsys) -> None:
 
 def test_another_config_in_the_same_folder_is_refused_by_key(done) -> None:
     changed = _config(seed=3, plan__stages__0__admm__lr=5e-4)
-    words = r"another config; .*plan\.stages\[0\]\.admm\.lr \(0\.001 there, 0\.0005 now\); seed \(0 there, 3 now\)"
+    words = r"another config; .*plan\.stages\[0\]\.admm\.lr \(0\.003 there, 0\.0005 now\); seed \(0 there, 3 now\)"
     with pytest.raises(ConfigError, match=words):
         cnn.train_and_evaluate(changed, Options(done[0]))
 

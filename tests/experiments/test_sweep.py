@@ -27,14 +27,14 @@ def test_every_variant_can_be_read(variant) -> None:
 def test_every_seed_trains_one_dense_network(tmp_path) -> None:
     todo = sweep.runs(_config(), tmp_path)
     names = [r.name for r in todo if r.seed == 1]
-    assert names == ["dense-s1", "admm-10x-s1", "one_shot-10x-s1", "admm-20x-s1", "one_shot-20x-s1"]
+    assert names == ["dense-s1", "admm-20x-s1", "one_shot-20x-s1", "admm-40x-s1", "one_shot-40x-s1"]
     assert len(todo) == 10
     for r in todo:
         assert r.config.seed == r.seed
         assert r.config.init_from == ("" if r.method == "dense" else str(tmp_path / "runs" / f"dense-s{r.seed}"))
         assert r.config.plan.method == r.method
     without = sweep.runs(_config(methods=("gradual",)), tmp_path)
-    assert [r.config.init_from for r in without[:2]] == ["", str(tmp_path / "runs" / "gradual-10x-s0")]
+    assert [r.config.init_from for r in without[:2]] == ["", str(tmp_path / "runs" / "gradual-20x-s0")]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def _fake(values, calls):
         metric = {"name": "accuracy", "higher_is_better": True, "dense": 0.99, "dense_same_budget": None}
         metric |= {"one_shot": None, "hardened": 0.5, "compressed": None if dense else value}
         metric |= {"dense_same_budget": value if dense else None}
-        rate = 10.0 if "10x" in name else 20.0
+        rate = 20.0 if "20x" in name else 40.0
         return {
             "dataset": {"name": "digits", "source": "here", "train": 1, "test": 1, "stand_in": False},
             "metric": metric,
@@ -75,12 +75,12 @@ def _fake(values, calls):
 
 
 def test_the_table_is_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys) -> None:
-    accuracies = {f"admm-20x-s{s}": a for s, a in ((0, 0.9), (1, 0.94))}
+    accuracies = {f"admm-40x-s{s}": a for s, a in ((0, 0.9), (1, 0.94))}
     calls: list[str] = []
     monkeypatch.setattr(cnn, "train_and_evaluate", _fake(lambda name: accuracies.get(name, 0.8), calls))
     summary = sweep.run(_config(), Options(tmp_path))
     assert read_summary(tmp_path / "summary.json") == summary
-    (row,) = [r for r in summary["sweep"]["rows"] if (r["method"], r["point"]) == ("admm", "20x")]
+    (row,) = [r for r in summary["sweep"]["rows"] if (r["method"], r["point"]) == ("admm", "40x")]
     assert row["accuracy"] == [0.9, 0.94]
     assert row["mean"] == pytest.approx(0.92)
     assert row["spread"] == pytest.approx(np.std([0.9, 0.94], ddof=1))
@@ -93,10 +93,10 @@ def test_the_table_is_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys) 
         "hardened": None,
         "compressed": pytest.approx(0.92),
     }
-    assert summary["rate"]["constrained_weights"] == 20.0
+    assert summary["rate"]["constrained_weights"] == 40.0
     assert summary["seconds"] == 20.0
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "runs/admm-20x-s1/report.html" in (tmp_path / "report.html").read_text()
+    assert "runs/admm-40x-s1/report.html" in (tmp_path / "report.html").read_text()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(calls) == 10
     assert sweep.run(_config(), Options(tmp_path)) == summary  # finished: nothing is run again
     assert len(calls) == 10
@@ -127,7 +127,7 @@ def test_a_sweep_runs_and_goes_on(tmp_path, monkeypatch) -> None:
         sweep.run(config, Options(tmp_path))
     monkeypatch.setattr(cnn, "train_and_evaluate", real)
     summary = sweep.run(config, Options(tmp_path))
-    one = json.loads((tmp_path / "runs" / "admm-10x-s0" / "summary.json").read_text())
+    one = json.loads((tmp_path / "runs" / "admm-20x-s0" / "summary.json").read_text())
     assert summary["metric"]["compressed"] == one["metric"]["compressed"]
     assert one["cnn"]["init_from"] == str(tmp_path / "runs" / "dense-s0")
 
@@ -138,6 +138,6 @@ def test_seeds_trained_together_leave_whole_runs(tmp_path) -> None:
     summary = sweep.run(config, Options(tmp_path))
     (row,) = summary["sweep"]["rows"]
     for seed, accuracy in enumerate(row["accuracy"]):
-        folder = tmp_path / "runs" / f"one_shot-10x-s{seed}"
+        folder = tmp_path / "runs" / f"one_shot-20x-s{seed}"
         assert read_summary(folder / "summary.json")["metric"]["compressed"] == accuracy
         assert all((folder / n).exists() for n in ("report.html", "metrics.jsonl", "compressed.safetensors"))

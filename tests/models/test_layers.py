@@ -61,9 +61,11 @@ def test_im2col_is_lax(shape):
     assert_same_with_gradients(f, lambda x, k: reference(x, k, stride, pads), x, kernel)
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_native_is_lax(shape):
+def test_native_is_lax(shape, spread, monkeypatch):
     needs_kernel()
+    monkeypatch.setattr(native, "_spread", lambda *shape: spread)
     n, size, cin, cout, window, stride, pads = shape
     x, kernel = operands(n, size, cin, cout, window)
     f = lambda x, k: native.conv(x, k, stride, pads)
@@ -221,10 +223,12 @@ def test_max_pool_overlapping_with_padding():
             np.testing.assert_allclose(got[:, i, j], want, rtol=1e-6)
 
 
-def test_max_pool_shares_the_gradient_of_ties():
-    x = jnp.asarray([[1.0, 1.0], [0.0, 1.0]]).reshape(1, 2, 2, 1)
+def test_max_pool_gives_the_gradient_to_the_first_of_ties_and_keeps_nan():
+    x = jnp.asarray([[0.0, 1.0], [1.0, 1.0]]).reshape(1, 2, 2, 1)
     grad = jax.jit(jax.grad(lambda x: layers.max_pool(x, (2, 2)).sum()))(x)
-    np.testing.assert_allclose(grad.reshape(2, 2), [[1 / 3, 1 / 3], [0, 1 / 3]], rtol=1e-6)
+    np.testing.assert_array_equal(grad.reshape(2, 2), [[0, 1], [0, 0]])
+    for place in np.ndindex(2, 2):
+        assert jnp.isnan(layers.max_pool(x.at[0, *place].set(jnp.nan), (2, 2))).all()
 
 
 def test_widen():
