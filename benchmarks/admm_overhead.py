@@ -1,6 +1,6 @@
 """What ADMM adds to an Adam step, in time and memory, and the same training as a plain PyTorch ADMM loop.
 
-    python -m benchmarks.admm_overhead [--cases=lenet5,resnet18,mlp100m] [--every=100] [--rounds=7] [--out=FILE]
+    python -m benchmarks.admm_overhead [--cases=lenet5,100m] [--every=100] [--rounds=7] [--results=docs/results]
 
 Three jitted steps run in turn, round by round: Adam alone; Adam with `admm` in a step without a Z and U update; Adam
 with `admm` in a step with one. The amortised overhead is (plain * (every - 1) + update) / every over Adam alone, from
@@ -9,14 +9,12 @@ projects by `kthvalue`, as public ADMM code does; it runs in the same rounds.
 """
 
 import argparse
-import json
-import os
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import environment, record
 from benchmarks.training import interleave, spread, table
 
 DENSITY = 0.1
@@ -25,7 +23,7 @@ RHO = 1e-3
 CASES = {
     "lenet5": ("lenet5_caffe", 64, (28, 28, 1), 10),
     "resnet18": ("resnet18", 8, (64, 64, 3), 1000),
-    "mlp100m": ("mlp", 64, (4096,), 4096),  # six dense layers of 4096 x 4096: 100.7M weights
+    "100m": ("mlp", 256, (4096,), 4096),  # six dense layers of 4096 x 4096: 100.7M weights
 }
 MLP_LAYERS = 6
 
@@ -109,6 +107,30 @@ def our_steps(case: str, every: int) -> tuple[dict[str, Callable[[], None]], dic
     return {"adam": run("adam", None), "between": run("admm", 0), "update": run("admm", every - 1)}, sizes
 
 
+def torch_resnet18(classes: int) -> Any:
+    """ResNet-18 as PyTorch's users write it."""
+    import torch
+    from torch import nn
+    from torch.nn.functional import relu
+
+    def conv(cin: int, cout: int, size: int, stride: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(cin, cout, size, stride, size // 2, bias=False), nn.BatchNorm2d(cout))
+
+    class Block(nn.Module):
+        def __init__(self, cin: int, cout: int, stride: int) -> None:
+            super().__init__()
+            self.a, self.b = conv(cin, cout, 3, stride), conv(cout, cout, 3, 1)
+            self.skip = nn.Identity() if stride == 1 else conv(cin, cout, 1, stride)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return relu(self.skip(x) + self.b(relu(self.a(x))))
+
+    layers = [conv(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    for cin, cout, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
+        layers += [Block(cin, cout, stride), Block(cout, cout, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
 def torch_steps(case: str) -> dict[str, Callable[[], None]]:
     """A plain PyTorch ADMM loop on the same network: a step between updates, and a step with one."""
     import numpy as np
@@ -130,7 +152,8 @@ def torch_steps(case: str) -> dict[str, Callable[[], None]]:
         model = nn.Sequential(*first, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
         x = x.permute(0, 3, 1, 2).contiguous()
     else:
-        return {}  # torchvision's ResNet-18 is not among the packages compared with
+        model = torch_resnet18(classes)
+        x = x.permute(0, 3, 1, 2).contiguous()
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     kernels = [p for p in model.parameters() if p.ndim > 1]
 
@@ -164,15 +187,18 @@ def compare(case: str, every: int, rounds: int, with_torch: bool) -> dict[str, A
     times = interleave(steps, rounds)
     row: dict[str, Any] = {"case": case, "every": every, "rounds": rounds, **sizes}
     row["state_copies"] = round(sizes["admm_state_bytes"] / sizes["constrained_bytes"], 4)
-    row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in times.items()}
 
     def amortised(between: str, update: str) -> list[float]:
         return [(b * (every - 1) + u) / every for b, u in zip(times[between], times[update], strict=True)]
 
-    ours = amortised("between", "update")
-    row["overhead"] = spread([a / b for a, b in zip(ours, times["adam"], strict=True)])
+    ours, plain = amortised("between", "update"), times["adam"]
+    row["plain_ms"], row["admm_ms"], row["update_ms"] = (
+        spread([1e3 * t for t in s]) for s in (plain, ours, times["update"])
+    )
+    row["ratio"] = spread([a / b for a, b in zip(ours, plain, strict=True)])
     if "torch_between" in times:
         theirs = amortised("torch_between", "torch_update")
+        row["torch_ms"] = spread([1e3 * t for t in theirs])
         row["ours_over_torch"] = spread([a / b for a, b in zip(ours, theirs, strict=True)])
     return row
 
@@ -183,7 +209,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=100, help="steps between Z and U updates (default 100)")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds, at least 2 (default 7)")
     parser.add_argument("--no-torch", action="store_true", help="leave the PyTorch loop out")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--results", type=Path, help="folder for the summaries that the tables are built from")
     args = parser.parse_args()
     unknown = [case for case in args.cases.split(",") if case not in CASES]
     if unknown:
@@ -191,15 +217,13 @@ def main() -> int:
     if args.rounds < 2 or args.every < 1:
         parser.error(f"--rounds={args.rounds} must be at least 2, --every={args.every} at least 1")
 
-    import jax
-
     rows = [compare(case, args.every, args.rounds, not args.no_torch) for case in args.cases.split(",")]
     for row in rows:  # one case is wider than a line: print it down
         print(f"\n{row['case']}")
         print(table([{"quantity": k, "value": v} for k, v in row.items() if k != "case"]))
-    if args.out:
-        machine = {"machine": platform.machine(), "load": os.getloadavg(), "jax": jax.__version__}
-        args.out.write_text(json.dumps({"environment": machine, "results": rows}, indent=2) + "\n")
+    if args.results:
+        cases = {row.pop("case"): row for row in rows}
+        record(args.results, "admm_overhead", cases, environment(("jax", "torch")))
     return 0
 
 

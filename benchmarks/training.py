@@ -1,6 +1,6 @@
 """One training step beside PyTorch's on the same cores: LeNet-5 and ResNet-20, Adam, float32.
 
-    python -m benchmarks.training [--threads=2] [--rounds=15] [--cases=resnet20-128] [--out=FILE]
+    python -m benchmarks.training [--threads=2] [--rounds=15] [--cases=resnet20-128] [--results=docs/results]
     python -m benchmarks.training --layers     # the ways to convolve, layer by layer, for `layers.formulation`
 
 Every round runs one step of each system in turn, so that other work on the machine meets all of them alike, and the
@@ -9,15 +9,15 @@ spin while they wait, so compare there with `--threads=1`. Needs torch (extra `b
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.record import environment, record
 
 CASES = {
     "lenet5_caffe-64": ("lenet5_caffe", 64, (28, 28, 1)),
@@ -222,7 +222,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2 (default 15)")
     parser.add_argument("--cases", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}")
     parser.add_argument("--layers", action="store_true", help="measure single convolutions instead of steps")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--results", type=Path, help="folder for the summaries that the tables are built from")
     args = parser.parse_args()
     unknown = [case for case in args.cases.split(",") if case not in CASES]
     if unknown:
@@ -234,21 +234,17 @@ def main() -> int:
         parser.error(f"--rounds={args.rounds}: needs at least 2")
     os.sched_setaffinity(0, cores[: args.threads])  # before jax sizes its thread pool
 
-    import jax
-
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
     if args.layers:
-        rows = compare_layers(args.rounds)
-    else:
-        import torch
+        print(table(compare_layers(args.rounds)))
+        return 0
+    import torch
 
-        torch.set_num_threads(args.threads)
-        versions["torch"] = torch.__version__
-        rows = [compare(case, args.rounds) for case in args.cases.split(",")]
+    torch.set_num_threads(args.threads)
+    rows = [compare(case, args.rounds) for case in args.cases.split(",")]
     print(table(rows))
-    if args.out:
-        machine = {"machine": platform.machine(), "threads": args.threads, "load": os.getloadavg(), **versions}
-        args.out.write_text(json.dumps({"environment": machine, "results": rows}, indent=2) + "\n")
+    if args.results:
+        cases = {row.pop("case"): row for row in rows}
+        record(args.results, "training_speed", cases, environment(("jax", "torch")))
     return 0
 
 
