@@ -15,7 +15,16 @@ import os
 
 from compressx.data import augment as augment
 from compressx.data import batches as batches
-from compressx.data import cifar, cifar10_subset, digits, idx_images, synthetic
+from compressx.data import (
+    chest_xray_nih,
+    cifar,
+    cifar10_subset,
+    digits,
+    idx_images,
+    opacities,
+    pneumoniamnist,
+    synthetic,
+)
 from compressx.data import readers as readers
 from compressx.data.cifar import CHECKPOINT_MEAN as CHECKPOINT_MEAN
 from compressx.data.cifar import CHECKPOINT_STD as CHECKPOINT_STD
@@ -41,6 +50,9 @@ DATASETS: dict[str, Source] = {
     "cifar100": cifar.CIFAR100,
     "cifar10_subset": cifar10_subset.SOURCE,
     "synthetic": synthetic.SOURCE,
+    "chest_xray_nih": chest_xray_nih.SOURCE,
+    "opacities": opacities.SOURCE,
+    "pneumoniamnist": pneumoniamnist.SOURCE,
 }
 
 
