@@ -23,9 +23,10 @@ def sweep(variant: str, base: Settings, points: tuple[tuple[str, cnn.Rules], ...
     return {
         "variant": variant,
         "base": base,
-        "points": tuple({"name": name, "rules": rules} for name, rules in points),
+        "points": tuple({"name": name, "rules": rules, "family": ""} for name, rules in points),
         "methods": ("admm", "one_shot", "gradual", "dense"),
         "seeds": (0, 1, 2),
+        "against": "weights",
         "together": "auto",
     }
 

@@ -33,10 +33,17 @@ NAMES = {"admm": "ADMM", "one_shot": "one-shot", "gradual": "gradual magnitude",
 
 @dataclass(frozen=True)
 class Point:
-    """A rate in words, and the rules that reach it."""
+    """One setting of the sweep.
+
+    Attributes:
+      name: it in words; part of a folder's name.
+      rules: what it asks of the weights.
+      family: points of a family are one curve; "" where the method alone names it.
+    """
 
     name: str
     rules: tuple[Rule, ...]
+    family: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +52,10 @@ class Config:
 
     Attributes:
       base: the experiment; its plan has one stage, whose rules the points replace.
-      points: the rates.
+      points: the settings, such as rates.
       methods: among "admm", "one_shot", "gradual" and "dense" (the same extra epochs without constraints).
       seeds: every point is run with each.
+      against: what compression is counted by: "weights" (constrained weights that are not zero) or "bytes" (packed).
       together: "yes", the seeds of a point as one program (`training.train_together`), saved when they are finished;
         "no", one after the other, each resumable at any step; "auto", together where the backend is not the CPU.
       variant: its name.
@@ -57,6 +65,7 @@ class Config:
     points: tuple[Point, ...]
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
+    against: str = "weights"
     together: str = "auto"
     variant: str = ""
 
@@ -68,6 +77,8 @@ class Config:
             raise ConfigError(f"methods={self.methods} is impossible; they must be among {', '.join(METHODS)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"seeds={self.seeds} is impossible; give different ones, at least one")
+        if self.against not in ("weights", "bytes"):
+            raise ConfigError(f"against={self.against!r} is impossible; it must be weights or bytes")
         if self.together not in ("yes", "no", "auto"):
             raise ConfigError(f"together={self.together!r} is impossible; it must be yes, no or auto")
         if len(self.base.plan.stages) != 1 or self.base.plan.baselines:
@@ -171,8 +182,9 @@ def table(config: Config, done: list[tuple[Run, dict[str, Any]]]) -> list[dict[s
     `spread` is the sample standard deviation, null for a single seed.
     """
     rows = []
+    families = {p.name: p.family for p in config.points}
     for method in config.methods:
-        for point in [""] if method == "dense" else [p.name for p in config.points]:
+        for point in [""] if method == "dense" else families:
             mine = [s for r, s in done if r.method == method and r.point == point]
             key = "dense_same_budget" if method == "dense" else "compressed"
             values = [s["metric"][key] for s in mine]
@@ -180,6 +192,7 @@ def table(config: Config, done: list[tuple[Run, dict[str, Any]]]) -> list[dict[s
                 {
                     "method": method,
                     "point": point or None,
+                    "family": families.get(point) or None,
                     "rate": None if method == "dense" else mine[0]["rate"]["constrained_weights"],
                     "bytes_rate": None if method == "dense" else float(np.mean([s["rate"]["bytes"] for s in mine])),
                     "accuracy": values,
@@ -193,13 +206,17 @@ def table(config: Config, done: list[tuple[Run, dict[str, Any]]]) -> list[dict[s
 def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, Any]]]) -> dict[str, Any]:
     """Writes the table, the plot, the page and the summary.
 
-    The summary's metrics are means over seeds at the highest rate: `compressed` is the first method's.
+    The summary's metrics are means over seeds at the point of highest compression: `compressed` is the first method's.
     """
     workdir, rows = options.workdir, table(config, done)
     with MetricsWriter(workdir / "metrics.jsonl") as writer:
         for number, (r, s) in enumerate(done):
             writer.write(number, r.method, run=r.name, seed=r.seed, rate=s["rate"], metric=s["metric"])
-    curves = {NAMES[m]: [row for row in rows if row["method"] == m] for m in config.methods if m != "dense"}
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["method"] != "dense":
+            curves.setdefault(", ".join(filter(None, (row["family"], _method_name(config, row)))), []).append(row)
+    x = {"weights": "rate", "bytes": "bytes_rate"}[config.against]
     dense = [s["metric"]["dense"] for r, s in _first_of_each_seed(done)]
     controls = {"dense": dense}
     for row in rows:
@@ -207,12 +224,15 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
             controls[NAMES["dense"]] = row["accuracy"]
     pictures = []
     if curves:
-        methods = {name: ([r["rate"] for r in at], [r["accuracy"] for r in at]) for name, at in curves.items()}
-        path = plots.metric_against_rate(workdir / "sweep.png", methods, controls=controls)
+        methods = {name: ([r[x] for r in at], [r["accuracy"] for r in at]) for name, at in curves.items()}
+        label = {"weights": "dense weights / kept weights", "bytes": "dense bytes / packed bytes"}[config.against]
+        label = f"compression ({label}, log scale)"
+        path = plots.metric_against_rate(workdir / "sweep.png", methods, controls=controls, xlabel=label)
         text = "Mean over seeds with the sample standard deviation; every dot is a run. Same epochs for every method."
+        text += f" Compression is counted in {config.against}."
         pictures.append(html.Picture(path, "Accuracy against compression", text))
     first = done[0][1]
-    top = max((row for row in rows if row["rate"] is not None), key=lambda row: row["rate"], default=None)
+    top = max((row for row in rows if row[x] is not None), key=lambda row: row[x], default=None)
 
     def mean(method: str) -> float | None:
         point = None if method == "dense" or top is None else top["point"]
@@ -257,6 +277,12 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
     return summary
 
 
+def _method_name(config: Config, row: dict[str, Any]) -> str | None:
+    """The method as part of a curve's name: left out where families name the curves and there is one method."""
+    several = len([m for m in config.methods if m != "dense"]) > 1
+    return NAMES[row["method"]] if several or not row["family"] else None
+
+
 def _first_of_each_seed(done: list[tuple[Run, dict[str, Any]]]) -> list[tuple[Run, dict[str, Any]]]:
     seen: dict[int, tuple[Run, dict[str, Any]]] = {}
     for r, s in done:
@@ -265,23 +291,26 @@ def _first_of_each_seed(done: list[tuple[Run, dict[str, Any]]]) -> list[tuple[Ru
 
 
 def _html_table(config: Config, rows: list[dict[str, Any]]) -> html.Table:
-    header = ("method", "rate", "mean", "spread", *(f"seed {s}" for s in config.seeds))
+    header = ("method", "point", "fewer weights", "fewer bytes", "mean", "spread", *(f"seed {s}" for s in config.seeds))
     body = [
         (
             NAMES[row["method"]],
+            " ".join(filter(None, (row["family"], row["point"]))) or "-",
             fmt.rate(row["rate"]),
+            fmt.rate(row["bytes_rate"]),
             fmt.percent(row["mean"]),
             fmt.percent(row["spread"]),
             *(fmt.percent(a) for a in row["accuracy"]),
         )
         for row in rows
     ]
-    return html.Table(header, body, (False, *[True] * (len(header) - 1)))
+    return html.Table(header, body, (False, False, *[True] * (len(header) - 2)))
 
 
 def _line(row: dict[str, Any]) -> str:
     mean, spread = fmt.percent(row["mean"]), fmt.percent(row["spread"])
-    return f"{NAMES[row['method']]:<20}{fmt.rate(row['rate']):>8}  {mean} +- {spread}"
+    rates = f"{fmt.rate(row['rate']):>8}{fmt.rate(row['bytes_rate']):>8}"
+    return f"{NAMES[row['method']]:<20}{row['point'] or '':<24}{rates}  {mean} +- {spread}"
 
 
 if __name__ == "__main__":

@@ -3,11 +3,16 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compressx import models
 from compressx.report.summary import read_summary
-from compressx.training import ConfigError
+from compressx.rules import resolve
+from compressx.training import ConfigError, phases
+from configs import families
 from configs import sweep as configs
 from experiments import cnn, sweep
 from experiments.driver import Options
@@ -22,6 +27,17 @@ def test_every_variant_can_be_read(variant) -> None:
     config = sweep.read(configs.get_config(variant))
     assert config.variant == variant
     assert all(p.rules for p in config.points)
+
+
+@pytest.mark.parametrize("variant", [*families.VARIANTS, *(f"{v}_tiny" for v in families.VARIANTS)])
+def test_every_family_fits_its_network(variant) -> None:
+    config = sweep.read(families.get_config(variant))
+    assert config.variant == variant
+    shape = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}[config.base.data.name]
+    model = models.build(config.base.model.name, classes=10, **config.base.model.options)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *shape))))["params"]
+    for point in config.points:
+        assert resolve(phases.build_rules(point.rules), {"params": params})  # raises where a rule matches nothing
 
 
 def test_every_seed_trains_one_dense_network(tmp_path) -> None:
