@@ -15,6 +15,8 @@ from compressx.harden import check as check
 from compressx.harden import count_violations as count_violations
 from compressx.harden import harden as harden
 from compressx.harden import structures as structures
+from compressx.kernels import Compiled as Compiled
+from compressx.kernels import compile as compile
 from compressx.retrain import RetrainState as RetrainState
 from compressx.retrain import retract as retract
 from compressx.retrain import retrain as retrain

@@ -1,0 +1,314 @@
+"""Whole networks in compressed form: one call turns a packed model into a jitted function.
+
+    f = compressx.compile(compressx.load_model("compressed.safetensors"))
+    logits = f(images)
+
+Activations stay in planes from the first convolution to the last; layouts are converted only at the ends and around
+operations that have no kernel here. Convolutions run as the plan of each layer says, with their batch normalisation,
+bias, residual addition and rectifier inside. Where the native kernels do not run, the same fused steps run on XLA.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compressx.compaction.program import Program, trace
+from compressx.formats.base import Packed
+from compressx.kernels import native, pattern_conv, schedule, tuning
+from compressx.kernels.graph import Conv, Other, Pool, Step, steps
+from compressx.kernels.grid import Grid, grid, valid, window_source
+from compressx.kernels.schedule import Plan, Sparse
+
+
+class LayerReport(NamedTuple):
+    """What became of one convolution: its leaf, shapes, weights kept, and the plan it runs by (None on XLA)."""
+
+    path: str | None
+    shape: tuple[int, ...]
+    image: tuple[int, ...]
+    density: float
+    macs: int
+    plan: Plan | None
+
+
+class Compiled:
+    """A network in compressed form, called as `f(x)` with float32 images `[n, h, w, c]`.
+
+    Specialised once for each shape of the input, at its first call (safe from several threads). No gradient.
+
+    Attributes:
+      path: `native/<instruction set>` or `xla`.
+    """
+
+    def __init__(
+        self, model: Any, variables: Any, packed: Mapping[str, Packed], threads: int, tune: bool, path: str | None
+    ):
+        self._model, self._variables, self._packed = model, variables, packed
+        self._threads, self._tune = threads, tune
+        self.path = "xla" if path == "xla" or not native.available() else native.active_path()
+        self._ready: dict[tuple[Any, ...], tuple[Callable[..., Any], Any, list[LayerReport]]] = {}
+        self._lock = threading.Lock()
+
+    def _specialise(self, x: Any) -> tuple[Callable[..., Any], Any, list[LayerReport]]:
+        key = (tuple(x.shape), np.dtype(x.dtype).name)
+        with self._lock:
+            if key not in self._ready:
+                spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
+                program = trace(self._model, self._variables, spec)
+                builder = _Builder(program, self._variables, self._packed, self._threads, self._tune, self.path)
+                self._ready[key] = builder.build()
+            return self._ready[key]
+
+    def lower(self, x: Any) -> tuple[Callable[[Any, Any], Any], Any]:
+        """The function `g(arrays, x)` for inputs like x and its arrays, to jit, time or export it yourself."""
+        f, arrays, _ = self._specialise(x)
+        return f, arrays
+
+    def layers(self, x: Any) -> list[LayerReport]:
+        """What became of every convolution, for inputs like x."""
+        return self._specialise(x)[2]
+
+    def __call__(self, x: Any) -> Any:
+        """The network's outputs."""
+        f, arrays, _ = self._specialise(x)
+        return f(arrays, x)
+
+
+def compile(
+    packed_model: Any,
+    variables: Any = None,
+    *,
+    threads: int = 0,
+    tune: bool = False,
+    path: str | None = None,
+) -> Compiled:
+    """Makes a network executable in compressed form, equal to its masked dense self to float tolerance.
+
+    Args:
+      packed_model: a `SavedModel`, as `load_model` returns it; or, with `variables`, a flax module called as
+        `apply(variables, x, train=False)` or any `f(variables, x)`.
+      variables: concrete pytree, zeros in place; left out for a `SavedModel`.
+      threads: at most so many, 0 for all of XLA's pool.
+      tune: measure plans of each layer (kept in a cache) rather than trust the model.
+      path: "xla" for the fused steps on XLA, "native", or None for the native path where it runs.
+
+    Raises:
+      ValueError: a saved model without a name, a missing argument, or a path that does not run here.
+    """
+    packed: Mapping[str, Packed] = {}
+    model = packed_model
+    if variables is None:
+        if not hasattr(packed_model, "packed") or not hasattr(packed_model, "params"):
+            raise ValueError("compile needs a SavedModel, or a module (or function) and its variables")
+        if packed_model.model is None:
+            raise ValueError("the saved model names no network; give compile the module and the variables")
+        from compressx import models
+
+        about = packed_model.model
+        model = models.build(about["name"], **about.get("options", {}))
+        variables, packed = packed_model.params, packed_model.packed
+    if path not in (None, "native", "xla"):
+        raise ValueError(f"no path {path!r}; the paths are native and xla")
+    if path == "native" and not native.available():
+        raise ValueError("the native path does not run: no compiler, COMPRESSX_NATIVE=off, or not on the CPU")
+    return Compiled(model, variables, packed, threads, tune, path)
+
+
+class _Groups:
+    """Values that must lie on the same cells (union of sets, with what each set needs)."""
+
+    def __init__(self) -> None:
+        self.parent: dict[int, int] = {}
+        self.extent: dict[int, tuple[int, int]] = {}
+        self.gap: dict[int, tuple[int, int]] = {}
+        self.reach: dict[int, tuple[int, int]] = {}
+
+    def root(self, v: int) -> int:
+        self.parent.setdefault(v, v)
+        while self.parent[v] != v:
+            v = self.parent[v]
+        return v
+
+    def need(self, v: int, extent: tuple[int, int], gap: tuple[int, int], reach: tuple[int, int]) -> None:
+        r = self.root(v)
+        for table, value in ((self.extent, extent), (self.gap, gap), (self.reach, reach)):
+            old = table.get(r, (0, 0))
+            table[r] = (max(old[0], value[0]), max(old[1], value[1]))
+
+    def join(self, a: int, b: int) -> None:
+        a, b = self.root(a), self.root(b)
+        if a != b:
+            self.parent[b] = a
+            self.need(a, self.extent.get(b, (0, 0)), self.gap.get(b, (0, 0)), self.reach.get(b, (0, 0)))
+
+
+class _Builder:
+    """Steps to one function: grids first, then a closure for every step."""
+
+    def __init__(
+        self, program: Program, variables: Any, packed: Mapping[str, Packed], threads: int, tune: bool, path: str
+    ):
+        self.program, self.packed, self.threads, self.tune = program, packed, threads, tune
+        self.steps, self.known = steps(program, variables)
+        self.isa = path.removeprefix("native/") if path != "xla" else None
+        self.arrays: dict[str, Any] = {}
+        self.reports: list[LayerReport] = []
+        self.groups = _Groups()
+
+    def build(self) -> tuple[Callable[..., Any], Any, list[LayerReport]]:
+        images = {s.y for s in self.steps if not isinstance(s, Other)} if self.isa else set()
+        if self.isa:
+            self._lay_out()
+        closures = [self._closure(i, s, images) for i, s in enumerate(self.steps)]
+        outputs, known, inputs, treedef = self.program.outputs, self.known, self.program.inputs, self.program.treedef
+        grids, threads = self._grids() if self.isa else {}, self.threads
+
+        def forward(arrays: dict[str, Any], x: Any) -> Any:
+            dense: dict[int, Any] = dict(zip(inputs, jax.tree.leaves(x), strict=True))
+            planes: dict[int, Any] = {}
+            env = _Values(dense, planes, grids, threads)
+            for closure in closures:
+                closure(env, arrays)
+            return jax.tree.unflatten(treedef, [known[v] if v in known else env.images(v) for v in outputs])
+
+        arrays = jax.tree.map(jnp.asarray, self.arrays)
+        return jax.jit(forward), arrays, self.reports
+
+    def _shape(self, v: int) -> tuple[int, ...]:
+        return self.program.shapes[v]
+
+    def _lay_out(self) -> None:
+        for s in self.steps:
+            if isinstance(s, Other):
+                continue
+            n, h, w, _ = self._shape(s.x)
+            oh, ow = self._shape(s.y)[1:3]
+            if isinstance(s, Pool):
+                (kh, kw), pads = s.window, s.pads
+                gap = (max(*pads[0], 1), max(*pads[1], 1))
+                self.groups.need(s.x, (h, w), gap, (max(kh, gap[0]) + gap[0], max(kw, gap[1]) + gap[1]))
+                self.groups.need(s.y, (oh, ow), (0, 0), (0, 0))
+                continue
+            g = s.geometry
+            self.groups.need(s.y, g.cover(h, w), g.gap(h, w), g.reach())
+            if g.strides == (1, 1):
+                self.groups.join(s.x, s.y)
+            else:
+                self.groups.need(s.x, (h, w), (1, 1), (1, 1))
+            if s.residual >= 0:
+                self.groups.need(s.residual, (oh, ow), (0, 0), (0, 0))
+                self.groups.join(s.residual, s.y)
+
+    def _grid(self, v: int, size: tuple[int, int] | None = None) -> Grid:
+        r = self.groups.root(v)
+        assert self.isa is not None
+        base = grid(
+            self._shape(v)[0], *self.groups.extent[r], self.groups.gap[r], self.groups.reach[r], native.LANES[self.isa]
+        )
+        h, w = size or self._shape(v)[1:3]
+        return base._replace(h=h, w=w)
+
+    def _grids(self) -> dict[int, Grid]:
+        return {v: self._grid(v) for v in self.groups.parent}
+
+    def _closure(self, number: int, s: Step, images: set[int]) -> Callable[["_Values", dict[str, Any]], None]:
+        if isinstance(s, Other):
+            return _other(s)
+        if isinstance(s, Pool):
+            return self._pool(number, s)
+        return self._conv(number, s)
+
+    def _pool(self, number: int, s: Pool) -> Callable[["_Values", dict[str, Any]], None]:
+        if self.isa is None:
+            dims = ((1, *s.window, 1), (1, *s.strides, 1), ((0, 0), *s.pads, (0, 0)))
+
+            def on_xla(env: "_Values", arrays: dict[str, Any]) -> None:
+                env.dense[s.y] = jax.lax.reduce_window(env.images(s.x), -jnp.inf, jax.lax.max, *dims)
+
+            return on_xla
+        g, out, name = self._grid(s.x), self._grid(s.y), f"step{number}"
+        source = window_source(g, out, s.strides, [(-s.pads[0][0], -s.pads[1][0])])
+        self.arrays[name] = {"source": source, "valid": valid(out)}
+
+        def pool(env: "_Values", arrays: dict[str, Any]) -> None:
+            a = arrays[name]
+            env.planes[s.y] = native.resample(env.plane(s.x), g, out, a["source"], a["valid"], s.window, env.threads)
+
+        return pool
+
+    def _sparse(self, s: Conv) -> Sparse:
+        held = self.packed.get(s.path or "")
+        found = schedule.from_fkw(held) if held is not None and held.format == "fkw" else schedule.from_weight(s.w)
+        scale = s.scale[found.order[found.place]].astype(np.float32)
+        return found._replace(weight=found.weight * scale[:, None])
+
+    def _conv(self, number: int, s: Conv) -> Callable[["_Values", dict[str, Any]], None]:
+        n, h, w, cin = self._shape(s.x)
+        oh, ow = s.geometry.out(h, w)
+        name, geometry = f"step{number}", s.geometry
+        live = np.count_nonzero(s.w)
+        report = LayerReport(s.path, s.w.shape, (n, h, w, cin), live / s.w.size, int(live) * oh * ow * n, None)
+        if self.isa is None:
+            self.reports.append(report)
+            self.arrays[name] = {"w": s.w * s.scale, "bias": s.bias}
+
+            def on_xla(env: "_Values", arrays: dict[str, Any]) -> None:
+                residual = env.images(s.residual) if s.residual >= 0 else None
+                a = arrays[name]
+                env.dense[s.y] = pattern_conv.xla(env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual)
+
+            return on_xla
+        sparse, g = self._sparse(s), self._grid(s.y)
+        if self.tune:
+            plan = tuning.tuned(sparse, geometry, g, threads=self.threads)
+        else:
+            plan = tuning.guess(sparse, geometry, g)
+        self.reports.append(report._replace(plan=plan))
+        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation)
+        arrays = dict(ready.arrays)
+        strided = geometry.strides != (1, 1)
+        inside, wide = pattern_conv.phase_grid(geometry, g, h, w), self._grid(s.x)
+        if strided:
+            arrays["source"] = window_source(wide, inside, geometry.strides, geometry.phases())
+            arrays["phase_valid"] = valid(inside)
+        self.arrays[name] = arrays
+
+        def conv(env: "_Values", arrays: dict[str, Any]) -> None:
+            a = arrays[name]
+            x = env.plane(s.x)
+            if strided:
+                x = native.resample(x, wide, inside, a["source"], a["phase_valid"], (1, 1), env.threads)
+            residual = env.plane(s.residual) if s.residual >= 0 else None
+            env.planes[s.y] = pattern_conv.run(ready.fixed, a, x, residual, env.threads)
+
+        return conv
+
+
+class _Values:
+    """Values of a run, as images, as planes, or both."""
+
+    def __init__(self, dense: dict[int, Any], planes: dict[int, Any], grids: dict[int, Grid], threads: int):
+        self.dense, self.planes, self.grids, self.threads = dense, planes, grids, threads
+
+    def images(self, v: int) -> Any:
+        if v not in self.dense:
+            self.dense[v] = native.from_planes(self.planes[v], self.grids[v], self.threads)
+        return self.dense[v]
+
+    def plane(self, v: int) -> Any:
+        if v not in self.planes:
+            self.planes[v] = native.to_planes(self.dense[v], self.grids[v], self.threads)
+        return self.planes[v]
+
+
+def _other(s: Other) -> Callable[[_Values, dict[str, Any]], None]:
+    def run(env: _Values, arrays: dict[str, Any]) -> None:
+        values = [s.constants[v] if v in s.constants else env.images(v) for v in s.op.inputs]
+        out = s.op.primitive.bind(*values, **s.op.params)
+        env.dense |= zip(s.op.outputs, out if s.op.primitive.multiple_results else [out], strict=True)
+
+    return run

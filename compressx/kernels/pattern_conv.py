@@ -1,0 +1,338 @@
+"""Convolution with sparse kernels: reference, XLA path, and the native one behind a single call.
+
+    conv = kernels.prepare(packed, (1, 56, 56, 256), bias=b, activation="relu")
+    y = conv(x)                                        # NHWC in and out; `conv.path` says what it runs on
+
+Between layers of a network no layout is converted, see `network.compile`. All paths equal the dense convolution with
+the zeros in place, to float tolerance (sums are added in another order).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from compressx.formats.base import Packed
+from compressx.kernels import native, schedule
+from compressx.kernels.grid import Grid, grid, valid, window_source
+from compressx.kernels.schedule import Geometry, Pads, Plan, Sparse
+
+ACTIVATIONS = ("none", "relu", "relu6")
+
+
+def reference(
+    x: np.ndarray,
+    w: np.ndarray,
+    geometry: Geometry,
+    bias: np.ndarray | None = None,
+    activation: str = "none",
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """The definition, in NumPy float64: `act(sum_{i,j,c} x[sy+i-top, sx+j-left, c] w[i, j, c, f] + b_f + residual)`.
+
+    Args:
+      x: `[n, h, w, cin]`.
+      w: `[kh, kw, cin / groups, cout]`, zeros in place.
+      geometry: size, strides, pads, groups.
+      bias: `[cout]`.
+      activation: one of `ACTIVATIONS`.
+      residual: `[n, oh, ow, cout]`, added before the activation.
+
+    Returns:
+      float64 `[n, oh, ow, cout]`.
+    """
+    (kh, kw), (sh, sw), pads, groups = geometry
+    n, h, width, cin = x.shape
+    oh, ow = geometry.out(h, width)
+    cout = w.shape[3]
+    padded = np.pad(x.astype(np.float64), ((0, 0), *pads, (0, 0)))
+    y = np.zeros((n, oh, ow, cout))
+    for i in range(kh):
+        for j in range(kw):
+            window = padded[:, i : i + sh * (oh - 1) + 1 : sh, j : j + sw * (ow - 1) + 1 : sw]
+            for k in range(groups):
+                inputs = window[..., k * cin // groups : (k + 1) * cin // groups]
+                outputs = slice(k * cout // groups, (k + 1) * cout // groups)
+                y[..., outputs] += inputs @ w[i, j, :, outputs].astype(np.float64)
+    if bias is not None:
+        y += bias
+    if residual is not None:
+        y += residual
+    if activation != "none":
+        y = np.maximum(y, 0)
+    return np.minimum(y, 6) if activation == "relu6" else y
+
+
+def xla(
+    x: jax.Array,
+    w: jax.Array,
+    geometry: Geometry,
+    bias: jax.Array | None = None,
+    activation: str = "none",
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers, and the fallback."""
+    y = lax.conv_general_dilated(
+        x,
+        w,
+        geometry.strides,
+        geometry.pads,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=geometry.groups,
+    )
+    if bias is not None:
+        y = y + bias[None, None, None]
+    if residual is not None:
+        y = y + residual
+    if activation == "relu":
+        y = jnp.maximum(y, 0)
+    if activation == "relu6":
+        y = jnp.clip(y, 0, 6)
+    return y
+
+
+class Layer(NamedTuple):
+    """A layer ready for the native loops: arrays (a pytree of jit arguments) and what is fixed about it."""
+
+    arrays: dict[str, Any]
+    fixed: "Fixed"
+
+
+class Fixed(NamedTuple):
+    """The static part of a `Layer`."""
+
+    grid: Grid
+    phases: int
+    taps: int
+    filters: int
+    width: int
+    groups: int
+    columns: bool
+    activation: str
+    couts: int
+
+
+def layer(
+    s: Sparse, geometry: Geometry, grid: Grid, plan: Plan, bias: np.ndarray | None = None, activation: str = "none"
+) -> Layer:
+    """Sorts the weights as the plan says and gathers what the native call needs."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    t = schedule.stream(s, geometry, grid, plan)
+    arrays = {name: getattr(t, name) for name in ("weight", "index", "visits", "starts", "offsets", "places", "order")}
+    couts = len(s.order)
+    arrays["bias"] = np.zeros(couts, np.float32) if bias is None else np.asarray(bias, np.float32)
+    arrays["valid"] = valid(grid)
+    most = native.WIDTHS[native.isa_of(grid)][t.taps == 0]
+    width = min(plan.width, most, grid.segment)
+    fixed = Fixed(grid, len(geometry.phases()), t.taps, t.filters, width, t.groups, plan.columns, activation, couts)
+    return Layer(arrays, fixed)
+
+
+def run(
+    fixed: Fixed, arrays: dict[str, Any], x: jax.Array, residual: jax.Array | None = None, threads: int = 0
+) -> jax.Array:
+    """The native convolution of planes: `[cin * phases, plane, lanes] -> [cout, plane, lanes]`. It has no gradient.
+
+    Safe under concurrent calls: nothing is shared but the read-only operands. Packed arrays are checked in the call; a
+    corrupted one is an error (XlaRuntimeError), never an access outside the buffers.
+    """
+    g = fixed.grid
+    names = ("weight", "index", "visits", "starts", "offsets", "places", "order", "bias", "valid")
+    extra = jnp.zeros(0, jnp.float32) if residual is None else residual
+    return native.call(
+        "compressx_pattern_conv",
+        (fixed.couts, g.plane, g.lanes),
+        x,
+        *(arrays[name] for name in names),
+        extra,
+        isa=native.isa_of(g),
+        **{"segment": g.segment, "margin": g.margin, "row": g.row, "planes": fixed.phases, "taps": fixed.taps},
+        **{"filters": fixed.filters, "width": fixed.width, "groups": fixed.groups, "columns": int(fixed.columns)},
+        activation=ACTIVATIONS.index(fixed.activation),
+        threads=threads,
+    )
+
+
+def layer_grid(geometry: Geometry, shape: tuple[int, int, int], lanes: int) -> Grid:
+    """The grid of a layer's output for inputs `[n, h, w]`, on which its phases lie too."""
+    n, h, w = shape
+    oh, ow = geometry.out(h, w)
+    return grid(n, *geometry.cover(h, w), geometry.gap(h, w), geometry.reach(), lanes)._replace(h=oh, w=ow)
+
+
+def phase_grid(geometry: Geometry, g: Grid, h: int, w: int) -> Grid:
+    """The cells of `g`, on which the phases of an input of `h` rows and `w` columns lie."""
+    (sh, sw) = geometry.strides
+    return g._replace(h=-(-h // sh), w=-(-w // sw))
+
+
+def input_grid(n: int, h: int, w: int, lanes: int) -> Grid:
+    """A grid for images whose phases are cut out."""
+    return grid(n, h, w, (1, 1), (1, 1), lanes)
+
+
+class Convolution:
+    """A prepared convolution, called with NHWC images; differentiable in its image and residual, not in its weights.
+
+    Attributes:
+      path: `native/<instruction set>` or `xla`.
+      plan: how it is run natively, or None.
+    """
+
+    def __init__(
+        self,
+        s: Sparse,
+        shape: tuple[int, int, int, int],
+        geometry: Geometry,
+        bias: np.ndarray | None,
+        activation: str,
+        plan: Plan | None,
+        threads: int,
+        path: str,
+    ):
+        self.geometry, self.activation, self.threads, self.path, self.plan = geometry, activation, threads, path, plan
+        self.shape = shape
+        self.weight = jnp.asarray(schedule.dense(s))
+        self.bias = None if bias is None else jnp.asarray(bias, jnp.float32)
+        if path == "xla":
+            self._native = None
+            return
+        n, h, w, _ = shape
+        lanes = native.LANES[path.removeprefix("native/")]
+        g = layer_grid(geometry, (n, h, w), lanes)
+        if plan is None:
+            from compressx.kernels import tuning
+
+            self.plan = plan = tuning.guess(s, geometry, g)
+        ready = layer(s, geometry, g, plan, bias, activation)
+        arrays = jax.tree.map(jnp.asarray, ready.arrays)
+        inside = phase_grid(geometry, g, h, w)
+        strided = geometry.strides != (1, 1)
+        wide = input_grid(n, h, w, lanes)
+        if strided:
+            arrays["source"] = jnp.asarray(window_source(wide, inside, geometry.strides, geometry.phases()))
+            arrays["phase_valid"] = jnp.asarray(valid(inside))
+
+        def native_call(arrays: Any, x: jax.Array, residual: jax.Array | None) -> jax.Array:
+            if strided:
+                planes = native.to_planes(x, wide, threads)
+                planes = native.resample(planes, wide, inside, arrays["source"], arrays["phase_valid"], (1, 1), threads)
+            else:
+                planes = native.to_planes(x, inside, threads)
+            extra = None if residual is None else native.to_planes(residual, g, threads)
+            return native.from_planes(run(ready.fixed, arrays, planes, extra, threads), g, threads)
+
+        self._native = jax.jit(native_call)
+        self._arrays = arrays
+
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
+        """Convolves images `[n, h, w, cin]`, adds bias and residual `[n, oh, ow, cout]`, and activates.
+
+        Raises:
+          ValueError: the shape or dtype is not what the convolution was prepared for.
+        """
+        if tuple(x.shape) != tuple(self.shape) or x.dtype != jnp.float32:
+            raise ValueError(f"prepared for float32 {list(self.shape)}, called with {x.dtype} {list(x.shape)}")
+        if residual is not None:
+            (n, h, w, _), expected = self.shape, self.weight.shape[3]
+            if tuple(residual.shape) != (n, *self.geometry.out(h, w), expected):
+                raise ValueError(f"residual of shape {list(residual.shape)} does not fit the output")
+        if self._native is None:
+            return xla(x, self.weight, self.geometry, self.bias, self.activation, residual)
+        return _differentiable(self, x, residual)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(conv: Convolution, x: jax.Array, residual: jax.Array | None) -> jax.Array:
+    assert conv._native is not None
+    return conv._native(conv._arrays, x, residual)
+
+
+def _backward(conv: Convolution, saved: Any, g: jax.Array) -> Any:
+    """Through XLA's dense convolution: gradients are for training, where the weights are dense anyway."""
+    x, residual = saved
+    f = lambda x, r: xla(x, conv.weight, conv.geometry, conv.bias, conv.activation, r)
+    return jax.vjp(f, x, residual)[1](g)
+
+
+_differentiable.defvjp(lambda conv, x, residual: (_differentiable(conv, x, residual), (x, residual)), _backward)
+
+
+def supports(w: Packed | np.ndarray, geometry: Geometry, shape: tuple[int, ...]) -> bool | str:
+    """True where the native path runs the layer here, or the reason why not."""
+    dims = tuple(w.shape)
+    if len(dims) != 4 or len(shape) != 4 or 0 in dims or 0 in shape:
+        return f"needs images [n, h, w, cin] and kernels [kh, kw, cin, cout], got {list(shape)} and {list(dims)}"
+    if min(geometry.out(shape[1], shape[2])) < 1:
+        return f"kernels {geometry.size} do not fit images of {shape[1]}x{shape[2]} with pads {geometry.pads}"
+    if min(*geometry.pads[0], *geometry.pads[1]) < 0:
+        return f"negative pads {geometry.pads}"
+    if not native.available():
+        return "no native kernels here: no compiler, COMPRESSX_NATIVE=off, or another backend than the CPU"
+    return True
+
+
+def prepare(
+    w: Packed | np.ndarray,
+    shape: tuple[int, int, int, int],
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding: str | Pads = "SAME",
+    groups: int = 1,
+    bias: np.ndarray | None = None,
+    activation: str = "none",
+    plan: Plan | None = None,
+    threads: int = 0,
+    path: str | None = None,
+) -> Convolution:
+    """Makes a convolution ready: weights sorted for the loops, geometry fixed.
+
+    Args:
+      w: FKW, another packed weight, or the weight `[kh, kw, cin / groups, cout]` with its zeros in place.
+      shape: of the images, `[n, h, w, cin]`.
+      strides: rows, columns.
+      padding: `SAME`, `VALID`, or zeros before and after per axis.
+      groups: of channels.
+      bias: `[cout]`.
+      activation: one of `ACTIVATIONS`.
+      plan: how it is run; None: what the model of `tuning` predicts to be best.
+      threads: at most so many, 0 for all of XLA's pool.
+      path: "xla", "native", or None for the native one where it runs.
+
+    Raises:
+      ValueError: shapes that do not fit each other, or a path that does not run here.
+      CompressedFileError: packed arrays that are damaged.
+    """
+    from compressx import formats
+
+    if isinstance(w, Packed):
+        s = schedule.from_fkw(w) if w.format == "fkw" else schedule.from_weight(formats.unpack(w))
+    else:
+        s = schedule.from_weight(w)
+    if len(shape) != 4 or len(s.shape) != 4:
+        raise ValueError(f"images [n, h, w, cin] and kernels [kh, kw, cin, cout], got {list(shape)}, {list(s.shape)}")
+    kh, kw, cin, cout = s.shape
+    if groups < 1 or shape[3] != cin * groups or cout % groups:
+        raise ValueError(f"{shape[3]} channels in {groups} groups do not fit kernels {list(s.shape)}")
+    if bias is not None and np.shape(bias) != (cout,):
+        raise ValueError(f"bias of shape {list(np.shape(bias))} for {cout} filters")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    both = (strides, strides) if isinstance(strides, int) else strides
+    if isinstance(padding, str):
+        found = lax.padtype_to_pads(shape[1:3], (kh, kw), both, padding)
+        padding = ((int(found[0][0]), int(found[0][1])), (int(found[1][0]), int(found[1][1])))
+    geometry = Geometry((kh, kw), both, padding, groups)
+    if min(geometry.out(shape[1], shape[2])) < 1:
+        raise ValueError(f"kernels {geometry.size} do not fit images of {shape[1]}x{shape[2]} with pads {padding}")
+    reason = supports(w, geometry, shape)
+    if path not in (None, "xla", "native"):
+        raise ValueError(f"no path {path!r}; the paths are native and xla")
+    if path == "native" and reason is not True:
+        raise ValueError(f"the native path does not run: {reason}")
+    where = "xla" if path == "xla" or reason is not True else native.active_path()
+    return Convolution(s, shape, geometry, bias, activation, plan, threads, where)

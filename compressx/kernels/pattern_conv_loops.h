@@ -1,0 +1,208 @@
+// The inner loops of the sparse convolution, written once for vectors of kLanes floats. `pattern_conv.cc` includes this
+// file once per instruction set, inside a namespace of its own and with that set switched on; nothing of the standard
+// library is used here, so that no copy made for one instruction set can serve another.
+//
+// A plane is a flattened image cut into kLanes segments: element i lies in lane i / S of vector i % S. A shift of the
+// image by any number of elements is then a shift by that many whole vectors, so every load below is aligned.
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int IVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+constexpr int kWidth = kRegisters == 32 ? 6 : 3;       // vectors of a tile whose inputs stay in registers
+constexpr int kListWidth = kRegisters == 32 ? 12 : 8;  // vectors of a tile whose sums stay in registers
+
+// f(0), ..., f(N - 1), the arguments as constants: arrays indexed by them stay in registers.
+template <int N, int I = 0, class Body>
+INLINE void Each(const Body& f) {
+  if constexpr (I < N) {
+    f(Constant<I>{});
+    Each<N, I + 1>(f);
+  }
+}
+
+INLINE Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+INLINE void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+INLINE Vec Splat(float a) { return a - Vec{}; }
+INLINE Vec Select(IVec mask, Vec v) { return reinterpret_cast<Vec>(mask & reinterpret_cast<IVec>(v)); }
+
+INLINE IVec Lane() {
+  IVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane;
+}
+
+// Lanes moved up by m (down for m < 0), zeros moved in.
+INLINE Vec Shift(Vec v, int m) {
+  const IVec from = Lane() - m;
+  const IVec inside = (from >= 0) & (from < kLanes);
+  return Select(inside, __builtin_shuffle(v, from & (kLanes - 1)));
+}
+
+INLINE Vec Activate(Vec v, int activation) {
+  const Vec zero = {};
+  if (activation != kNone) v = v > zero ? v : zero;
+  if (activation == kRelu6) {
+    const Vec six = Splat(6.f);
+    v = v < six ? v : six;
+  }
+  return v;
+}
+
+// Writes vector j of a plane, its invalid lanes as zeros, and its copies in the margins.
+INLINE void Put(const Grid& g, float* plane, int64_t j, Vec v) {
+  v = Select((((int)g.valid[j] >> Lane()) & 1) != 0, v);
+  float* main = plane + g.margin * kLanes;
+  Store(main + j * kLanes, v);
+  for (int64_t m = 1, k = j + g.segment; k < g.segment + g.margin; ++m, k += g.segment)
+    Store(main + k * kLanes, Shift(v, (int)-m));
+  for (int64_t m = 1, k = j - g.segment; k >= -g.margin; ++m, k -= g.segment) Store(main + k * kLanes, Shift(v, (int)m));
+}
+
+template <int F>
+INLINE void Finish(const Conv& c, int filter, int64_t j, Vec* sum) {
+  const int64_t at = (c.out.margin + j) * kLanes;
+  const float* add = c.residual ? c.residual + filter * c.out.plane() * kLanes + at : nullptr;
+  float* plane = c.y + filter * c.out.plane() * kLanes;
+  Each<F>([&](auto f) {
+    Vec v = sum[f];
+    if (add) v += Load(add + f * kLanes);
+    Put(c.out, plane, j + f, Activate(v, c.activation));
+  });
+}
+
+// Inputs stay, outputs move. A visit is an input channel and a pattern: its E * F input vectors are loaded once into
+// registers and serve all `n` kernels of the block that have this pattern there; the sums of a block lie in the L1 cache.
+template <int E, int F>
+NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
+  const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
+  for (int k = 0; k < count; ++k) {
+    const Vec bias = Splat(c.bias[c.order[first + k]]);
+    Each<F>([&](auto f) { Store(sums + (k * F + f) * kLanes, bias); });
+  }
+  const float* base = c.x + (c.in.margin + j) * kLanes;
+  const int64_t channel = c.planes * c.in.plane() * kLanes;
+  const uint8_t* index = c.index + c.kernel_start[block];
+  const float* weight = c.weight + (int64_t)c.kernel_start[block] * E;
+  const uint32_t* end = c.visits + c.visit_start[block + 1];
+  for (const uint32_t* visit = c.visits + c.visit_start[block]; visit < end; ++visit) {
+    const uint32_t v = *visit;
+    const float* at = base + (v >> 16) * channel;
+    const int* offset = c.offsets + (v >> 8 & 255) * E;
+    Vec x[E * F];
+    Each<E>([&](auto e) {
+      const float* from = at + (int64_t)offset[e] * kLanes;
+      Each<F>([&](auto f) { x[e * F + f] = Load(from + f * kLanes); });
+    });
+    const uint8_t* stop = index + (v & 255) + 1;
+    do {
+      float* to = sums + *index * (F * kLanes);
+      Vec s[F];
+      Each<F>([&](auto f) { s[f] = Load(to + f * kLanes); });
+      Each<E>([&](auto e) {
+        const Vec w = Splat(weight[e]);
+        Each<F>([&](auto f) { s[f] += x[e * F + f] * w; });
+      });
+      Each<F>([&](auto f) { Store(to + f * kLanes, s[f]); });
+      weight += E;
+    } while (++index != stop);
+  }
+  for (int k = 0; k < count; ++k) {
+    Vec s[F];
+    Each<F>([&](auto f) { s[f] = Load(sums + (k * F + f) * kLanes); });
+    Finish<F>(c, c.order[first + k], j, s);
+  }
+}
+
+// Outputs stay, inputs move. Every weight is an offset and a value; the sums of a filter are registers. The weights of a
+// group of input channels come together, so that the inputs of a group stay in the L1 cache over all filters.
+template <int F>
+NOINLINE void ListTile(const Conv& c, int64_t block, int64_t j, float* sums) {
+  const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
+  const float* base = c.x + (c.in.margin + j) * kLanes;
+  for (int group = 0; group < c.groups; ++group) {
+    const int* start = c.list_start + (int64_t)group * c.couts + first;
+    for (int k = 0; k < count; ++k) {
+      Vec s[F];
+      float* to = sums + (int64_t)k * F * kLanes;
+      if (group == 0) {
+        const Vec bias = Splat(c.bias[c.order[first + k]]);
+        Each<F>([&](auto f) { s[f] = bias; });
+      } else {
+        Each<F>([&](auto f) { s[f] = Load(to + f * kLanes); });
+      }
+      for (int i = start[k]; i < start[k + 1]; ++i) {
+        const float* from = base + (int64_t)c.places[i] * kLanes;
+        const Vec w = Splat(c.weight[i]);
+        Each<F>([&](auto f) { s[f] += Load(from + f * kLanes) * w; });
+      }
+      if (group + 1 == c.groups) {
+        Finish<F>(c, c.order[first + k], j, s);
+      } else {
+        Each<F>([&](auto f) { Store(to + f * kLanes, s[f]); });
+      }
+    }
+  }
+}
+
+template <int E, int F>
+void VisitSized(int width, const Conv& c, int64_t block, int64_t j, float* sums) {
+  if constexpr (F > 0) {
+    if (width == F) return VisitTile<E, F>(c, block, j, sums);
+    VisitSized<E, F - 1>(width, c, block, j, sums);
+  }
+}
+
+template <int F>
+void ListSized(int width, const Conv& c, int64_t block, int64_t j, float* sums) {
+  if constexpr (F > 0) {
+    if (width == F) return ListTile<F>(c, block, j, sums);
+    ListSized<F - 1>(width, c, block, j, sums);
+  }
+}
+
+// One block of filters at `width` vectors from j on.
+void Tile(const Conv& c, int64_t block, int64_t j, int width, float* sums) {
+  switch (c.taps) {
+    case 0: return ListSized<kListWidth>(width, c, block, j, sums);
+    case 2: return VisitSized<2, kWidth>(width, c, block, j, sums);
+    case 3: return VisitSized<3, kWidth>(width, c, block, j, sums);
+    case 4: return VisitSized<4, kWidth>(width, c, block, j, sums);
+    default: return VisitSized<5, kWidth>(width, c, block, j, sums);
+  }
+}
+
+// The largest of the rows * columns window at every vector from which it fits, in `to`; `half` is scratch like `to`.
+const float* WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* half, float* to) {
+  const int64_t wide = vectors - (columns - 1);
+  const float* source = from;
+  if (columns > 1) {
+    for (int64_t j = 0; j < wide; ++j) {
+      Vec v = Load(from + j * kLanes);
+      for (int k = 1; k < columns; ++k) {
+        const Vec other = Load(from + (j + k) * kLanes);
+        v = v > other ? v : other;
+      }
+      Store(half + j * kLanes, v);
+    }
+    source = half;
+  }
+  if (rows == 1) return source;
+  for (int64_t j = 0; j < wide - (rows - 1) * row; ++j) {
+    Vec v = Load(source + j * kLanes);
+    for (int k = 1; k < rows; ++k) {
+      const Vec other = Load(source + (j + k * row) * kLanes);
+      v = v > other ? v : other;
+    }
+    Store(to + j * kLanes, v);
+  }
+  return to;
+}
+
+// Fills a plane from chosen elements of another.
+void Gather(const Grid& g, const float* from, const int* source, float* plane) {
+  for (int64_t j = 0; j < g.segment; ++j) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v[i] = from[source[j * kLanes + i]];
+    Put(g, plane, j, v);
+  }
+}

@@ -1,0 +1,366 @@
+"""The weights of a sparse convolution in the order in which the native loops read them; host-side, NumPy, once a layer.
+
+Three orders, one of which a `Plan` names:
+
+- `kernels`: FKW as it is. Kernels are sorted by block of filters, input channel, pattern. A run of equal (block, channel,
+  pattern) is a visit: its inputs are loaded once into registers and serve every kernel of the run (load redundancy
+  elimination between filters), and each register serves all taps and output vectors that need it (within a kernel).
+- `chunks`: E consecutive (channel, tap) positions are a pattern of their own, across channels where they must be. For
+  layers that are dense or nearly so: unpruned 1x1, first layers, whole kernels.
+- `lists`: every weight by itself, a place and a value, filter after filter. For scattered weights: pruned 1x1, depthwise.
+
+Every kernel also knows its place: filters come in the order that FKW reorders them to (filter kernel reorder).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from compressx import formats
+from compressx.formats.base import CompressedFileError, Packed
+from compressx.formats.fkw import assign_patterns, kernel_array, patterns_of, reorder_filters
+from compressx.kernels.grid import Grid
+
+MOST_PATTERNS = 255
+MOST_FILTERS = 256
+MOST_CHANNELS = 1 << 16
+WIDEST = 5  # taps of a visit
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+
+
+class Geometry(NamedTuple):
+    """Of a convolution: kernel size, strides, zeros around the image, groups of channels."""
+
+    size: tuple[int, int]
+    strides: tuple[int, int]
+    pads: Pads
+    groups: int = 1
+
+    def out(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns of the output."""
+        (kh, kw), (sh, sw), (rows, columns) = self.size, self.strides, self.pads
+        return (h + sum(rows) - kh) // sh + 1, (w + sum(columns) - kw) // sw + 1
+
+    def _reads(self) -> list[tuple[int, int, int, int]]:
+        """(row phase, column phase, rows, columns) of every tap."""
+        found = []
+        for i in range(self.size[0]):
+            for j in range(self.size[1]):
+                dy, a = divmod(i - self.pads[0][0], self.strides[0])
+                dx, b = divmod(j - self.pads[1][0], self.strides[1])
+                found.append((a, b, dy, dx))
+        return found
+
+    def phases(self) -> list[tuple[int, int]]:
+        """The phases of the stride that some tap reads; each is a plane of every input channel."""
+        return sorted({(a, b) for a, b, _, _ in self._reads()})
+
+    def taps(self) -> list[tuple[int, int, int]]:
+        """(number of the phase, rows, columns) of every tap: which plane it reads, and how far from the output."""
+        number = {phase: k for k, phase in enumerate(self.phases())}
+        return [(number[a, b], dy, dx) for a, b, dy, dx in self._reads()]
+
+    def reach(self) -> tuple[int, int]:
+        """The most rows and columns that a tap reads away from the output."""
+        taps = self.taps()
+        return max(abs(dy) for _, dy, _ in taps), max(abs(dx) for _, _, dx in taps)
+
+    def cover(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns that hold both the output and the phases of an input of `h` rows and `w` columns."""
+        (oh, ow), (sh, sw) = self.out(h, w), self.strides
+        return max(oh, -(-h // sh)), max(ow, -(-w // sw))
+
+    def gap(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns of zeros that must follow each `cover`, so that taps beyond the image read zeros."""
+        (oh, ow), (rows, columns), taps = self.out(h, w), self.cover(h, w), self.taps()
+        up, left = -min(dy for _, dy, _ in taps), -min(dx for _, _, dx in taps)
+        down = oh + max(dy for _, dy, _ in taps) - rows
+        right = ow + max(dx for _, _, dx in taps) - columns
+        return max(up, down, 0), max(left, right, 0)
+
+
+class Sparse(NamedTuple):
+    """A convolution's weights by kernels, filters reordered.
+
+    Attributes:
+      order: int `[cout]`, the filter at each place.
+      place, channel, pattern: int `[K]` of every live kernel.
+      patterns: int `[P, E]`, taps of each pattern, ascending.
+      weight: float32 `[K, E]`.
+      shape: `[kh, kw, cin / groups, cout]`.
+    """
+
+    order: np.ndarray
+    place: np.ndarray
+    channel: np.ndarray
+    pattern: np.ndarray
+    patterns: np.ndarray
+    weight: np.ndarray
+    shape: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """How a layer is run; what the tuner chooses.
+
+    Attributes:
+      order: "kernels", "chunks" or "lists".
+      taps: of a visit; 0 for lists.
+      filters: of a block; for lists, of a tile.
+      width: vectors of a tile.
+      channels: input channels of a group, for lists.
+      columns: tiles run down columns of the image rather than along it.
+    """
+
+    order: str = "kernels"
+    taps: int = 4
+    filters: int = 128
+    width: int = 4
+    channels: int = 16
+    columns: bool = False
+
+
+def from_fkw(packed: Packed) -> Sparse:
+    """FKW's arrays, checked as `formats.unpack` checks them, kernel by kernel."""
+    if packed.format != "fkw":
+        raise CompressedFileError(f"{packed.format}: not fkw")
+    formats.unpack(packed)
+    a = packed.arrays
+    counts = np.diff(a["stride"].astype(np.int64), axis=1)
+    place = np.repeat(np.arange(len(counts)), counts.sum(axis=1))
+    pattern = np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.reshape(-1))
+    patterns = np.array(packed.meta["patterns"], np.int64)
+    weight = a["weight"].astype(np.float32)
+    return Sparse(
+        *(a["reorder"].astype(np.int64), place, a["index"].astype(np.int64), pattern),
+        *(patterns, weight, tuple(packed.shape)),
+    )
+
+
+def from_weight(w: np.ndarray, reorder: bool = True) -> Sparse:
+    """The same for any `[kh, kw, cin, cout]`: patterns are the supports of the fullest kernels that cover the rest.
+
+    Where kernels are too different for `MOST_PATTERNS` patterns, the one pattern is the whole kernel.
+    """
+    x = kernel_array(np.asarray(w, np.float32))
+    mask = x != 0
+    taps = x.shape[2]
+    try:
+        patterns = patterns_of(mask.reshape(-1, taps)) if taps <= 62 else np.ones((1, taps), bool)
+        if not patterns.any() or len(patterns) > MOST_PATTERNS:
+            patterns = np.ones((1, taps), bool)
+        ids = assign_patterns(mask, patterns) if taps <= 62 else np.where(mask.any(axis=2), 0, -1)
+    except ValueError:
+        patterns = np.ones((1, taps), bool)
+        ids = np.where(mask.any(axis=2), 0, -1)
+    order = reorder_filters(ids) if reorder else np.arange(len(ids))
+    place, channel = np.nonzero(ids[order] >= 0)
+    pattern = ids[order[place], channel].astype(np.int64)
+    listed = np.array([np.flatnonzero(p) for p in patterns])
+    weight = np.take_along_axis(x[order[place], channel], listed[pattern], axis=1)
+    return Sparse(order, place, channel, pattern, listed, weight, tuple(w.shape))
+
+
+def dense(s: Sparse) -> np.ndarray:
+    """The weight again, float32 `[kh, kw, cin, cout]`."""
+    kh, kw, cin, cout = s.shape
+    x = np.zeros((cout, cin, kh * kw), np.float32)
+    x[s.order[s.place][:, None], s.channel[:, None], s.patterns[s.pattern]] = s.weight
+    return np.ascontiguousarray(x.transpose(2, 1, 0)).reshape(s.shape)
+
+
+class Stream(NamedTuple):
+    """What the native loops read; see `pattern_conv.cc`. `taps` = 0 means lists."""
+
+    weight: np.ndarray
+    index: np.ndarray
+    visits: np.ndarray
+    starts: np.ndarray
+    offsets: np.ndarray
+    places: np.ndarray
+    order: np.ndarray
+    taps: int
+    filters: int
+    groups: int
+
+
+def _positions(s: Sparse, g: Geometry, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors from a channel's first plane to each tap, and the input channel that each kernel reads."""
+    offsets = np.array([phase * grid.plane + dy * grid.row + dx for phase, dy, dx in g.taps()], np.int64)
+    cout = s.shape[3]
+    group = s.order[s.place] // (cout // g.groups)
+    return offsets, s.channel + group * s.shape[2]
+
+
+def stream(s: Sparse, g: Geometry, grid: Grid, plan: Plan) -> Stream:
+    """Sorts a layer's weights into the order of a plan.
+
+    Args:
+      s: the weights.
+      g: the convolution.
+      grid: of the output; inputs have its cells too, a plane a phase and channel.
+      plan: how it is run.
+
+    Raises:
+      ValueError: the plan does not fit the layer.
+    """
+    offsets, channel = _positions(s, g, grid)
+    if plan.order == "lists":
+        return _lists(s, offsets, channel, len(g.phases()) * grid.plane, plan)
+    if plan.order == "chunks":
+        return _chunks(s, g, offsets, grid, plan)
+    if plan.order != "kernels":
+        raise ValueError(f"no order {plan.order!r}; the orders are kernels, chunks and lists")
+    taps = s.patterns.shape[1]
+    parts = -(-taps // WIDEST)
+    if taps < 2:
+        raise ValueError("kernels of one tap are run as lists or chunks")
+    # kernels of more taps than a visit has registers for are cut into equal parts, each a pattern of its own
+    width = -(-taps // parts)
+    cut = np.zeros((len(s.patterns), parts, width), np.int64)
+    weight = np.zeros((len(s.weight), parts, width), np.float32)
+    for part in range(parts):
+        mine = s.patterns[:, part * width : (part + 1) * width]
+        cut[:, part] = np.pad(mine, ((0, 0), (0, width - mine.shape[1])), mode="edge")
+        weight[:, part, : mine.shape[1]] = s.weight[:, part * width : (part + 1) * width]
+    if len(s.patterns) * parts > MOST_PATTERNS:
+        raise ValueError(f"{len(s.patterns)} patterns in {parts} parts are more than {MOST_PATTERNS}")
+    pattern = s.pattern[:, None] * parts + np.arange(parts)[None, :]
+    return _visits(
+        np.repeat(s.place, parts),
+        np.repeat(channel, parts),
+        pattern.reshape(-1),
+        weight.reshape(-1, width),
+        offsets[cut].reshape(-1, width),
+        s.order,
+        plan,
+    )
+
+
+def _visits(
+    place: np.ndarray,
+    channel: np.ndarray,
+    pattern: np.ndarray,
+    weight: np.ndarray,
+    offsets: np.ndarray,
+    order: np.ndarray,
+    plan: Plan,
+) -> Stream:
+    filters = min(plan.filters, len(order), MOST_FILTERS)
+    if channel.size and int(channel.max()) >= MOST_CHANNELS:
+        raise ValueError(f"more than {MOST_CHANNELS} input channels")
+    blocks = -(-len(order) // filters)
+    block = place // filters
+    sort = np.lexsort((place, pattern, channel, block))
+    block, channel, pattern, place = block[sort], channel[sort], pattern[sort], place[sort]
+    new = np.ones(place.size, bool)
+    new[1:] = (np.diff(block) != 0) | (np.diff(channel) != 0) | (np.diff(pattern) != 0)
+    first = np.flatnonzero(new)
+    runs = np.diff(np.append(first, place.size))
+    visits = channel[first] << 16 | pattern[first] << 8 | (runs - 1)
+    visit_start = np.searchsorted(block[first], np.arange(blocks + 1))
+    kernel_start = np.searchsorted(block, np.arange(blocks + 1))
+    return Stream(
+        weight=np.ascontiguousarray(weight[sort], np.float32),
+        index=(place % filters).astype(np.uint8),
+        visits=visits.astype(np.uint32),
+        starts=np.concatenate([visit_start, kernel_start]).astype(np.int32),
+        offsets=_int32(offsets),
+        places=np.zeros(0, np.int32),
+        order=order.astype(np.int32),
+        taps=offsets.shape[1],
+        filters=filters,
+        groups=1,
+    )
+
+
+def _int32(x: np.ndarray) -> np.ndarray:
+    if x.size and int(np.abs(x).max()) > np.iinfo(np.int32).max:
+        raise ValueError("the layer's input is too large for 32-bit places")
+    return np.ascontiguousarray(x, np.int32)
+
+
+def _matrix(s: Sparse) -> np.ndarray:
+    """`[cout, cin * taps]` in the order of filters."""
+    kh, kw, cin, cout = s.shape
+    return kernel_array(dense(s))[s.order].reshape(cout, cin * kh * kw)
+
+
+def _chunks(s: Sparse, g: Geometry, offsets: np.ndarray, grid: Grid, plan: Plan) -> Stream:
+    if g.groups != 1:
+        raise ValueError("chunks run across channels, which groups forbid")
+    m, taps, e = _matrix(s), len(offsets), plan.taps
+    live = np.flatnonzero(m.any(axis=0))
+    if not live.size:
+        live = np.zeros(1, np.int64)
+    chunks = -(-live.size // e)
+    positions = np.pad(live, (0, chunks * e - live.size), mode="edge").reshape(chunks, e)
+    real = np.arange(chunks * e).reshape(chunks, e) < live.size
+    first = positions[:, 0] // taps
+    step = len(g.phases()) * grid.plane
+    relative = (positions // taps - first[:, None]) * step + offsets[positions % taps]
+    patterns, pattern = np.unique(relative, axis=0, return_inverse=True)
+    if len(patterns) > MOST_PATTERNS:
+        raise ValueError(f"{len(patterns)} patterns are more than {MOST_PATTERNS}")
+    weight = np.where(real[None], m[:, positions], np.float32(0))
+    place, chunk = np.nonzero(weight.any(axis=2))
+    return _visits(place, first[chunk], pattern.reshape(-1)[chunk], weight[place, chunk], patterns, s.order, plan)
+
+
+def _lists(s: Sparse, offsets: np.ndarray, channel: np.ndarray, step: int, plan: Plan) -> Stream:
+    cout, taps = len(s.order), s.patterns.shape[1]
+    place = np.repeat(s.place, taps)
+    channel = np.repeat(channel, taps)
+    where = channel * step + offsets[s.patterns[s.pattern]].reshape(-1)
+    value = s.weight.reshape(-1)
+    live = value != 0
+    place, channel, where, value = place[live], channel[live], where[live], value[live]
+    groups = max(1, math.ceil((int(channel.max(initial=0)) + 1) / plan.channels))
+    group = channel // plan.channels
+    sort = np.lexsort((where, place, group))
+    start = np.searchsorted((group * cout + place)[sort], np.arange(groups * cout + 1))
+    return Stream(
+        weight=np.ascontiguousarray(value[sort], np.float32),
+        index=np.zeros(0, np.uint8),
+        visits=np.zeros(0, np.uint32),
+        starts=start.astype(np.int32),
+        offsets=np.zeros(0, np.int32),
+        places=_int32(where[sort]),
+        order=s.order.astype(np.int32),
+        taps=0,
+        filters=min(plan.filters, cout),
+        groups=groups,
+    )
+
+
+def stream_nbytes(s: Stream) -> int:
+    """Bytes of a stream's arrays."""
+    return sum(x.nbytes for x in s if isinstance(x, np.ndarray))
+
+
+def counts(s: Sparse, g: Geometry, h: int, w: int, plan: Plan | None = None) -> dict[str, Any]:
+    """Counted work of a layer for one image: multiply-adds, dense and left, and vector loads an output vector.
+
+    Loads are counted for `kernels`: without elimination each tap of each kernel loads an input and each kernel its sum;
+    with it a visit loads its inputs once for all kernels of the run.
+    """
+    oh, ow = g.out(h, w)
+    kh, kw, cin, cout = s.shape
+    nonzero = int(np.count_nonzero(s.weight))
+    result: dict[str, Any] = {
+        "macs_dense": kh * kw * cin * cout * oh * ow,
+        "macs": nonzero * oh * ow,
+        "kernels": len(s.place),
+    }
+    if plan is not None and plan.order == "kernels":
+        taps = s.patterns.shape[1]
+        block = s.place // min(plan.filters, len(s.order), MOST_FILTERS)
+        key = (block * s.shape[2] + s.channel) * len(s.patterns) + s.pattern
+        visits = len(np.unique(key))
+        result |= {
+            "visits": visits,
+            "input_loads": len(s.place) * taps,
+            "input_loads_eliminated": visits * taps,
+        }
+    return result

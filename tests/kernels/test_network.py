@@ -1,0 +1,116 @@
+"""Whole networks in compressed form against flax, and what is fused."""
+
+import concurrent.futures
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compressx
+from compressx import kernels, models
+from compressx.compaction.program import trace
+from compressx.kernels import graph
+
+
+def sparse_variables(model, x, seed=0):
+    """Variables with half of the 3x3 kernels gone and batch statistics that do something."""
+    rng = np.random.default_rng(seed)
+
+    def change(w):
+        w = np.asarray(w)
+        if w.ndim == 4 and w.shape[2] > 3:
+            return w * (rng.random((1, 1, *w.shape[2:])) < 0.5).astype(np.float32)
+        return w + 0.5 * rng.random(w.shape, dtype=np.float32) if w.ndim == 1 else w
+
+    return jax.tree.map(change, jax.device_get(jax.jit(model.init)(jax.random.key(seed), x)))
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, float(np.abs(b).max())))
+
+
+CASES = {
+    "lenet5": ((2, 28, 28, 1), {}),
+    "resnet20": ((2, 16, 16, 3), {"width": 0.25}),
+    "vgg16": ((1, 32, 32, 3), {"width": 0.0625}),
+    "resnet18": ((1, 32, 32, 3), {"width": 0.0625}),
+}
+SLOW = {
+    "resnet50": ((1, 64, 64, 3), {"width": 0.125}),
+    "mobilenet_v2": ((2, 32, 32, 3), {"width": 0.35}),
+}
+
+
+def agree(name, shape, options):
+    model = models.build(name, 10, **options)
+    x = np.random.default_rng(1).standard_normal(shape, dtype=np.float32)
+    variables = sparse_variables(model, x)
+    expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
+    f = kernels.compile(model, variables)
+    close(f(x), expected)
+    assert len(f.layers(x)) == sum(np.ndim(w) == 4 for w in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_networks_equal_flax(name):
+    agree(name, *CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_larger_networks_equal_flax(name):
+    agree(name, *SLOW[name])
+
+
+def test_batch_normalisation_residual_and_rectifier_are_fused():
+    model = models.build("resnet20", 10, width=0.25)
+    x = np.zeros((1, 8, 8, 3), np.float32)
+    variables = sparse_variables(model, x)
+    steps, _ = graph.steps(trace(model, variables, x), variables)
+    convs = [s for s in steps if isinstance(s, graph.Conv)]
+    assert len(convs) == 19 and sum(s.residual >= 0 for s in convs) == 9
+    assert all(s.activation == "relu" for s in convs)
+    left = {s.op.primitive.name for s in steps if isinstance(s, graph.Other)}
+    assert not left & {"conv_general_dilated", "rsqrt", "max"}
+
+
+def test_a_network_of_the_user():
+    class Net(nn.Module):
+        """Poolings with padding, two readers of one value, an operation without a kernel, two outputs."""
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            a = nn.Conv(6, (5, 5), name="a")(x)
+            p = nn.max_pool(nn.relu(a), (3, 3), (2, 2), [(1, 1), (1, 1)])
+            q = nn.max_pool(a, (3, 3), (2, 2), [(1, 1), (1, 1)])  # of negative values too
+            b = nn.Conv(6, (3, 3), kernel_dilation=2, name="b")(p)
+            c = nn.Conv(6, (3, 3), name="c")(p) + q
+            d = nn.relu6(nn.Conv(6, (1, 1), name="d")(jnp.tanh(c)) + c)
+            return {"d": d, "b": b.mean(axis=(1, 2))}
+
+    model, x = Net(), np.random.default_rng(2).standard_normal((2, 11, 9, 2), dtype=np.float32)
+    variables = sparse_variables(model, x)
+    expected = jax.jit(lambda v, x: model.apply(v, x))(variables, x)
+    for path in (None, "xla"):
+        jax.tree.map(close, kernels.compile(model, variables, path=path)(x), dict(expected))
+
+
+def test_a_saved_model_runs(tmp_path):
+    model = models.build("digits_cnn", 10)
+    x = np.random.default_rng(3).standard_normal((2, 8, 8, 1), dtype=np.float32)
+    variables = sparse_variables(model, x)
+    about = {"name": "digits_cnn", "options": {"classes": 10}}
+    compressx.save_model(tmp_path / "m.safetensors", variables, model=about, layout=[(".*/c2/kernel", "fkw")])
+    f = compressx.compile(compressx.load_model(tmp_path / "m.safetensors"))
+    close(f(x), jax.jit(lambda v, x: model.apply(v, x))(variables, x))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert len({np.asarray(y).tobytes() for y in pool.map(lambda _: f(x), range(16))}) == 1
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="SavedModel"):
+        kernels.compile(lambda v, x: x)
+    with pytest.raises(ValueError, match="no path"):
+        kernels.compile(lambda v, x: x, {}, path="gpu")
