@@ -1,0 +1,223 @@
+"""Flower as the distributed engine: its gRPC server and clients over TLS carry our sealed messages.
+
+    server    flwr.server.start_server with a `FederatedServer`; the host of an enclave, it sees sealed bytes only
+    client    flwr.client.start_client with a `FlowerClient` around a `Client`; reconnects until the server says that it is over
+
+Flower 1.41 moves messages of SuperNodes over HTTP; what it offers over gRPC is `start_server` and `start_client`, which it calls
+deprecated. They are used here because they are its gRPC transport; two calls of each are what would change.
+
+    get_properties {"op": "hello"}      -> {"hello": bytes}
+    fit [offer or empty, sealed model]  -> [sealed update]
+
+A round ends when all its clients are counted, or at its deadline with the quorum. A client that joins late or comes back after a
+crash says hello and is asked again; what the enclave has counted is not asked again.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read by flwr when it is imported
+
+import flwr.client
+import flwr.server
+import grpc
+from flwr.common import (
+    Code,
+    FitIns,
+    FitRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    Parameters,
+    Status,
+)
+
+from compressx.federated import algorithm
+from compressx.federated.algorithm import Algorithm
+from compressx.federated.client import Client
+from compressx.federated.host import Aggregating, Traffic
+from compressx.federated.tls import Certificates
+from compressx.federated.trusted.refused import Refused
+from compressx.federated.trusted.rounds import Plan
+
+log = logging.getLogger("compressx.federated")
+
+
+class FederatedServer(flwr.server.Server):
+    """The host's loop over rounds.
+
+    Args:
+      enclave: the aggregator.
+      plan: the plan.
+      alg: who takes part in which round.
+      seed: likewise.
+      deadline: seconds after which a round closes with the quorum.
+      journal: a file that gets a line of JSON for every round and every refusal, or None.
+      after: called after every round.
+    """
+
+    def __init__(
+        self,
+        enclave: Aggregating,
+        plan: Plan,
+        alg: Algorithm,
+        seed: int,
+        deadline: float = 600.0,
+        journal: str | Path | None = None,
+        after: Callable[[int], None] = lambda round_: None,
+    ) -> None:
+        super().__init__(client_manager=flwr.server.SimpleClientManager())
+        self.enclave, self.plan, self.alg, self.seed = enclave, plan, alg, seed
+        self.deadline, self.after = deadline, after
+        self.journal = Path(journal) if journal else None
+        self.traffic = Traffic()
+        self._lock = threading.Lock()
+        self._numbers: dict[str, int] = {}  # Flower's connection -> client
+        self._offers: dict[str, bytes] = {}
+        self._busy: dict[str, Future[None]] = {}
+        self._strikes: dict[str, int] = {}
+
+    def fit(self, num_rounds: int, timeout: float | None) -> tuple[Any, float]:
+        """All rounds that the enclave has not closed yet; Flower calls this."""
+        begin = time.monotonic()
+        with ThreadPoolExecutor(max_workers=max(2, len(self.plan.roster))) as pool:
+            while (round_ := self.enclave.status()[0]) < self.plan.rounds:
+                self._round(pool, round_)
+        return flwr.server.History(), time.monotonic() - begin
+
+    def _round(self, pool: ThreadPoolExecutor, round_: int) -> None:
+        wanted = {int(c) for c in algorithm.participants(self.seed, self.alg, len(self.plan.roster), round_)}
+        end = time.monotonic() + self.deadline
+        asked: set[str] = set()
+        while True:
+            counted = set(self.enclave.status()[1])
+            late = time.monotonic() > end
+            if wanted <= counted or (late and len(counted) >= self.plan.quorum):
+                break
+            for cid, proxy in list(self.client_manager().all().items()):
+                busy = self._busy.get(cid)
+                if busy is not None and not busy.done():
+                    continue
+                if cid not in self._numbers and self._strikes.get(cid, 0) < 3:
+                    self._busy[cid] = pool.submit(self._greet, cid, proxy)
+                elif self._numbers.get(cid) in wanted - counted and cid not in asked:
+                    asked.add(cid)
+                    self._busy[cid] = pool.submit(self._exchange, cid, proxy, round_)
+            time.sleep(0.02)
+        closed = self.enclave.close()
+        self._write(event="round", **closed._asdict(), bytes=vars(self.traffic).copy())
+        self.after(round_)
+
+    def _greet(self, cid: str, proxy: Any) -> None:
+        """Hello and offer; the offer travels with the first model."""
+        try:
+            reply = proxy.get_properties(GetPropertiesIns({"op": "hello"}), timeout=self.deadline, group_id=None)
+            hello = reply.properties["hello"]
+            offer = self.enclave.hello(hello)
+        except (Refused, KeyError, TypeError) as error:
+            self._strikes[cid] = self._strikes.get(cid, 0) + 1
+            self._write(event="refused", what="hello", why=str(error))
+            return
+        except Exception as error:  # Flower raises bare exceptions for a client that has gone
+            self._write(event="lost", what="hello", why=str(error))
+            self._strikes[cid] = self._strikes.get(cid, 0) + 1
+            return
+        number = int.from_bytes(hello[4:8], "little")
+        with self._lock:
+            self.traffic.hello_up += len(hello)
+            self.traffic.offer_down += len(offer)
+            for other in [k for k, v in self._numbers.items() if v == number]:
+                del self._numbers[other]  # its session is replaced
+            self._numbers[cid], self._offers[cid] = number, offer
+        self._write(event="joined", client=number)
+
+    def _exchange(self, cid: str, proxy: Any, round_: int) -> None:
+        number = self._numbers[cid]
+        try:
+            offer = self._offers.pop(cid, b"")
+            frame = self.enclave.model(number)
+            with self._lock:
+                self.traffic.model_down += len(frame)
+            ins = FitIns(Parameters([offer, frame], "compressx"), {})
+            reply = proxy.fit(ins, timeout=None, group_id=round_)
+            if reply.status.code != Code.OK:
+                raise Refused("client", f"client {number} says: {reply.status.message}")
+            update = reply.parameters.tensors[0]
+            with self._lock:
+                self.traffic.update_up += len(update)
+            self.enclave.update(update)
+        except Refused as error:
+            self._write(event="refused", what="update", client=number, round=round_, why=str(error))
+            if error.reason not in ("round", "counted"):
+                self._numbers.pop(cid, None)  # a new session
+                self._strikes[cid] = self._strikes.get(cid, 0) + 1
+        except Exception as error:
+            self._write(event="lost", what="update", client=number, round=round_, why=str(error)[:200])
+            self._numbers.pop(cid, None)
+            self._strikes[cid] = self._strikes.get(cid, 0) + 1
+
+    def _write(self, **record: Any) -> None:
+        log.info("%s", record)
+        if self.journal is not None:
+            with self._lock, open(self.journal, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def serve(server: FederatedServer, address: str, certificates: Certificates) -> None:
+    """Runs Flower's gRPC server over TLS until every round is closed; then tells the clients that it is over."""
+    flwr.server.start_server(
+        server_address=address,
+        server=server,
+        config=flwr.server.ServerConfig(num_rounds=server.plan.rounds),
+        certificates=(certificates.authority, certificates.server, certificates.key),
+    )
+
+
+class FlowerClient(flwr.client.Client):
+    """Answers Flower's calls with a `Client`'s sealed bytes; a refusal goes back as text, without stopping the process."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.calls = client, 0
+
+    def get_properties(self, ins: GetPropertiesIns) -> GetPropertiesRes:
+        """The hello."""
+        self.calls += 1
+        return GetPropertiesRes(Status(Code.OK, ""), {"hello": self.client.hello()})
+
+    def fit(self, ins: FitIns) -> FitRes:
+        """The sealed update."""
+        self.calls += 1
+        try:
+            offer, frame = ins.parameters.tensors
+            update, status = [self.client.answer(offer or None, frame)], Status(Code.OK, "")
+        except (Refused, ValueError) as error:
+            log.warning("refused: %s", error)
+            update, status = [], Status(Code.FIT_NOT_IMPLEMENTED, str(error))
+        return FitRes(status, Parameters(update, "compressx"), 1, {})
+
+
+def join(client: Client, address: str, authority: bytes, patience: float = 600.0) -> None:
+    """Runs a client until the server says that it is over; a lost connection is tried again.
+
+    Raises:
+      ConnectionError: no server was there for `patience` seconds.
+    """
+    answering, calls, last = FlowerClient(client), 0, time.monotonic()
+    while True:
+        try:
+            flwr.client.start_client(
+                server_address=address, client=answering, root_certificates=authority, insecure=False
+            )
+            return
+        except (grpc.RpcError, StopIteration) as error:
+            if answering.calls != calls:  # there was a server meanwhile
+                calls, last = answering.calls, time.monotonic()
+            if time.monotonic() - last > patience:
+                raise ConnectionError(f"no server at {address} for {patience:.0f} s: {error}") from error
+            time.sleep(0.5)

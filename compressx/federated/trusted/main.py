@@ -1,0 +1,119 @@
+"""The aggregator's process: requests on standard input, replies on standard output, both framed and bounded.
+
+    python compressx/federated/trusted/main.py --plan=plan.json --initial=initial.bin --state=DIR --counter=FILE
+    ... --simulated=FILE      without SGX; FILE holds the SIMULATED machine's secret and keys, made if it is missing
+    ... --doctor              say where this runs, and what it has loaded
+
+    request   length u32 | operation u8 | payload          reply   length u32 | 0 ok, 1 refused | payload
+
+Run by its path, not as a module: the package around this folder loads JAX, which has no place in an enclave.
+"""
+
+import argparse
+import os
+import struct
+import sys
+import types
+from pathlib import Path
+from typing import BinaryIO
+
+HELLO, MODEL, UPDATE, CLOSE, STATUS, RELEASE, LOADED = range(7)
+MAX_REQUEST = 2**30
+
+
+def bare_packages() -> None:
+    """Puts the packages around this folder in place without running their __init__ files."""
+    here = Path(__file__).resolve().parent
+    for name, folder in (("compressx", here.parent.parent), ("compressx.federated", here.parent)):
+        module = types.ModuleType(name)
+        module.__path__ = [str(folder)]
+        sys.modules.setdefault(name, module)
+
+
+def read_frame(stream: BinaryIO) -> tuple[int, bytes] | None:
+    """Operation or status, and payload; None at the end of the stream."""
+    head = stream.read(5)
+    if len(head) < 5:
+        return None
+    length, kind = struct.unpack("<IB", head)
+    if length > MAX_REQUEST:
+        raise ValueError(f"a frame of {length} bytes; at most {MAX_REQUEST} are allowed")
+    payload = stream.read(length)
+    return (kind, payload) if len(payload) == length else None
+
+
+def write_frame(stream: BinaryIO, kind: int, payload: bytes) -> None:
+    """Inverse of `read_frame`."""
+    stream.write(struct.pack("<IB", len(payload), kind) + payload)
+    stream.flush()
+
+
+def main() -> None:
+    """Serves until standard input ends."""
+    parser = argparse.ArgumentParser()
+    for flag in ("plan", "initial", "state", "counter", "simulated"):
+        parser.add_argument(f"--{flag}", type=Path)
+    parser.add_argument("--doctor", action="store_true")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # every thread of NumPy's takes enclave memory
+    bare_packages()
+
+    import json
+
+    import numpy as np
+
+    from compressx.federated.trusted import attest
+    from compressx.federated.trusted.aggregator import Aggregator
+    from compressx.federated.trusted.refused import Refused
+    from compressx.federated.trusted.rounds import Plan
+    from compressx.federated.trusted.sealing import FileCounter, write_durably
+
+    if args.doctor:
+        print(attest.mode())
+        print(f"measurement that a simulation states: {attest.measure().hex()}")
+        print("loaded:", ", ".join(sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))))
+        return
+    plan = Plan.from_bytes(args.plan.read_bytes())
+    flat = np.frombuffer(args.initial.read_bytes(), "<f4")
+    layers = np.split(flat, np.cumsum([layer.size for layer in plan.layers])[:-1])
+    attester: attest.Attester
+    if args.simulated:
+        if not args.simulated.exists():
+            write_durably(args.simulated, os.urandom(32) + attest.make_identity())
+        stored = args.simulated.read_bytes()
+        attester = attest.SimulatedAttester(attest.measure(), stored[:32], identity=stored[32:])
+    else:
+        attester = attest.GramineAttester()
+    try:
+        aggregator = Aggregator(plan, layers, attester, args.state, FileCounter(args.counter))
+    except Refused as error:
+        print(error, file=sys.stderr)
+        sys.exit(3)
+
+    def answer(kind: int, payload: bytes) -> bytes:
+        if kind == HELLO:
+            return aggregator.hello(payload)
+        if kind == MODEL:
+            return aggregator.model(int.from_bytes(payload, "little"))
+        if kind == UPDATE:
+            return aggregator.update(payload).to_bytes(4, "little")
+        if kind == CLOSE:
+            return json.dumps(aggregator.close()._asdict()).encode()
+        if kind == STATUS:
+            return json.dumps(aggregator.status()).encode()
+        if kind == RELEASE:
+            return b"".join(x.astype("<f4").tobytes() for x in aggregator.release())
+        if kind == LOADED:
+            return json.dumps(sorted({name.partition(".")[0] for name in sys.modules})).encode()
+        raise Refused("structure", f"operation {kind} is not known")
+
+    requests, replies = sys.stdin.buffer, sys.stdout.buffer
+    while (frame := read_frame(requests)) is not None:
+        try:
+            write_frame(replies, 0, answer(*frame))
+        except Refused as error:
+            write_frame(replies, 1, str(error).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A small federation for the tests: four clients with digits, a dense network, the aggregator in this process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from compressx import data, models, training
+from compressx.federated import algorithm, splits
+from compressx.federated.algorithm import Algorithm
+from compressx.federated.client import Client
+from compressx.federated.trusted import attest, rounds
+from compressx.federated.trusted.aggregator import Aggregator
+from compressx.federated.trusted.quotes import Policy
+from compressx.federated.trusted.rounds import Plan
+from compressx.federated.trusted.sealing import FileCounter
+
+DENSITY = ((r"params/f[12]/kernel", 0.1),)
+CLIENTS = 4
+SEED = 5
+
+
+@dataclass
+class World:
+    """Everything that a federation has."""
+
+    plan: Plan
+    alg: Algorithm
+    model: Any
+    task: training.Task
+    data: dict[str, np.ndarray]
+    split: list[np.ndarray]
+    identities: list[Ed25519PrivateKey]
+    attester: attest.SimulatedAttester
+    folder: Path
+
+    @property
+    def initial(self) -> list[np.ndarray]:
+        return [np.asarray(x) for x in jax.tree.leaves(self.model)]
+
+    def aggregator(self, **changes: Any) -> Aggregator:
+        attester = changes.get("attester", self.attester)
+        return Aggregator(self.plan, self.initial, attester, self.folder / "sealed", FileCounter(self.folder / "counter"))
+
+    def verifier(self) -> attest.SimulatedVerifier:
+        return attest.SimulatedVerifier(self.attester.root, Policy(self.attester.measurement()))
+
+    def client(self, number: int, **changes: Any) -> Client:
+        mine = {k: v[self.split[number]] for k, v in self.data.items()}
+        given: dict[str, Any] = {
+            "identity": self.identities[number],
+            "verifier": self.verifier(),
+            "folder": None,
+        } | changes
+        return Client(number, self.plan, self.alg, self.model, self.task, mine, SEED, **given)
+
+    def clients(self, **changes: Any) -> dict[int, Client]:
+        return {k: self.client(k, **changes) for k in range(len(self.split))}
+
+
+_SHARED: dict[str, Any] = {}
+
+
+def _parts() -> dict[str, Any]:
+    if not _SHARED:
+        digits = data.load("digits", "train")
+        rows = np.arange(240)
+        held = {"inputs": np.asarray(digits.inputs)[rows], "labels": np.asarray(digits.labels)[rows]}
+        network = models.build("lenet_300_100", classes=10, width=0.1)
+        model = network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        task = training.classification(
+            network.apply, lambda x: data.augment.normalise(x, digits.info.mean, digits.info.std)
+        )
+        _SHARED.update(data=held, model={"params": model["params"]}, task=task)
+        _SHARED["identities"] = [Ed25519PrivateKey.generate() for _ in range(CLIENTS)]
+        _SHARED["attester"] = attest.SimulatedAttester(b"m" * 32, b"s" * 32)
+    return _SHARED
+
+
+def make(folder: Path, **changes: Any) -> World:
+    """A federation; `changes` are fields of `Algorithm` or of `Plan`."""
+    parts = _parts()
+    in_plan = {k: changes.pop(k) for k in ("padded", "oblivious", "quorum", "release") if k in changes}
+    skew = changes.pop("skew", splits.iid)  # of equal sizes: one compilation for all clients
+    alg = Algorithm(**({"rounds": 4, "batch": 8, "local_epochs": 0.5, "lr": 0.1, "every": 3} | changes))
+    split = skew(SEED, parts["data"]["labels"], CLIENTS)
+    flat = [np.asarray(x).reshape(-1) for x in jax.tree.leaves(parts["model"])]
+    keys = [k.public_key().public_bytes_raw().hex() for k in parts["identities"]]
+    plan = Plan(
+        layers=algorithm.layout(alg, parts["model"]),
+        roster={k: (keys[k], len(split[k])) for k in range(CLIENTS)},
+        rounds=alg.rounds,
+        sparsify=alg.sparsify,
+        prune_round=alg.prune_round,
+        values=alg.values,
+        initial=rounds.model_hash(flat).hex(),
+        **in_plan,
+    )
+    return World(plan, alg, parts["model"], parts["task"], parts["data"], split, parts["identities"], parts["attester"], folder)
