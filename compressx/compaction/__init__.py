@@ -4,26 +4,39 @@
     groups = compaction.groups(compaction.channels(model, variables, x))
 
 Nothing is typed by hand: which channels belong together is read from the traced program. See `channels` (units and
-groups), `dead` (what can go) and `compact` (the smaller network).
+groups), `dead` (what can go), `compact` (the smaller network), `structure` (how much stays at a rate), `gathered`
+(kernels with unused positions) and `cost` (weights, multiply-adds and bytes by layer).
 """
 
 from compressx.compaction.channels import Channels, CompactionError, Group, Slot, channels, groups
 from compressx.compaction.compact import Compact, compact, cut, smaller
+from compressx.compaction.cost import LayerCost, costs, peak_bytes
 from compressx.compaction.coupling import coupled_rules
 from compressx.compaction.dead import Dead, dead
+from compressx.compaction.gathered import gather, gathered_conv
+from compressx.compaction.structure import Amounts, amounts, kernels, structure_rules
 
 __all__ = [
+    "Amounts",
     "Channels",
     "Compact",
     "CompactionError",
     "Dead",
     "Group",
+    "LayerCost",
     "Slot",
+    "amounts",
     "channels",
     "compact",
+    "costs",
     "coupled_rules",
     "cut",
     "dead",
+    "gather",
+    "gathered_conv",
     "groups",
+    "kernels",
+    "peak_bytes",
     "smaller",
+    "structure_rules",
 ]

@@ -1,6 +1,6 @@
 """Physical compaction: the same network with smaller arrays, its outputs unchanged to float tolerance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,10 +10,13 @@ import numpy as np
 
 from compressx.compaction.channels import Channels, CompactionError, channels
 from compressx.compaction.dead import Dead, dead
+from compressx.compaction.gathered import gathered_conv
 from compressx.compaction.primitives import shrink
 from compressx.compaction.program import Function, Op
 from compressx.models.layers import convolve
 from compressx.rules import paths
+
+_NHWC, _HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # jax's names of dimensions: batch or filters, channels, rows, columns
 
 
 class Compact(NamedTuple):
@@ -60,7 +63,11 @@ def cut(variables: Any, found: Dead) -> Any:
 
 
 def smaller(
-    model: nn.Module | Function, variables: Any, found: Dead, keep: tuple[str, ...] = ()
+    model: nn.Module | Function,
+    variables: Any,
+    found: Dead,
+    keep: tuple[str, ...] = (),
+    positions: Mapping[str, np.ndarray] | None = None,
 ) -> Callable[[Any, Any], Any]:
     """`apply(small variables, x)` of the network without what is removed, for inputs of any batch.
 
@@ -69,6 +76,8 @@ def smaller(
       variables: of the whole network, arrays or shapes.
       found: what is removed.
       keep: see `channels`.
+      positions: path -> the positions of a smaller kernel that are not all zero; its leaf is then the matrix of those
+        (see `gathered.gather`), and its convolution a product of gathered patches.
     """
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
     traced: dict[Any, tuple[Channels, np.ndarray]] = {}
@@ -81,7 +90,7 @@ def smaller(
             whole = channels(model, spec, shape, keep)
             traced[key] = whole, _masks(whole, found)
         whole, live = traced[key]
-        return _run(whole, live, jax.tree.leaves(small), jax.tree.leaves(x))
+        return _run(whole, live, jax.tree.leaves(small), jax.tree.leaves(x), positions or {})
 
     return apply
 
@@ -99,8 +108,11 @@ def _masks(whole: Channels, found: Dead) -> np.ndarray:
     return live
 
 
-def _run(whole: Channels, live: np.ndarray, leaves: list[Any], inputs: list[Any]) -> Any:
+def _run(
+    whole: Channels, live: np.ndarray, leaves: list[Any], inputs: list[Any], positions: Mapping[str, np.ndarray]
+) -> Any:
     program = whole.program
+    held = {value: path for value, path in enumerate(program.paths) if path in positions}
 
     def masks(value: int) -> list[np.ndarray | None]:
         cuts = (None if units is None else live[units] for units in whole.axes[value])
@@ -117,16 +129,45 @@ def _run(whole: Channels, live: np.ndarray, leaves: list[Any], inputs: list[Any]
                 array = np.asarray(array).compress(mask, axis)
         values[value] = array
     for value, leaf in enumerate(leaves):
-        if jnp.shape(leaf) != shape(value):
-            raise CompactionError(f"{program.paths[value]}: has shape {jnp.shape(leaf)}, expected {shape(value)}")
+        wanted = shape(value)
+        if value in held:
+            wanted = (len(positions[held[value]]), wanted[-1])
+        if jnp.shape(leaf) != wanted:
+            raise CompactionError(f"{program.paths[value]}: has shape {jnp.shape(leaf)}, expected {wanted}")
         values[value] = leaf
     values |= zip(program.inputs, inputs, strict=True)
     for op in program.ops:
         before, after = [masks(v) for v in op.inputs], [masks(v) for v in op.outputs]
         if any(m is not None for axes in (*before, *after) for m in axes):
             op = op._replace(params=shrink(op, before, after, [shape(v) for v in op.outputs]))
-        values |= zip(op.outputs, _do(op, [values[v] for v in op.inputs]), strict=True)
+        arguments = [values[v] for v in op.inputs]
+        gathered = next((held[v] for v in op.inputs if v in held), None)
+        if gathered is None:
+            values |= zip(op.outputs, _do(op, arguments), strict=True)
+        else:
+            window = shape(op.inputs[1])[:3]
+            values[op.outputs[0]] = _gathered(op, arguments, positions[gathered], window, gathered)
     return jax.tree.unflatten(program.treedef, [values[v] for v in program.outputs])
+
+
+def _gathered(op: Op, arguments: list[Any], positions: np.ndarray, window: tuple[int, ...], path: str) -> Any:
+    p = op.params
+    if op.primitive.name != "conv_general_dilated" or not plain(op):
+        raise CompactionError(f"{path}: only a plain convolution NHWC, HWIO can be gathered, not {op.primitive.name}")
+    pads = tuple((int(a), int(b)) for a, b in p["padding"])
+    lhs, matrix = arguments
+    return gathered_conv(lhs, matrix, positions, window, tuple(p["window_strides"]), pads)
+
+
+def plain(op: Op) -> bool:
+    """Whether a convolution is of NHWC images with HWIO kernels, one group, no dilation."""
+    p = op.params
+    numbers = p["dimension_numbers"]
+    return (
+        (tuple(numbers.lhs_spec), tuple(numbers.rhs_spec), tuple(numbers.out_spec)) == (_NHWC, _HWIO, _NHWC)
+        and p["feature_group_count"] == p["batch_group_count"] == 1
+        and set(p["lhs_dilation"]) == set(p["rhs_dilation"]) == {1}
+    )
 
 
 def _do(op: Op, arguments: list[Any]) -> list[Any]:

@@ -17,6 +17,7 @@ from compressx.constraints.coupled import coupled_filters
 from compressx.constraints.crossbar_prune import crossbar_aware
 from compressx.constraints.darb import balanced_block_max, bank_balanced, block_max, darb
 from compressx.constraints.library import select_library as select_library
+from compressx.constraints.network import network_structure
 from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
 from compressx.constraints.polarization import polarize
 from compressx.constraints.quantization import quantize
@@ -36,6 +37,7 @@ KINDS: dict[str, Callable[..., Constraint]] = {
     "channels": channels,
     "filters_and_columns": filters_and_columns,
     "coupled_filters": coupled_filters,
+    "network_structure": network_structure,
     "pattern": pattern,
     "connectivity": connectivity,
     "pattern_connectivity": pattern_connectivity,

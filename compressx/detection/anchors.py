@@ -14,7 +14,7 @@ class Anchors(NamedTuple):
     Attributes:
       sizes: float64 `[k, (w, h)]`, by falling area: the order of heads at strides 32, 16, 8.
       mean_iou: mean over the boxes of the IoU with their best anchor, centres aligned.
-      iterations: that k-means took.
+      iterations: that k-means took, all starts together.
     """
 
     sizes: Array
@@ -28,20 +28,21 @@ def size_iou(a: Array, b: Array) -> Array:
     return shared / (a.prod(1)[:, None] + b.prod(1)[None, :] - shared)
 
 
-def kmeans_anchors(sizes: npt.ArrayLike, k: int = 9, seed: int = 0, iterations: int = 300) -> Anchors:
+def kmeans_anchors(sizes: npt.ArrayLike, k: int = 9, seed: int = 0, starts: int = 8, iterations: int = 300) -> Anchors:
     """Groups box sizes into k anchors by the distance 1 - IoU of boxes with one centre.
 
         argmin over k sizes a_j of  sum_i min_j (1 - IoU(b_i, a_j)),   approached by Lloyd's steps:
         each box to its nearest anchor, each anchor to the median of its boxes.
 
-    The start is k-means++ under the same distance. The best of all steps is returned, so that the result is never
-    worse than the start. With fewer than k distinct sizes, those that exist are repeated, scaled by 1 +- 1 %.
+    Starts are k-means++ under the same distance. The best of all steps of all starts is returned. With fewer than k
+    distinct sizes, those that exist are repeated, scaled by 1 +- 1 %.
 
     Args:
       sizes: `[n, (w, h)]`, positive.
       k: number of anchors.
-      seed: of the start.
-      iterations: at most so many steps.
+      seed: of the starts.
+      starts: how many; Lloyd's steps from one may end in a poor place.
+      iterations: at most so many steps from each.
 
     Raises:
       ValueError: no boxes, a size that is not positive and finite, or k < 1.
@@ -56,19 +57,21 @@ def kmeans_anchors(sizes: npt.ArrayLike, k: int = 9, seed: int = 0, iterations: 
         first = int(np.argmax(bad))
         raise ValueError(f"box {first} has the size {boxes[first].tolist()}; it must be positive")
     rng = np.random.default_rng(seed)
-    anchors = _start(boxes, k, rng)
-    best, best_value, step = anchors, -1.0, 0
-    for step in range(1, iterations + 1):  # noqa: B007 (the number of steps is reported)
-        overlap = size_iou(boxes, anchors)
-        nearest, value = overlap.argmax(1), float(overlap.max(1).mean())
-        if value > best_value:
-            best, best_value = anchors, value
-        groups = [boxes[nearest == j] for j in range(k)]
-        moved = np.array([np.median(g, 0) if len(g) else a for g, a in zip(groups, anchors, strict=True)])
-        if np.array_equal(moved, anchors):
-            break
-        anchors = moved
-    return Anchors(best[np.argsort(-best.prod(1), kind="stable")], best_value, step)
+    best, best_value, steps = boxes[:0], -1.0, 0
+    for _ in range(starts):
+        anchors = _start(boxes, k, rng)
+        for _ in range(iterations):
+            overlap = size_iou(boxes, anchors)
+            nearest, value = overlap.argmax(1), float(overlap.max(1).mean())
+            steps += 1
+            if value > best_value:
+                best, best_value = anchors, value
+            groups = [boxes[nearest == j] for j in range(k)]
+            moved = np.array([np.median(g, 0) if len(g) else a for g, a in zip(groups, anchors, strict=True)])
+            if np.array_equal(moved, anchors):
+                break
+            anchors = moved
+    return Anchors(best[np.argsort(-best.prod(1), kind="stable")], best_value, steps)
 
 
 def _start(boxes: Array, k: int, rng: np.random.Generator) -> Array:

@@ -47,8 +47,8 @@ def random_view(
     slope = scale[:, None] * jnp.stack([sign, jnp.ones_like(sign)], -1)
 
     def sample(image: jax.Array, slope: jax.Array, moved: jax.Array, gain: jax.Array) -> jax.Array:
-        x = (jnp.arange(w) + 0.5 - middle[0, 0] - moved[0]) / slope[0] + middle[0, 0]
-        y = (jnp.arange(h) + 0.5 - middle[0, 1] - moved[1]) / slope[1] + middle[0, 1]
+        x = (jnp.arange(w, dtype=jnp.float32) + 0.5 - middle[0, 0] - moved[0]) / slope[0] + middle[0, 0]
+        y = (jnp.arange(h, dtype=jnp.float32) + 0.5 - middle[0, 1] - moved[1]) / slope[1] + middle[0, 1]
         column, row = jnp.floor(x).astype(jnp.int32), jnp.floor(y).astype(jnp.int32)
         inside = ((row >= 0) & (row < h))[:, None] & ((column >= 0) & (column < w))[None]
         seen = image[jnp.clip(row, 0, h - 1)][:, jnp.clip(column, 0, w - 1)].astype(jnp.float32)

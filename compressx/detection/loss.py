@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from compressx.detection.boxes import corners
-from compressx.detection.decode import Geometry, decode
+from compressx.detection.heads import Geometry, decode
 from compressx.detection.targets import assign, ignored
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from compressx.detection.boxes import iou
-from compressx.detection.decode import Decoded, Geometry
+from compressx.detection.heads import Decoded, Geometry
 from compressx.models.yolov3 import ANCHORS_PER_HEAD
 
 

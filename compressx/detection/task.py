@@ -10,7 +10,7 @@ from jax import Array
 
 from compressx.data import batches
 from compressx.detection.augment import random_view
-from compressx.detection.decode import Geometry, decode
+from compressx.detection.heads import Geometry, decode
 from compressx.detection.loss import yolo_loss
 from compressx.detection.nms import Detections, non_maximum_suppression
 from compressx.detection.score import Found

@@ -1,0 +1,141 @@
+"""A whole network's convolutions at once: which channels exist, and which positions of each kernel are used."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from compressx.constraints.base import Constraint, support
+from compressx.constraints.coupled import expand
+from compressx.constraints.select import squares, top_k_mask
+
+_NUMBERS = ("makes", "reads", "columns")
+SELECTIONS = ("energy", "random")
+
+
+def network_structure(
+    members: Sequence[Mapping[str, Any]],
+    groups: Sequence[Sequence[int]],
+    *,
+    selection: str = "energy",
+    seed: int = 0,
+) -> Constraint:
+    """At most k_g channels in every group g, and at most p_l positions in every kernel l: smaller dense matrices.
+
+        channels    the k_g of each group with the largest energy, summed over all weights that make them
+        zeros       a weight that makes or reads a channel that is out (its filters, normalisation, input channels)
+        positions   of what is left of each kernel, the p_l positions (i, j, c) of largest energy
+
+    So the non-zeros of a kernel are exactly the matrix that compaction leaves. Each of the two selections is nearest
+    given what came before it; together they are not the projection, which is a combinatorial problem: what a channel's
+    readers lose is not weighed when channels are chosen.
+
+    The rule that holds it takes all weights of the network, in tree order (a joint constraint);
+    `compaction.structure_rules` makes both from a network.
+
+    Args:
+      members: per leaf a mapping with the keys `makes` (the axis whose indices are channels it makes, or None) and
+        `makes_units` (their numbers as runs `[first, length]`, -1 outside any group), `reads` and `reads_units`
+        likewise, and `columns`, how many positions (all axes but the last) are kept, or None for all.
+      groups: per group `[first number, size, how many stay]`; together they hold every number once.
+      selection: "energy", or "random": the same numbers of channels and positions, drawn by `seed`, a control.
+      seed: of the draws.
+
+    Raises:
+      ValueError: the amounts or the numbers are impossible; on use, the leaves do not fit the members.
+
+    Source: sets of H. Li et al., "Deep Compressed Pneumonia Detection for Low-Power Embedded Devices", 2019 (filter,
+    column, combined); the coupling of channels is ours.
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
+    plain = [_member(m, i) for i, m in enumerate(members)]
+    ends = [[int(v) for v in g] for g in groups]
+    edge = 0
+    for first, size, keep in ends:
+        if first != edge or not 1 <= keep <= size:
+            raise ValueError(f"group [{first}, {size}, {keep}] must start at {edge} and keep 1..{size} channels")
+        edge += size
+    total = edge
+    units = [{k: None if m[k] is None else expand(m[f"{k}_units"]) for k in ("makes", "reads")} for m in plain]
+    if any(u is not None and u.size and u.max() >= total for each in units for u in each.values()):
+        raise ValueError(f"a member names a channel beyond the {total} of the groups")
+
+    def check(leaves: tuple[Array, ...]) -> None:
+        if len(leaves) != len(plain):
+            raise ValueError(f"the structure has {len(plain)} members and the rule takes {len(leaves)} leaves")
+        for w, m, each in zip(leaves, plain, units, strict=True):
+            for role, ids in each.items():
+                if ids is not None and (m[role] >= w.ndim or w.shape[m[role]] != ids.size):
+                    raise ValueError(f"a member that {role} {ids.size} channels on axis {m[role]} is not {w.shape}")
+            if m["columns"] is not None and not 1 <= m["columns"] <= w.size // w.shape[-1]:
+                raise ValueError(f"columns={m['columns']} is impossible for shape {w.shape}")
+
+    def energy(leaves: tuple[Array, ...]) -> Array:
+        check(leaves)
+        sums = jnp.zeros(total + 1, jnp.float32)  # the last one collects what is in no group
+        for w, m, each in zip(leaves, plain, units, strict=True):
+            if each["makes"] is not None:
+                e = squares(w, tuple(a for a in range(w.ndim) if a != m["makes"])).astype(jnp.float32)
+                sums = sums.at[np.where(each["makes"] < 0, total, each["makes"])].add(e)
+        return sums[:total]
+
+    def lines(chosen: Array, leaves: tuple[Array, ...]) -> list[Array]:
+        """Per leaf the mask of what neither makes nor reads a channel that is out."""
+        masks = []
+        for w, m, each in zip(leaves, plain, units, strict=True):
+            mask = jnp.ones(w.shape, bool)
+            for role, ids in each.items():
+                if ids is not None:
+                    along = jnp.where(ids < 0, True, chosen[np.maximum(ids, 0)])
+                    mask = mask & jnp.expand_dims(along, [a for a in range(w.ndim) if a != m[role]])
+            masks.append(mask)
+        return masks
+
+    def by_position(i: int, w: Array, mask: Array) -> Array:
+        columns = plain[i]["columns"]
+        if columns is None or columns >= w.size // w.shape[-1]:
+            return mask
+        if selection == "random":
+            drawn = np.random.default_rng([seed, 1, i]).permutation(w.size // w.shape[-1]).astype(np.float32)
+            e = jnp.where(mask.any(-1, keepdims=True), drawn.reshape(*w.shape[:-1], 1) + 1.0, 0.0)
+        else:
+            e = squares(jnp.where(mask, w, jnp.zeros((), w.dtype)), -1, keepdims=True)
+        return mask & top_k_mask(e, columns)
+
+    def select(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
+        if selection == "random":
+            scores = jnp.asarray(np.random.default_rng([seed, 0]).permutation(total).astype(np.float32)) + 1.0
+            check(leaves)
+        else:
+            scores = energy(leaves)
+        chosen = [top_k_mask(scores[first : first + size], keep) for first, size, keep in ends]
+        masks = lines(jnp.concatenate(chosen), leaves)
+        return tuple(by_position(i, w, m) for i, (w, m) in enumerate(zip(leaves, masks, strict=True)))
+
+    def alive(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
+        # by count, not by energy: the squares of tiny weights underflow to 0
+        there = tuple((w != 0).astype(jnp.float32) for w in leaves)
+        masks = lines(energy(there) > 0, leaves)
+        return tuple(
+            mask if m["columns"] is None else mask & jnp.any(w != 0, axis=-1, keepdims=True)
+            for w, m, mask in zip(leaves, plain, masks, strict=True)
+        )
+
+    spec = {"kind": "network_structure", "members": plain, "groups": ends, "selection": selection, "seed": seed}
+    return support(spec, select, alive, joint=True)
+
+
+def _member(given: Mapping[str, Any], number: int) -> dict[str, Any]:
+    keys = {*_NUMBERS, "makes_units", "reads_units"}
+    if set(given) != keys:
+        raise ValueError(f"member {number} has the keys {', '.join(sorted(given))}; expected {', '.join(sorted(keys))}")
+    out: dict[str, Any] = {k: None if given[k] is None else int(given[k]) for k in _NUMBERS}
+    for role in ("makes", "reads"):
+        runs = given[f"{role}_units"]
+        if (out[role] is None) != (runs is None):
+            raise ValueError(f"member {number} needs both or neither of {role} and {role}_units")
+        out[f"{role}_units"] = None if runs is None else [[int(first), int(n)] for first, n in runs]
+    return out

@@ -1,0 +1,174 @@
+"""The experiments of `experiments.pneumonia`; a variant stands after the colon of the config file.
+
+    python -m experiments.pneumonia --config=configs/pneumonia.py:VARIANT --workdir=DIR [--data_dir=DIR]
+
+Any setting can be changed on the command line: `--config.dense.epochs=5`, `--config.points[0].rate=16`. Every variant
+has a form `VARIANT_tiny` that runs through all its phases in a minute and learns nothing. What a setting means is said
+where it is declared: `experiments.pneumonia.Config`, `compressx.training.config`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.cnn import admm, fit
+
+Settings = dict[str, Any]
+
+
+def point(kind: str, rate: float, method: str = "admm") -> Settings:
+    """A `pneumonia.Point`."""
+    return {"kind": kind, "rate": float(rate), "method": method}
+
+
+def base(variant: str) -> Settings:
+    """What all variants share: YOLOv3 with all its 106 layers, an eighth as wide, on images of 96 pixels."""
+    return {
+        "variant": variant,
+        "seed": 0,
+        "data": {
+            "name": "opacities",
+            "size": 96,
+            "channels": 1,
+            "train": 0,
+            "test": 0,
+            "faults": "error",
+            "shift": 0.08,
+            "zoom": 0.12,
+            "flip": True,
+            "contrast": 0.2,
+        },
+        "model": {"name": "yolov3", "options": {"width": 0.125}, "checkpoint": ""},
+        "dense": fit(30, 2e-3, warmup=0.05, final=0.02),
+        "admm": ramp(12),
+        "retrain": fit(18, 1.5e-3, final=0.02),
+        "points": (point("combined", 36),),
+        "same_budget": False,
+        "power": 0.5,
+        "share": 0.5,
+        "positive": 2.0,
+        "latency": 9,
+        "batch": 16,
+        "eval_batch": 77,
+        "optimizer": "adam",
+        "save": {"steps": 0, "seconds": 120.0},
+        "paper": {"quantity": "rate.constrained_weights", "value": 36.0},
+    }
+
+
+def ramp(epochs: int) -> Settings:
+    """ADMM with one update an epoch, rho growing smoothly from 1e-3 to 0.3."""
+    factor = (0.3 / 1e-3) ** (1 / max(epochs - 1, 1))
+    return admm(epochs, 1e-3, 1e-3, final=0.1, rho_factor=round(factor, 4), rho_stages=epochs)
+
+
+def opacities(variant: str) -> Settings:
+    """Generated opacities on real X-rays: 36x fewer convolution weights, filters and columns; one-shot beside it.
+
+    The default stand-in for the RSNA challenge: the backgrounds are real, the opacities are not pneumonia.
+    """
+    c = base(variant)
+    c["points"] = (point("combined", 36), point("combined", 36, "one_shot"))
+    return c
+
+
+def opacities_sweep(variant: str) -> Settings:
+    """All three kinds of structure at 2x to 36x from one dense network, one-shot and the random control at both ends.
+
+    Dense on the same budget stands beside them.
+    """
+    c = base(variant)
+    kinds = ("combined", "filters", "columns")
+    c["points"] = (
+        *(point(kind, rate) for rate in (36, 8, 2, 4, 16) for kind in kinds),
+        *(point("combined", rate, method) for rate in (36, 8) for method in ("one_shot", "random")),
+    )
+    c["same_budget"] = True
+    c["latency"] = 15
+    return c
+
+
+def opacities_seeds(variant: str) -> Settings:
+    """The three kinds at 36x and 8x with the random control at 36x: to be run with several seeds."""
+    c = base(variant)
+    kinds = ("combined", "filters", "columns")
+    c["points"] = (
+        *(point(kind, rate) for rate in (36, 8) for kind in kinds),
+        *(point("combined", 36, method) for method in ("one_shot", "random")),
+    )
+    c["same_budget"] = True
+    return c
+
+
+def nih(variant: str) -> Settings:
+    """Real boxes, on 27 X-rays to train on: shows that the path from files to score works, and ranks nothing."""
+    c = base(variant)
+    c["data"] |= {"name": "chest_xray_nih"}
+    c["dense"] |= {"epochs": 20}
+    c["positive"] = 8.0
+    c["points"] = (point("combined", 8),)
+    return c
+
+
+def rsna(variant: str) -> Settings:
+    """The challenge's data (26,684 DICOM images, by --data_dir) and the network at full width: for a GPU.
+
+    The public default recipe of YOLOv3 (SGD with momentum, weight decay 5e-4, warm-up, two drops by ten) and 36x.
+    """
+    c = base(variant)
+    c["data"] |= {"name": "rsna", "size": 416}
+    c["model"] |= {"options": {"width": 1.0}}
+    recipe = {"schedule": "piecewise", "boundaries": (0.8, 0.9), "weight_decay": 5e-4}
+    c["dense"] = fit(40, 1e-3, warmup=0.02, **recipe)
+    c["admm"] = ramp(12) | {"lr": 3e-4}
+    c["retrain"] = fit(24, 1e-3, **recipe)
+    c["points"] = (point("combined", 36), point("combined", 36, "one_shot"))
+    c |= {"optimizer": "sgd", "batch": 64, "eval_batch": 64}
+    return c
+
+
+def pneumoniamnist(variant: str) -> Settings:
+    """The trunk (Darknet-53, an eighth as wide) as a classifier of 28x28 X-rays, 36x and 8x; figure: ROC AUC."""
+    c = base(variant)
+    c["data"] |= {"name": "pneumoniamnist", "size": 32, "shift": 0.06, "flip": False}
+    c["model"] |= {"name": "darknet53"}
+    c["dense"], c["admm"], c["retrain"] = fit(8, 1e-3, final=0.02), ramp(5), fit(6, 1e-3, final=0.02)
+    c["points"] = (point("combined", 36), point("combined", 36, "one_shot"))
+    c |= {"batch": 64, "eval_batch": 104}
+    return c
+
+
+VARIANTS: dict[str, Callable[[str], Settings]] = {
+    "opacities": opacities,
+    "opacities_sweep": opacities_sweep,
+    "opacities_seeds": opacities_seeds,
+    "nih": nih,
+    "rsna": rsna,
+    "pneumoniamnist": pneumoniamnist,
+}
+
+
+def tiny(c: Settings) -> Settings:
+    """The same phases on a handful of images and a short, thin network: for tests."""
+    c["data"] |= {"train": 48 if c["data"]["name"] == "chest_xray_nih" else 16, "test": 12}
+    c["data"] |= {"size": 32} if c["data"]["name"] != "chest_xray_nih" else {"size": 32, "train": 0}
+    c["model"] |= {"options": {"width": 1 / 16, "repeats": (1, 0, 0, 0, 0)}}
+    c["batch"], c["eval_batch"], c["latency"] = 8, 6, 0
+    if c["data"]["name"] == "chest_xray_nih":
+        c["batch"], c["eval_batch"] = 64, 84
+    for name in ("dense", "admm", "retrain"):
+        c[name] |= {"epochs": 1, "warmup": 0.0}
+    c["points"] = tuple(p | {"rate": min(p["rate"], 8.0)} for p in c["points"][:2])
+    return c
+
+
+def get_config(variant: str = "opacities") -> ConfigDict:
+    """The experiment of that name."""
+    name = variant.removesuffix("_tiny")
+    if name not in VARIANTS:
+        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
+    settings = VARIANTS[name](variant)
+    config = ConfigDict(tiny(settings) if name != variant else settings)
+    config.lock()
+    return config
