@@ -21,7 +21,7 @@ from compressx.report import console, html
 from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, read_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases, state
-from experiments import artifacts, driver
+from experiments import artifacts, driver, init_from
 from experiments.driver import Options
 
 
@@ -221,29 +221,10 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
     )
-    return _take_dense(config, job, options.workdir) if config.init_from else job, info
-
-
-def _take_dense(config: Config, job: training.Job, workdir: Path) -> training.Job:
-    """The job with another run's dense weights in place of the first ones (the run keeps a copy of its own)."""
-    own, other = training.Checkpoints(workdir / "checkpoints"), Path(config.init_from)
-    template = _template(job, Phase(phases.DENSE, "dense", "", config.plan.dense))
-    if own.has_weights(phases.DENSE):
-        return dataclasses.replace(job, first=own.load_weights(phases.DENSE, template))
-    try:
-        theirs = json.loads((other / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"init_from={config.init_from!r} is not a run: {error}") from None
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    a, b = ({k: driver.flatten(c.get(k)) for k in ("data", "model")} for c in (theirs, mine))
-    free = ("shift", "flip", "test")
-    differ = [f"{k}.{n}" for k in a for n in sorted(a[k] | b[k]) if a[k].get(n) != b[k].get(n) and n not in free]
-    if differ:
-        raise ConfigError(f"init_from={config.init_from!r} is a run with another {', '.join(differ)}")
-    source = training.Checkpoints(other / "checkpoints")
-    if not source.has_weights(phases.DENSE):
-        raise ConfigError(f"init_from={config.init_from!r} has not finished its dense phase")
-    return dataclasses.replace(job, first=source.load_weights(phases.DENSE, template))
+    if config.init_from:
+        settings = dataclasses.asdict(config)
+        job = init_from.take_dense(job, options.workdir, config.init_from, settings, free=("shift", "flip", "test"))
+    return job, info
 
 
 def plan_phases(config: Config) -> tuple[Phase, ...]:

@@ -5,6 +5,7 @@
     augment                       image augmentation under jit
     batches                       the order of examples, a pure function of seed, epoch and step
     readers                       file formats, checked
+    text                          texts for language models; `text.load(name, data_dir)`, names in `text.TEXTS`
 
 A new set is a file that defines a `Source`, and a line in `DATASETS`.
 """
@@ -26,6 +27,7 @@ from compressx.data import (
     synthetic,
 )
 from compressx.data import readers as readers
+from compressx.data import text as text
 from compressx.data.cifar import CHECKPOINT_MEAN as CHECKPOINT_MEAN
 from compressx.data.cifar import CHECKPOINT_STD as CHECKPOINT_STD
 from compressx.data.dataset import Dataset as Dataset

@@ -64,6 +64,19 @@ def epoch_batches(seed: int, epoch: int, n: int, batch_size: int, remainder: Rem
     return np.resize(epoch_order(seed, epoch, n), (steps, batch_size))
 
 
+def in_order(n: int, lanes: int) -> Array:
+    """Returns the batches of examples that follow one another, int32 `[n / lanes, lanes]`.
+
+    The examples are cut into `lanes` runs of equal length; batch t holds the t-th of each, b * (n / lanes) + t.
+
+    Raises:
+      ValueError: n is not a multiple of the lanes.
+    """
+    if lanes < 1 or n % lanes:
+        raise ValueError(f"{n} examples in order cannot be cut into {lanes} lanes of equal length")
+    return np.arange(n, dtype=np.int32).reshape(lanes, -1).T
+
+
 def batch_indices(seed: int, position: Position, n: int, batch_size: int, remainder: Remainder = "drop") -> Array:
     """Returns the examples of one batch, int32 `[batch_size]`; `batches` gives many with less work."""
     steps = steps_per_epoch(n, batch_size, remainder)

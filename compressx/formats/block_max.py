@@ -89,7 +89,12 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     return Packed("block-max", w.shape, w.dtype.name, arrays, {"axis": axis, "sizes": used.tolist()})
 
 
-def _unpack(packed: Packed) -> np.ndarray:
+def unpacked_places(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Values, rows and columns of every block's weight, rows after rows, and the axis along which rows run.
+
+    Raises:
+      CompressedFileError: the arrays are inconsistent.
+    """
     only(packed, "values", "offsets", "codes")
     check_shape(packed, 2)
     axis = choice(packed, "axis", _AXES)
@@ -130,8 +135,14 @@ def _unpack(packed: Packed) -> np.ndarray:
     start = (np.arange(values.size) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * size[row]
     if (offsets >= np.minimum(size[row], length - start)).any():
         fail("block-max/offsets", "a place lies outside its block")
-    m = np.zeros((rows, length), dtype_of(packed))
-    m[row, start + offsets] = values
+    return values, row, start + offsets, axis
+
+
+def _unpack(packed: Packed) -> np.ndarray:
+    values, row, column, axis = unpacked_places(packed)
+    extents = math.prod(packed.shape[:-1]), packed.shape[-1]
+    m = np.zeros(extents if axis == "outputs" else extents[::-1], dtype_of(packed))
+    m[row, column] = values
     return np.ascontiguousarray(m if axis == "outputs" else m.T).reshape(packed.shape)
 
 

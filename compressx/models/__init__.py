@@ -1,8 +1,8 @@
 """Networks as flax.linen modules, under one index.
 
 Every model is called as `model.apply(variables, x, train=False)` with x float32 `[n, h, w, c]`, normalised, and returns
-logits `[n, classes]` (`yolov3`: three heads). Those with batch normalisation take `mutable=["batch_stats"]` while
-training.
+logits `[n, classes]` (`yolov3`: three heads; `lstm_lm`: words in, see `models.lstm`). Those with batch normalisation take
+`mutable=["batch_stats"]` while training.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 
 from compressx.models.lenet import DigitsCNN, LeNet5, LeNet5Caffe, LeNet300
+from compressx.models.lstm import LanguageModel
 from compressx.models.mobilenet import MobileNetV2
 from compressx.models.resnet import CifarResNet, ResNet
 from compressx.models.vgg import VGG16
@@ -32,6 +33,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": MobileNetV2,
     "darknet53": Darknet53,
     "yolov3": YOLOv3,
+    "lstm_lm": LanguageModel,
 }
 
 
@@ -65,6 +67,7 @@ __all__ = [
     "CifarResNet",
     "DigitsCNN",
     "LeNet5",
+    "LanguageModel",
     "LeNet5Caffe",
     "LeNet300",
     "MobileNetV2",

@@ -5,6 +5,7 @@ state        TrainState, Task, one step, the runner that is fastest on the backe
 optimizers   learning-rate schedules and the optax chain of each kind of phase
 phases       the phases of a plan; hardening
 gradual      gradual magnitude pruning, for comparison
+language     the task of language models: carried state, exact perplexity, sampling
 loop         `train`: epochs, records, checkpoints, resuming
 together     `train_together`: several seeds as one program
 checkpoint   orbax checkpoints, atomic and checked
@@ -20,6 +21,7 @@ from compressx.training.config import Fit as Fit
 from compressx.training.config import Plan as Plan
 from compressx.training.config import Stage as Stage
 from compressx.training.config import parse as parse
+from compressx.training.language import language as language
 from compressx.training.loop import Diverged as Diverged
 from compressx.training.loop import Job as Job
 from compressx.training.loop import Outcome as Outcome

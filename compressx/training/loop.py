@@ -45,7 +45,8 @@ class Job:
       seed: of the order of examples and of all keys, 0 to 2**32 - 1.
       batch: examples a step. The n mod batch examples an epoch leaves over are others in every epoch.
       eval_batch: examples a step of evaluation.
-      optimizer: "adam" or "sgd".
+      optimizer: "adam", "sgd" (Nesterov momentum 0.9) or "plain_sgd".
+      clip: largest norm that the gradient of the loss may have, over all weights together; 0 is any.
       placement: where arrays lie.
       chunk: steps between looks at the clock.
       save_steps: steps between checkpoints; 0 is only by time.
@@ -61,6 +62,7 @@ class Job:
     batch: int = 64
     eval_batch: int = 1000
     optimizer: str = "adam"
+    clip: float = 0.0
     placement: Placement = Placement()
     chunk: int = 50
     save_steps: int = 0
@@ -109,15 +111,25 @@ def check_phases(job: Job, phases: tuple[Phase, ...]) -> None:
     for phase in phases:
         steps = phase.fit.epochs * per_epoch
         try:
-            jax.eval_shape(phase_optimizer(job.optimizer, phase, steps, per_epoch, None).init, params)
+            jax.eval_shape(phase_optimizer(job.optimizer, phase, steps, per_epoch, None, job.clip).init, params)
         except ValueError as error:
             raise ConfigError(f"phase {phase.name}: {error}") from None
 
 
 def phase_optimizer(
+    name: str, phase: Phase, steps: int, per_epoch: int, structure: Any, clip: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """The phase's optimizer; `structure` is what the sets it must stay inside leave open (None: chosen at init).
+
+    With `clip` the gradient of the loss is scaled down to that norm where it is longer, before ADMM's pull joins it.
+    """
+    tx = _phase_optimizer(name, phase, steps, per_epoch, structure)
+    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+
+
+def _phase_optimizer(
     name: str, phase: Phase, steps: int, per_epoch: int, structure: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The phase's optimizer; `structure` is what the sets it must stay inside leave open (None: chosen at init)."""
     if phase.kind == "dense":
         return optimizers.dense(name, phase.fit, steps)
     assert phase.rules is not None
@@ -202,7 +214,7 @@ class _Run:
             assert rules is not None
             structure = jax.jit(lambda p: structures(p, rules))(weights.params)
         steps = phase.fit.epochs * self.per_epoch
-        tx = phase_optimizer(self.job.optimizer, phase, steps, self.per_epoch, structure or None)
+        tx = phase_optimizer(self.job.optimizer, phase, steps, self.per_epoch, structure or None, self.job.clip)
         params = self.place.put(weights.params)
         state = TrainState(
             params=params,
@@ -416,7 +428,12 @@ def _residuals(opt_state: Any) -> dict[str, Any]:
 
 
 def epoch_order(phase: Phase, epoch: int, job: Job) -> np.ndarray:
-    """The batches of an epoch, int32 `[steps, batch]`: a function of seed, phase and epoch alone."""
+    """The batches of an epoch, int32 `[steps, batch]`: a function of seed, phase and epoch alone.
+
+    Examples that follow one another come in their order, in every epoch.
+    """
+    if job.task.begin is not None:
+        return batches.in_order(_size(job.train), job.batch)
     seed = (_number(phase.name) << 32) | job.seed
     return batches.epoch_batches(seed, epoch, _size(job.train), job.batch)
 

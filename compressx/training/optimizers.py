@@ -48,7 +48,9 @@ def _base(name: str) -> optax.GradientTransformation:
         return optax.scale_by_adam()
     if name == "sgd":
         return optax.trace(decay=0.9, nesterov=True)
-    raise ConfigError(f"optimizer={name!r} is impossible; it must be adam or sgd")
+    if name == "plain_sgd":
+        return optax.identity()
+    raise ConfigError(f"optimizer={name!r} is impossible; it must be adam, sgd (Nesterov's) or plain_sgd")
 
 
 def _parts(name: str, fit: Fit, steps: int) -> tuple[list[Any], list[Any]]:

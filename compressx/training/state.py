@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -58,10 +59,14 @@ class Task(NamedTuple):
       loss: `loss(params, batch_stats, batch, key, fit, teacher) -> (scalar, (batch_stats, Sums of this batch))`;
         `teacher` is None or the dense network's (params, batch_stats).
       score: `score(params, batch_stats, batch, valid) -> Sums`; `valid` bool [n] says which rows count.
+      begin: for examples that follow one another (windows of a text), None for all others. A batch then holds the next
+        example of each of its lanes (`batches.in_order`), and what one step leaves for the next travels in batch_stats:
+        `begin(lanes)` is that before the first, and `score` returns (Sums, batch_stats).
     """
 
     loss: Callable[..., tuple[Array, tuple[Any, Sums]]]
-    score: Callable[[Params, Any, Batch, Array], Sums]
+    score: Callable[[Params, Any, Batch, Array], Any]
+    begin: Callable[[int], Any] | None = None
 
 
 def classification(
@@ -180,16 +185,27 @@ def make_runner(step: Step) -> Callable[[TrainState, Batch, Array, Any, int], Tr
 def make_evaluate(
     task: Task, batch_size: int, place: Callable[[Batch], Batch] = lambda batch: batch
 ) -> Callable[[Params, Any, Batch], dict[str, float]]:
-    """`evaluate(params, batch_stats, data) -> {"loss", "accuracy"}` over every example, a ragged last batch too."""
+    """`evaluate(params, batch_stats, data) -> {"loss", "accuracy"}` over every example, a ragged last batch too.
+
+    Examples that follow one another are scored in `batch_size` lanes, each from its beginning to its end; with one lane
+    nothing is cut. Their number must be a multiple of the lanes.
+    """
 
     @jax.jit
-    def score(params: Params, stats: Any, data: Batch, rows: Array, valid: Array) -> Sums:
+    def score(params: Params, stats: Any, data: Batch, rows: Array, valid: Array) -> Any:
         return task.score(params, stats, place({name: x[rows] for name, x in data.items()}), valid)
 
     def evaluate(params: Params, stats: Any, data: Batch) -> dict[str, float]:
         n = int(jax.tree.leaves(data)[0].shape[0])
-        rows, valid = batches.cover(n, min(batch_size, n))
-        parts = [score(params, stats, data, r, v) for r, v in zip(rows, valid, strict=True)]
+        parts = []
+        if task.begin is not None:
+            stats = task.begin(batch_size)
+            for r in batches.in_order(n, batch_size):
+                part, stats = score(params, stats, data, r, np.ones(batch_size, bool))
+                parts.append(part)
+        else:
+            rows, valid = batches.cover(n, min(batch_size, n))
+            parts = [score(params, stats, data, r, v) for r, v in zip(rows, valid, strict=True)]
         return averages(jax.tree.map(lambda *each: sum(each), *jax.device_get(parts)))
 
     return evaluate

@@ -47,6 +47,8 @@ def train_together(
     """
     if any(job.placement.mesh is not None for job in jobs):
         raise ConfigError("seeds trained together run on one device; leave --mesh out")
+    if jobs[0].task.begin is not None:
+        raise ConfigError("examples that follow one another are trained one seed after the other")
     check_phases(jobs[0], phases)
     return _Together(jobs, phases, workdirs, display).go()
 
@@ -105,7 +107,7 @@ class _Together:
         steps = phase.fit.epochs * self.per_epoch
 
         def transform(structure: Any) -> Any:
-            return phase_optimizer(self.job.optimizer, phase, steps, self.per_epoch, structure or None)
+            return phase_optimizer(self.job.optimizer, phase, steps, self.per_epoch, structure or None, self.job.clip)
 
         tx = transform(None)
         opt_state = _lift(lambda p, s: transform(s).init(p))(weights.params, weights.structure)

@@ -1,0 +1,101 @@
+"""The comparisons of `experiments.language_curves`: perplexity against compression, structure by structure.
+
+    python -m experiments.language_curves --config=configs/language_curves.py:VARIANT --workdir=DIR [--data_dir=DIR]
+
+All points of a seed share a dense network and get the same epochs after it; rates are those measured in the stored
+weights. Every variant has a form `VARIANT_tiny` for tests.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import language_model
+
+Settings = dict[str, Any]
+
+
+def curves(
+    variant: str, base: Settings, rates: Sequence[int], at: int, seeds: Sequence[int], only: Sequence[str] = ()
+) -> Settings:
+    """Six structures over rates with seed 0; at one rate all seeds, DARB's controls, one-shot and dense beside them.
+
+    Args:
+      variant: its name.
+      base: the experiment.
+      rates: of the curves.
+      at: the rate of the headline row.
+      seeds: there.
+      only: structures to run, () for all.
+    """
+    base["plan"]["baselines"] = ()
+    points = []
+    for rate in rates:
+        for curve, rules in language_model.structures(rate).items():
+            own = tuple(seeds) if rate == at and curve in ("darb", "bmwm", "irregular", "block") else (0,)
+            points.append(_point(curve, rate, rules, seeds=own))
+    for curve, rules in language_model.controls(at).items():
+        points.append(_point(curve, at, rules, seeds=tuple(seeds) if curve == "darb permuted" else (0,)))
+    points.append(_point("darb one-shot", at, language_model.structures(at)["darb"], "one_shot"))
+    points.append(_point("dense", at, language_model.structures(at)["darb"], "dense"))
+    return {
+        "variant": variant,
+        "base": base,
+        "points": tuple(p for p in points if not only or p["curve"] in only),
+        "seeds": (0,),
+        "main": "darb",
+        "at": f"{at}x",
+    }
+
+
+def _point(curve: str, rate: int, rules: Any, method: str = "admm", seeds: tuple[int, ...] = (0,)) -> Settings:
+    return {"curve": curve, "name": f"{rate}x", "rules": rules, "method": method, "seeds": seeds}
+
+
+def generated(variant: str) -> Settings:
+    """The drawn text at 4x to 32x."""
+    return curves(variant, language_model.generated(variant), (4, 8, 16, 32), 16, (0, 1, 2))
+
+
+def war_and_peace(variant: str) -> Settings:
+    """War and Peace at 4x to 32x."""
+    return curves(variant, language_model.war_and_peace(variant), (4, 8, 16, 32), 8, (0, 1, 2))
+
+
+def wikitext2_partial(variant: str) -> Settings:
+    """The stand-in of WikiText-2 at 4x to 32x."""
+    return curves(variant, language_model.wikitext2_partial(variant), (4, 8, 16, 32), 8, (0, 1, 2))
+
+
+def ptb(variant: str) -> Settings:
+    """Penn Treebank, the large network, at 8x to 32x. For a GPU."""
+    return curves(variant, language_model.ptb(variant), (8, 16, 32), 16, (0, 1, 2))
+
+
+VARIANTS: dict[str, Callable[[str], Settings]] = {
+    "generated": generated,
+    "war_and_peace": war_and_peace,
+    "wikitext2_partial": wikitext2_partial,
+    "ptb": ptb,
+}
+
+
+def tiny(c: Settings) -> Settings:
+    """A few points on a handful of words: for tests."""
+    language_model.tiny(c["base"])
+    keep = {("darb", c["at"]), ("row", c["at"]), ("dense", c["at"]), ("darb one-shot", c["at"])}
+    points = [p for p in c["points"] if (p["curve"], p["name"]) in keep or p["curve"] == "row"][:6]
+    c["points"] = tuple({**p, "seeds": (0,)} for p in points)
+    return c
+
+
+def get_config(variant: str = "generated") -> ConfigDict:
+    """The comparison of that name."""
+    name = variant.removesuffix("_tiny")
+    if name not in VARIANTS:
+        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
+    settings = VARIANTS[name](variant)
+    config = ConfigDict(tiny(settings) if name != variant else settings)
+    config.lock()
+    return config
