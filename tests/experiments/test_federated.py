@@ -1,0 +1,109 @@
+"""The driver: a run leaves everything behind, resumes to the same bits, and its variants can be read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from compressx.federated import algorithm
+from compressx.report.summary import read_summary
+from compressx.training import ConfigError
+from configs import federated as configs
+from experiments import federated
+from experiments import federated_setup as setup
+from experiments.driver import Options
+
+
+def frozen(variant: str, **changes) -> setup.Config:
+    config = configs.get_config(variant)
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        (config[section] if section else config)[name] = value
+    return setup.read(config)
+
+
+@pytest.mark.parametrize("variant", [*configs.VARIANTS, *(f"{v}_tiny" for v in configs.VARIANTS)])
+def test_every_variant_can_be_read(variant: str) -> None:
+    config = setup.read(configs.get_config(variant))
+    assert config.variant == variant
+    kinds = {config.algorithm.kind(r) for r in range(config.algorithm.rounds)}
+    assert kinds == ({"dense", "admm", "masked"} if config.algorithm.pruning else {"dense"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm__sparsify": "some"}, "sparsify='some' is impossible"),
+        ({"algorithm__prune_round": 99}, "prune_round=99 is impossible"),
+        ({"algorithm__density": ()}, "density=.* is impossible"),
+        ({"split__kind": "fair"}, "split.kind='fair' is impossible"),
+        ({"baselines": ("best",)}, "baselines='best' is impossible"),
+        ({"network__up_mbit": 0.0}, "up_mbit=0.0 is impossible"),
+    ],
+)
+def test_impossible_settings_are_named(changes, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        frozen("digits", **changes)
+
+
+def test_a_density_that_matches_nothing_is_named(tmp_path) -> None:
+    config = frozen("digits_tiny", algorithm__density=(("params/nothing", 0.1),))
+    setting = setup.make(config, Options(tmp_path))
+    with pytest.raises(ConfigError, match="'params/nothing' matches nothing"):
+        algorithm.layout(config.algorithm, setting.model)
+
+
+def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
+    changes = {"model__name": "lenet_300_100", "model__options": {"width": 0.1}, "baselines": ("dense", "secagg")}
+    config = frozen("digits_tiny", **changes)
+    whole = Options(tmp_path / "whole")
+    summary = federated.train_and_evaluate(config, whole)
+    block = summary["federated"]
+    assert block["enclave"] == "SIMULATED" and read_summary(whole.workdir / "summary.json") == summary
+    page = (whole.workdir / "report.html").read_text()
+    assert "SIMULATED: no SGX hardware was used" in page and page.count("data:image/png") == 4
+    counts = block["bytes"]
+    assert counts["encrypted sparse"]["total"] < counts["plain dense"]["total"] < counts["encrypted dense"]["total"]
+    assert counts["secagg dense"]["total"] > counts["plain dense"]["total"]
+    assert block["saving"] == pytest.approx(1 - counts["encrypted sparse"]["total"] / counts["encrypted dense"]["total"])
+    assert block["secagg_audit"]["dropped"] == 1 and block["secagg_audit"]["largest_error"] < 1e-6
+    assert summary["violations"] == 0 and summary["rate"]["constrained_weights"] > 6
+    assert set(block["pruning"]) == {"before", "after"}
+
+    # killed after the second round of the first arm, and started again
+    saved, calls = federated.save, []
+
+    def save(*args) -> None:
+        saved(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(federated, "save", save)
+    parts = Options(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        federated.train_and_evaluate(config, parts)
+    monkeypatch.setattr(federated, "save", saved)
+    again = federated.train_and_evaluate(config, parts)
+    assert again["federated"]["accuracy"] == block["accuracy"] and again["federated"]["bytes"] == counts
+    names = ("metrics.jsonl", "compressed.safetensors")
+    assert all((whole.workdir / n).read_bytes() == (parts.workdir / n).read_bytes() for n in names)
+    evaluated = federated.evaluate(config, whole)
+    assert evaluated["metric"]["compressed"] == pytest.approx(summary["metric"]["compressed"])
+
+
+def test_setup_of_real_processes_leaves_secrets_to_their_owners(tmp_path) -> None:
+    from experiments import federated_nodes as nodes
+
+    config = frozen("digits_tiny")
+    nodes.make_keys(config, Options(tmp_path), "localhost", simulated=True)
+    plan = nodes.read_plan(tmp_path)
+    assert sorted(plan.roster) == [0, 1, 2, 3]
+    secrets = [*tmp_path.glob("clients/*/identity.key"), tmp_path / "server" / "server.key"]
+    assert len(secrets) == 5 and all(p.stat().st_mode & 0o077 == 0 for p in secrets)
+    public = b"".join(p.read_bytes() for p in (tmp_path / "public").iterdir())
+    assert b"PRIVATE" not in public and not any(p.read_bytes() in public for p in secrets)
+    before = (tmp_path / "public" / "plan.json").read_bytes()
+    nodes.make_keys(config, Options(tmp_path), "localhost", simulated=True)
+    assert (tmp_path / "public" / "plan.json").read_bytes() == before
+    assert json.loads(before)["initial"] and np.all([len(k) == 64 for k, _ in plan.roster.values()])
