@@ -243,7 +243,7 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
             make = (lambda k: unstructured(keep=k)) if own else held_support
             rules = [(re.escape(x.name), make(b)) for x, b in zip(layers, budgets, strict=True) if b]
             pull = [admm(rules, rho=rho, every=every)]
-        return optax.chain(*pull, *([optax.trace(alg.momentum)] if alg.momentum else []))
+        return optax.chain(*pull, optax.trace(alg.momentum))
 
     def run(leaves: Any, masks: Any, data: Any, rows: Array, first: Any, last: Any, lr: Any, tx: Any, key: Array) -> Any:
         start = jax.tree.unflatten(treedef, leaves)
@@ -286,8 +286,7 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
             trained, loss = run(leaves, none, data, rows, 0, half, lr, transform(rho), key)
             masks = top_masks(trained, layers)
             hard = masked(trained, masks)
-            plain = optax.chain(optax.trace(alg.momentum)) if alg.momentum else optax.identity()
-            trained, more = run(hard, masks, data, rows, half, steps, lr, plain, key)
+            trained, more = run(hard, masks, data, rows, half, steps, lr, optax.trace(alg.momentum), key)
             sent = masked(trained, masks)
             sent = tuple(quantise(x, alg.values) for x in sent)
             return Upload(sent, masks, (), (loss + more) / steps.astype(jnp.float32))
