@@ -144,7 +144,8 @@ class Plan:
 
     Attributes:
       dense: the uncompressed training all the rest starts from.
-      stages: compressions one after the other; each moves inside the support of the one before.
+      stages: compressions one after the other; each moves inside the support of the one before. None: only the dense
+        network is trained.
       method: how the stages' rules are reached: "admm", or at the same number of epochs "one_shot", "gradual", "dense".
       baselines: what else is trained from the same dense weights, for the same number of epochs.
     """
@@ -159,7 +160,8 @@ class Plan:
         for name in self.baselines:
             _one_of("baselines", name, BASELINES)
         _need(self.dense.distill == 0, "dense.distill", self.dense.distill, "0: there is no teacher yet")
-        _need(bool(self.stages), "stages", self.stages, "at least one compression")
+        alone = self.method == "admm" and not self.baselines
+        _need(bool(self.stages) or alone, "stages", self.stages, "given for another method than admm and for baselines")
 
 
 C = TypeVar("C")

@@ -62,11 +62,13 @@ class Task(NamedTuple):
       begin: for examples that follow one another (windows of a text), None for all others. A batch then holds the next
         example of each of its lanes (`batches.in_order`), and what one step leaves for the next travels in batch_stats:
         `begin(lanes)` is that before the first, and `score` returns (Sums, batch_stats).
+      after_step: what is done to the weights after every step (a limit of norms, say), None for nothing.
     """
 
     loss: Callable[..., tuple[Array, tuple[Any, Sums]]]
     score: Callable[[Params, Any, Batch, Array], Any]
     begin: Callable[[int], Any] | None = None
+    after_step: Callable[[Params], Params] | None = None
 
 
 def classification(
@@ -148,8 +150,9 @@ def make_step(
         grad = jax.value_and_grad(task.loss, has_aux=True)
         (_, (stats, sums)), gradient = grad(state.params, state.batch_stats, batch, key, fit, teacher)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
         return TrainState(
-            optax.apply_updates(state.params, updates),
+            params if task.after_step is None else task.after_step(params),
             stats,
             opt_state,
             state.step + 1,
