@@ -1,8 +1,8 @@
 """Networks as flax.linen modules, under one index.
 
 Every model is called as `model.apply(variables, x, train=False)` with x float32 `[n, h, w, c]`, normalised, and returns
-logits `[n, classes]` (`yolov3`: three heads; `lstm_lm`: words in, see `models.lstm`). Those with batch normalisation take
-`mutable=["batch_stats"]` while training.
+logits `[n, classes]` (`yolov3`: three heads; `gru`: sequences `[n, t, features]`; `lstm_lm`: words in, see
+`models.lstm`). Those with batch normalisation take `mutable=["batch_stats"]` while training.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from compressx.models.gru import GRU
 from compressx.models.lenet import DigitsCNN, LeNet5, LeNet5Caffe, LeNet300
 from compressx.models.lstm import LanguageModel
 from compressx.models.mobilenet import MobileNetV2
@@ -33,6 +34,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": MobileNetV2,
     "darknet53": Darknet53,
     "yolov3": YOLOv3,
+    "gru": GRU,
     "lstm_lm": LanguageModel,
 }
 
@@ -63,6 +65,7 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
 
 
 __all__ = [
+    "GRU",
     "MODELS",
     "CifarResNet",
     "DigitsCNN",
