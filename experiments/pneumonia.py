@@ -270,9 +270,8 @@ def conclude(
     model = {"name": config.model.name, "options": dict(config.model.options)}
     stored = artifacts.save(options.workdir / artifacts.MODEL, networks[head.name], last.rules, model, facts)
     block = {
-        "points": [
-            {
-                "name": p.name,
+        "points": {
+            p.name: {
                 "kind": p.kind,
                 "rate": p.rate,
                 "method": p.method,
@@ -282,7 +281,7 @@ def conclude(
                 "size": sizes[p.name].facts,
             }
             for p in config.points
-        ],
+        },
         "dense": {"scores": scores["dense"], "size": sizes["dense"].facts},
         "same_budget": scores.get("dense_same_budget"),
         "hardened": scores.get("hardened"),
@@ -345,7 +344,7 @@ def _summary(
             "hardened": value("hardened"),
             "compressed": value(head.name),
         },
-        "rate": {**stored.rate, "constrained_weights": block["points"][0]["rate_kept"]},
+        "rate": {**stored.rate, "constrained_weights": block["points"][config.points[0].name]["rate_kept"]},
         "bytes": stored.size,
         "residual": {k: max(residual[k].values()) if residual.get(k) else None for k in ("primal", "dual")},
         "violations": stored.violations,

@@ -34,7 +34,7 @@ def sections(
         out.append(("Boxes", _boxes(workdir, task, judge, networks, block, head)))
     curves = {
         name: tuple(np.array(scores["reliability"][k]) for k in ("predicted", "observed", "count"))
-        for name, scores in (("dense", block["dense"]["scores"]), (head, block["points"][0]["scores"]))
+        for name, scores in (("dense", block["dense"]["scores"]), (head, block["points"][head]["scores"]))
     }
     picture = xrays.reliability(workdir / "reliability.png", curves)  # type: ignore[arg-type]
     text = "The probability of an image is the score of its best box." if task.geometry is not None else ""
@@ -55,7 +55,7 @@ def _networks(task: Task, block: Mapping[str, Any]) -> html.Table:
     header += ["AUC interval", "masked - compacted"]
     full = block["dense"]["size"]["weights"]
     rows = []
-    for name, entry in [("dense", block["dense"]), *((p["name"], p) for p in block["points"])]:
+    for name, entry in [("dense", block["dense"]), *block["points"].items()]:
         size, scores = entry["size"], entry["scores"]
         gap = size.get("masked_minus_compacted")
         rows.append(
@@ -84,7 +84,8 @@ def _about(task: Task) -> str:
 
 def _against_rate(workdir: Path, task: Task, points: Sequence[Any], block: Mapping[str, Any]) -> html.Content:
     methods: dict[str, tuple[list[float], list[list[float]]]] = {}
-    for p, entry in zip(points, block["points"], strict=True):
+    for p in points:
+        entry = block["points"][p.name]
         value = entry["scores"][task.metric]
         if value is not None:
             label = p.kind if p.method == "admm" else f"{p.kind}, {p.method.replace('_', '-')}"
@@ -101,13 +102,13 @@ def _against_rate(workdir: Path, task: Task, points: Sequence[Any], block: Mappi
         name=task.metric.replace("_", " "),
         percent=False,
     )
-    weights = [p["size"]["weights"] for p in block["points"]]
+    ordered = sorted((p["size"] for p in block["points"].values()), key=lambda size: -size["weights"])
     macs = plots.lines(
         workdir / "macs.png",
         {
             "multiply-adds left": (
-                np.array([block["dense"]["size"]["weights"] / w for w in sorted(weights, reverse=True)]),
-                np.array([p["size"]["macs"] for p in sorted(block["points"], key=lambda p: -p["size"]["weights"])]),
+                np.array([block["dense"]["size"]["weights"] / size["weights"] for size in ordered]),
+                np.array([size["macs"] for size in ordered]),
             )
         },
         title="Multiply-adds against compression of the weights",
@@ -130,7 +131,7 @@ def _boxes(
     rows = [*np.flatnonzero(count > 0)[: SHOWN - 2], *np.flatnonzero(count == 0)[:2]]
     part = {k: v[rows] for k, v in task.test.items()}
     kinds: dict[str, list[xrays.Boxes]] = {"truth": []}
-    for name, scores in (("dense", block["dense"]["scores"]), (head, block["points"][0]["scores"])):
+    for name, scores in (("dense", block["dense"]["scores"]), (head, block["points"][head]["scores"])):
         w = networks[name]
         found = judge.found({**w.params, **w.batch_stats}, part)
         if not kinds["truth"]:
@@ -181,7 +182,7 @@ def _layers(
 
 def _device(block: Mapping[str, Any]) -> html.Content:
     rows = []
-    for name, entry in [("dense", block["dense"]), *((p["name"], p) for p in block["points"])]:
+    for name, entry in [("dense", block["dense"]), *block["points"].items()]:
         guess = entry["size"]["tx2_estimate"]
         per_watt = guess["frames"] / JETSON_TX2.watts
         rows.append([name, fmt.milliseconds(guess["milliseconds"]), f"{guess['frames']:,.0f}", f"{per_watt:,.1f}"])

@@ -94,16 +94,23 @@ def network_structure(
             masks.append(mask)
         return masks
 
-    def by_position(i: int, w: Array, mask: Array) -> Array:
-        columns = plain[i]["columns"]
-        if columns is None or columns >= w.size // w.shape[-1]:
-            return mask
-        if selection == "random":
-            drawn = np.random.default_rng([seed, 1, i]).permutation(w.size // w.shape[-1]).astype(np.float32)
-            e = jnp.where(mask.any(-1, keepdims=True), drawn.reshape(*w.shape[:-1], 1) + 1.0, 0.0)
-        else:
-            e = squares(jnp.where(mask, w, jnp.zeros((), w.dtype)), -1, keepdims=True)
-        return mask & top_k_mask(e, columns)
+    def by_position(leaves: tuple[Array, ...], masks: list[Array]) -> list[Array]:
+        """The masks with only the best positions of each kernel, all kernels ranked side by side."""
+        chosen = [i for i, w in enumerate(leaves) if _fewer(plain[i]["columns"], w)]
+        if not chosen:
+            return masks
+        scores = []
+        for i in chosen:
+            w, mask = leaves[i], masks[i]
+            if selection == "random":
+                drawn = np.random.default_rng([seed, 1, i]).permutation(w.size // w.shape[-1]).astype(np.float32)
+                scores.append(jnp.where(mask.any(-1).ravel(), drawn + 1.0, 0.0))
+            else:
+                scores.append(squares(jnp.where(mask, w, jnp.zeros((), w.dtype)), -1).astype(jnp.float32).ravel())
+        kept = _side_by_side(scores, [plain[i]["columns"] for i in chosen])
+        for i, k in zip(chosen, kept, strict=True):
+            masks[i] = masks[i] & k.reshape(*leaves[i].shape[:-1], 1)
+        return masks
 
     def select(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
         if selection == "random":
@@ -111,9 +118,8 @@ def network_structure(
             check(leaves)
         else:
             scores = energy(leaves)
-        chosen = [top_k_mask(scores[first : first + size], keep) for first, size, keep in ends]
-        masks = lines(jnp.concatenate(chosen), leaves)
-        return tuple(by_position(i, w, m) for i, (w, m) in enumerate(zip(leaves, masks, strict=True)))
+        chosen = _side_by_side([scores[first : first + size] for first, size, _ in ends], [k for _, _, k in ends])
+        return tuple(by_position(leaves, lines(jnp.concatenate(chosen), leaves)))
 
     def alive(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
         # by count, not by energy: the squares of tiny weights underflow to 0
@@ -126,6 +132,18 @@ def network_structure(
 
     spec = {"kind": "network_structure", "members": plain, "groups": ends, "selection": selection, "seed": seed}
     return support(spec, select, alive, joint=True)
+
+
+def _fewer(columns: int | None, w: Array) -> bool:
+    return columns is not None and columns < w.size // w.shape[-1]
+
+
+def _side_by_side(scores: Sequence[Array], keep: Sequence[int]) -> list[Array]:
+    """The mask of the largest `keep` of each vector; one search over all of them, for each of its own compiles."""
+    longest = max(s.size for s in scores)
+    rows = jnp.stack([jnp.pad(s, (0, longest - s.size)) for s in scores])  # what fills up is last among equals
+    masks = top_k_mask(rows, jnp.asarray(keep, jnp.int32)[:, None], axis=1)
+    return [m[: s.size] for m, s in zip(masks, scores, strict=True)]
 
 
 def _member(given: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -201,7 +201,8 @@ def test_detections_are_sorted_inside_the_image_and_above_the_least(rng) -> None
         n = int(got.valid[i].sum())
         assert n and got.valid[i][:n].all() and (np.diff(got.scores[i][:n]) <= 0).all()
         assert (got.scores[i][:n] >= 0.3).all() and (got.scores[i][n:] == 0).all()
-        assert (got.boxes[i][:n, :2] >= 0).all() and (got.boxes[i][:n, 2:] <= np.array([96.0, 64.0], np.float32)).all()
+        assert (got.boxes[i][:n, :2] >= 0).all()
+        assert (np.asarray(got.boxes[i])[:n, 2:] <= np.array([96, 64])).all()
 
 
 def test_views_move_a_bright_box_with_its_pixels() -> None:
@@ -220,7 +221,7 @@ def test_views_move_a_bright_box_with_its_pixels() -> None:
 
 def test_views_drop_a_box_that_leaves() -> None:
     images = np.full((8, 64, 64, 1), 9, np.uint8)
-    box = np.tile(np.array([[[0, 0, 2, 2], [30, 30, 12, 12]]], np.float32), (8, 1, 1))
+    box = np.tile(np.array([[[0, 30, 4, 4], [30, 30, 12, 12]]], np.float32), (8, 1, 1))
     got = augment.random_view(jax.random.key(0), images, box, np.full(8, 2, np.int32), zoom=0.01, shift=0.3, flip=False)
     count, moved = np.asarray(got[2]), np.asarray(got[1])
     assert set(count.tolist()) == {1, 2}

@@ -113,7 +113,7 @@ def test_the_score_is_the_brute_one(rng) -> None:
 
 
 def test_the_threshold_chosen_is_the_best_of_all_scores(rng) -> None:
-    images = _random_images(rng, 12)
+    images = _random_images(rng, 8)
     confidence, value = score.choose_threshold(images, candidates=10_000)
     every = {s for i in images for s in i.scores.tolist()} | {2.0}
     assert value == pytest.approx(max(score.challenge_score(images, s).value for s in every))
