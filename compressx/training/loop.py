@@ -3,7 +3,7 @@
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -45,12 +45,16 @@ class Job:
       seed: of the order of examples and of all keys, 0 to 2**32 - 1.
       batch: examples a step. The n mod batch examples an epoch leaves over are others in every epoch.
       eval_batch: examples a step of evaluation.
-      optimizer: "adam", "sgd" (Nesterov momentum 0.9) or "plain_sgd".
+      optimizer: "adam", "sgd" (Nesterov momentum 0.9), "plain_sgd" or "rmsprop" (decay 0.95).
       clip: largest norm that the gradient of the loss may have, over all weights together; 0 is any.
       placement: where arrays lie.
       chunk: steps between looks at the clock.
       save_steps: steps between checkpoints; 0 is only by time.
       save_seconds: seconds between checkpoints; 0 is only by steps. The ends of phases are always saved.
+      order: `order(seed, epoch) -> int32 [n // batch, batch]`, the examples of every batch of an epoch, where not every
+        shuffle will do (buckets of like lengths); None shuffles all.
+      select: figure of the validation set, such as `validation_accuracy`, whose best epoch (its start among them, the
+        earliest of equals) a dense or retraining phase leaves; "" is the last epoch.
     """
 
     task: Task
@@ -67,6 +71,8 @@ class Job:
     chunk: int = 50
     save_steps: int = 0
     save_seconds: float = 60.0
+    select: str = ""
+    order: Callable[[int, int], np.ndarray] | None = None
 
 
 class Outcome(NamedTuple):
@@ -230,6 +236,7 @@ class _Run:
         """Records what the phase starts from (for retraining: the hardened weights), and saves it."""
         figures = self._figures(begun.state)
         self.results[phase.name] = {"start": figures}
+        self._note_best(phase, 0, begun.state, figures)
         self._record(self._offset(index), phase.name, epoch=0, **figures)
         self._save(phase, index, begun.state, 0)
 
@@ -284,6 +291,7 @@ class _Run:
         self._record(global_step, phase.name, epoch=epoch, **values)
         self.results[phase.name]["end"] = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures}
         self.results[phase.name].update({k: v for k, v in residuals.items() if k in ("primal", "dual")})
+        self._note_best(phase, epoch, state, figures)
         shown = {"loss": mean["loss"], "accuracy": figures["accuracy"]}
         if residuals.get("primal"):
             shown["residual"] = max(residuals["primal"].values())
@@ -292,7 +300,13 @@ class _Run:
 
     def _end(self, phase: Phase, begun: _Begun, state: TrainState) -> None:
         """Keeps what the phase leaves: for retraining, exactly inside its sets."""
-        params, structure = state.params, begun.structure
+        params, structure, stats = state.params, begun.structure, state.batch_stats
+        self.results[phase.name].setdefault("end", self.results[phase.name]["start"])
+        best = self.results[phase.name].get("best")
+        if best is not None and best["epoch"] < phase.fit.epochs:
+            template = like(self.first, phase._replace(rules=None), self.place)
+            params, stats, _ = self.checkpoints.load_weights(f"{phase.name}.best", template)
+            self.results[phase.name]["end"] |= best
         if phase.kind == "admm":
             assert phase.rules is not None
             structure = structures(params, phase.rules, find_admm(state.opt_state))
@@ -300,8 +314,19 @@ class _Run:
             assert phase.rules is not None
             settled = settle(Weights(params, {}, structure), phase.rules, find_retrain(state.opt_state))
             params = settled.params
-        self.results[phase.name].setdefault("end", self.results[phase.name]["start"])
-        self.checkpoints.save_weights(phase.name, Weights(params, state.batch_stats, structure))
+        self.checkpoints.save_weights(phase.name, Weights(params, stats, structure))
+
+    def _note_best(self, phase: Phase, epoch: int, state: TrainState, figures: dict[str, float]) -> None:
+        """Keeps the weights of the best epoch so far, where the job selects by one.
+
+        Written before the checkpoint that knows of it: a run that resumes from an earlier one writes the same again.
+        """
+        if not self.job.select or phase.kind not in ("dense", "retrain"):
+            return
+        best = self.results[phase.name].get("best")
+        if best is None or figures[self.job.select] > best[self.job.select]:
+            self.results[phase.name]["best"] = {"epoch": epoch, **figures}
+            self.checkpoints.save_weights(f"{phase.name}.best", Weights(state.params, state.batch_stats, {}))
 
     # -- what is measured ---------------------------------------------------------------------------------------------
 
@@ -435,6 +460,8 @@ def epoch_order(phase: Phase, epoch: int, job: Job) -> np.ndarray:
     if job.task.begin is not None:
         return batches.in_order(_size(job.train), job.batch)
     seed = (_number(phase.name) << 32) | job.seed
+    if job.order is not None:
+        return job.order(seed, epoch)
     return batches.epoch_batches(seed, epoch, _size(job.train), job.batch)
 
 

@@ -50,7 +50,9 @@ def _base(name: str) -> optax.GradientTransformation:
         return optax.trace(decay=0.9, nesterov=True)
     if name == "plain_sgd":
         return optax.identity()
-    raise ConfigError(f"optimizer={name!r} is impossible; it must be adam, sgd (Nesterov's) or plain_sgd")
+    if name == "rmsprop":
+        return optax.scale_by_rms(decay=0.95, eps=1e-8, eps_in_sqrt=False)
+    raise ConfigError(f"optimizer={name!r} is impossible; it must be adam, sgd (Nesterov's), plain_sgd or rmsprop")
 
 
 def _parts(name: str, fit: Fit, steps: int) -> tuple[list[Any], list[Any]]:

@@ -86,10 +86,12 @@ def plan(config: Plan) -> tuple[Phase, ...]:
 
 def final(config: Plan) -> str:
     """The phase whose weights are the run's result."""
-    return _method(config.method, config.stages)[-1].name
+    return (_method(config.method, config.stages) or [Phase(DENSE, "dense", "", config.dense)])[-1].name
 
 
 def _method(method: str, stages: tuple[Stage, ...]) -> list[Phase]:
+    if not stages:
+        return []
     moving = sum(s.admm.epochs for s in stages)
     inside = sum(s.retrain.epochs for s in stages)
     last = stages[-1]
