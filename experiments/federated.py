@@ -1,9 +1,9 @@
-"""Federated learning with sparse, encrypted updates: the simulation, its baselines, exact bytes, modelled time, a report.
+"""Federated learning with sparse, encrypted updates: simulation, baselines, exact bytes, modelled time, a report.
 
     python -m experiments.federated --config=configs/federated.py:digits --workdir=runs/federated
 
-The aggregation enclave is SIMULATED here; accuracy and bytes do not depend on that, confidentiality does. Real processes:
-`experiments.federated_nodes`.
+The aggregation enclave is SIMULATED here; accuracy and bytes do not depend on that, confidentiality does. Real
+processes: `experiments.federated_nodes`.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ from experiments.federated_setup import Config, Setting, read
 
 NpArray = npt.NDArray[Any]
 SIMULATED = (
-    "SIMULATED: no SGX hardware was used. The protocol, its bytes and the model are the real ones; confidentiality against "
-    "whoever runs the server's machine is not."
+    "SIMULATED: no SGX hardware was used. The protocol, its bytes and the model are the real ones; confidentiality "
+    "against whoever runs the server's machine is not."
 )
 
 
@@ -79,12 +79,21 @@ def arms(config: Config) -> dict[str, Algorithm]:
     return out
 
 
-def run_arm(config: Config, name: str, alg: Algorithm, setting: Setting, folder: Path, writer: MetricsWriter, at: int) -> Arm:
+def run_arm(
+    config: Config, name: str, alg: Algorithm, setting: Setting, folder: Path, writer: MetricsWriter, at: int
+) -> Arm:
     """Trains one arm, or what is left of it; every `eval_every` rounds it is evaluated and saved."""
     try:
         simulation = Simulation(
-            setting.task, alg, setting.model, setting.train, setting.split, config.seed,
-            width=config.width, padded=config.padded, oblivious=config.oblivious,
+            setting.task,
+            alg,
+            setting.model,
+            setting.train,
+            setting.split,
+            config.seed,
+            width=config.width,
+            padded=config.padded,
+            oblivious=config.oblivious,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -112,14 +121,24 @@ def run_arm(config: Config, name: str, alg: Algorithm, setting: Setting, folder:
         ledger = part if ledger is None else Ledger(*(np.concatenate(x) for x in zip(ledger, part, strict=True)))
         figures = evaluate(now)
         if not np.isfinite(part.loss).all():
-            raise Diverged(f"{name}: the loss is not finite after round {stop}; lower algorithm.lr or algorithm.rho_final")
+            raise Diverged(
+                f"{name}: the loss is not finite after round {stop}; lower algorithm.lr or algorithm.rho_final"
+            )
         done["scores"][str(stop - 1)] = figures
         done["round"], done["seconds"] = stop, done["seconds"] + time.perf_counter() - begin
         for i, r in enumerate(range(first, stop)):
             last = {"accuracy": figures["accuracy"], "test_loss": figures["loss"]} if r == stop - 1 else {}
             writer.write(
-                at + r, name, round=r, kind=alg.kind(r), loss=float(part.loss[i]), residual=float(part.residual[i]),
-                down_bytes=int(part.down[i].sum()), up_bytes=int(part.up[i].sum()), density=part.density[i].tolist(), **last,
+                at + r,
+                name,
+                round=r,
+                kind=alg.kind(r),
+                loss=float(part.loss[i]),
+                residual=float(part.residual[i]),
+                down_bytes=int(part.down[i].sum()),
+                up_bytes=int(part.up[i].sum()),
+                density=part.density[i].tolist(),
+                **last,
             )
         writer.sync()
         save(path, now, ledger, done)
@@ -173,7 +192,14 @@ def totals(arm: Arm, encrypted: bool, hands: tuple[int, int], ids: Sequence[NpAr
     """All bytes of a run: messages, frames, handshakes of every client that took part."""
     n = arm.ledger.down.size
     down, up = int(arm.ledger.down.sum()), int(arm.ledger.up.sum())
-    out = {"model_down": down, "update_up": up, "framing_down": 0, "framing_up": 0, "handshake_down": 0, "handshake_up": 0}
+    out = {
+        "model_down": down,
+        "update_up": up,
+        "framing_down": 0,
+        "framing_up": 0,
+        "handshake_down": 0,
+        "handshake_up": 0,
+    }
     if encrypted:
         clients = len(np.unique(np.concatenate(list(ids))))
         out |= {"framing_down": n * (sessions.FRAME_BYTES + 4), "framing_up": n * sessions.UPDATE_BYTES}
@@ -181,7 +207,9 @@ def totals(arm: Arm, encrypted: bool, hands: tuple[int, int], ids: Sequence[NpAr
     return out | {"total": sum(out.values())}
 
 
-def seconds_of(config: Config, arm: Arm, setting: Setting, encrypted: bool, hands: tuple[int, int], ids: Sequence[NpArray]) -> NpArray:
+def seconds_of(
+    config: Config, arm: Arm, setting: Setting, encrypted: bool, hands: tuple[int, int], ids: Sequence[NpArray]
+) -> NpArray:
     """Modelled seconds by round and stage `[rounds, stages]`, with the costs measured for this arm's messages."""
     alg = arm.alg
     plan = setup.make_plan(config, alg, setting)
@@ -200,15 +228,21 @@ def seconds_of(config: Config, arm: Arm, setting: Setting, encrypted: bool, hand
         extra = (sessions.FRAME_BYTES + 4, sessions.UPDATE_BYTES) if encrypted else (0, 0)
         examples = np.array([algorithm.local_steps(alg, len(setting.split[c])) * alg.batch for c in who])
         stages = timing.elapsed(
-            config.network, speeds, who, arm.ledger.down[r] + extra[0] + new * hands[1],
-            arm.ledger.up[r] + extra[1] + new * hands[0], examples, costs[pruned], encrypted,
+            config.network,
+            speeds,
+            who,
+            arm.ledger.down[r] + extra[0] + new * hands[1],
+            arm.ledger.up[r] + extra[1] + new * hands[0],
+            examples,
+            costs[pruned],
+            encrypted,
         )
         rows.append([stages[s] for s in timing.STAGES])
     return np.array(rows)
 
 
 def secagg_audit(config: Config, setting: Setting, leaves: Sequence[Any]) -> dict[str, Any]:
-    """One masked round of real messages on this model's last weights, one client dropping out, against the plain mean."""
+    """One masked round of real messages on these weights, one client dropping out, against the plain mean."""
     clients = min(len(setting.split), 5)
     flat = np.concatenate([np.asarray(x).reshape(-1) for x in leaves])
     rng = np.random.default_rng(config.seed)
@@ -312,8 +346,12 @@ def conclude(config: Config, options: Options, setting: Setting, finished: dict[
         rules = [(re.escape(x.name), unstructured(keep=x.budget)) for x in layers if x.budget < x.size]
         weights = weights._replace(structure=structures(weights.params, rules))
     facts = {
-        "driver": "federated", "dataset": setting.info.name, "classes": setting.info.classes,
-        "mean": list(config.data.mean or setting.info.mean), "std": list(config.data.std or setting.info.std), "seed": config.seed,
+        "driver": "federated",
+        "dataset": setting.info.name,
+        "classes": setting.info.classes,
+        "mean": list(config.data.mean or setting.info.mean),
+        "std": list(config.data.std or setting.info.std),
+        "seed": config.seed,
     }
     described = {"name": config.model.name, "options": dict(config.model.options)}
     stored = artifacts.save(workdir / artifacts.MODEL, weights, rules, described, facts)
@@ -329,30 +367,50 @@ def conclude(config: Config, options: Options, setting: Setting, finished: dict[
         "rounds_to_dense_accuracy": None if dense is None else _first_round(sparse, accuracy["dense"]),
         "pruning": sparse.pruning or None,
         "bytes": counts,
-        "bytes_counted": "our messages: payload, frame header, tag, state hash, hello, offer with quote; not gRPC's and TLS's framing",
+        "bytes_counted": "payload, frame header, tag, hash, hello, offer with quote; not gRPC's and TLS's framing",
         "saving": saving,
         "speedup": speedup,
-        "seconds": {k: dict(zip(timing.STAGES, v.sum(0).tolist(), strict=True)) | {"total": float(v.sum())} for k, v in times.items()},
+        "seconds": {
+            k: dict(zip(timing.STAGES, v.sum(0).tolist(), strict=True)) | {"total": float(v.sum())}
+            for k, v in times.items()
+        },
         "network": dataclasses.asdict(config.network),
         "secagg_audit": audit,
-        "density": {"before_pruning": float(sparse.ledger.density[-1, 0]), "after": float(sparse.ledger.density[-1, 1])},
+        "density": {
+            "before_pruning": float(sparse.ledger.density[-1, 0]),
+            "after": float(sparse.ledger.density[-1, 1]),
+        },
         "paper": dataclasses.asdict(config.paper) if config.paper.what else None,
         "simulation_seconds": {k: v.seconds for k, v in finished.items()},
         "run": run_record(options.command),
     }
     known = config.paper.accuracy > 0
     summary = make_summary(
-        driver="federated", variant=config.variant, seed=config.seed,
+        driver="federated",
+        variant=config.variant,
+        seed=config.seed,
         dataset={
-            "name": setting.info.name, "source": setting.info.source, "train": len(setting.train["labels"]),
-            "test": len(setting.test["labels"]), "stand_in": setting.info.stand_in,
+            "name": setting.info.name,
+            "source": setting.info.source,
+            "train": len(setting.train["labels"]),
+            "test": len(setting.test["labels"]),
+            "stand_in": setting.info.stand_in,
         },
         metric={
-            "name": "accuracy", "higher_is_better": True, "dense": accuracy.get("dense"), "dense_same_budget": None,
-            "one_shot": None, "hardened": sparse.pruning.get("after"), "compressed": accuracy["sparse"],
+            "name": "accuracy",
+            "higher_is_better": True,
+            "dense": accuracy.get("dense"),
+            "dense_same_budget": None,
+            "one_shot": None,
+            "hardened": sparse.pruning.get("after"),
+            "compressed": accuracy["sparse"],
         },
-        rate=stored.rate, bytes=stored.size, residual={"primal": residual, "dual": None}, violations=stored.violations,
-        latency_ms=None, seconds=sum(a.seconds for a in finished.values()),
+        rate=stored.rate,
+        bytes=stored.size,
+        residual={"primal": residual, "dual": None},
+        violations=stored.violations,
+        latency_ms=None,
+        seconds=sum(a.seconds for a in finished.values()),
         paper={"quantity": "metric.compressed", "value": config.paper.accuracy} if known else None,
         federated=block,
     )
@@ -409,11 +467,18 @@ def pictures(workdir: Path, table: NpArray, finished: dict[str, Arm], times: dic
         curves[name] = (np.array(at) + 1, values)
         spent = np.cumsum(arm.ledger.down.sum(1) + arm.ledger.up.sum(1))
         against[name] = (spent[at] / 1e6, values)
-    path = plots.lines(workdir / "accuracy.png", curves, title="Accuracy by round", ylabel="accuracy", xlabel="round", percent=True)
+    path = plots.lines(
+        workdir / "accuracy.png", curves, title="Accuracy by round", ylabel="accuracy", xlabel="round", percent=True
+    )
     out.append(html.Picture(path, "Accuracy by round", "On the whole test set."))
     path = plots.lines(
-        workdir / "accuracy_bytes.png", against, title="Accuracy by bytes moved", ylabel="accuracy",
-        xlabel="megabytes, up and down, all clients", percent=True, logx=True,
+        workdir / "accuracy_bytes.png",
+        against,
+        title="Accuracy by bytes moved",
+        ylabel="accuracy",
+        xlabel="megabytes, up and down, all clients",
+        percent=True,
+        logx=True,
     )
     out.append(html.Picture(path, "Accuracy by bytes", "Messages of all clients, cumulative."))
     used = {}
@@ -421,10 +486,14 @@ def pictures(workdir: Path, table: NpArray, finished: dict[str, Arm], times: dic
         number = np.arange(1, arm.alg.rounds + 1)
         used[f"{name}, down"] = (number, arm.ledger.down.sum(1) / 1e6)
         used[f"{name}, up"] = (number, arm.ledger.up.sum(1) / 1e6)
-    path = plots.lines(workdir / "bytes.png", used, title="Bytes by round", ylabel="megabytes", xlabel="round", logy=True)
+    path = plots.lines(
+        workdir / "bytes.png", used, title="Bytes by round", ylabel="megabytes", xlabel="round", logy=True
+    )
     out.append(html.Picture(path, "Bytes by round", "Exact sizes of the messages of all clients."))
     elapsed = {name: (np.arange(1, len(t) + 1), np.cumsum(t.sum(1))) for name, t in times.items()}
-    path = plots.lines(workdir / "elapsed.png", elapsed, title="Modelled elapsed time", ylabel="seconds", xlabel="round")
+    path = plots.lines(
+        workdir / "elapsed.png", elapsed, title="Modelled elapsed time", ylabel="seconds", xlabel="round"
+    )
     text = "Bytes are exact and packing, sealing and aggregation are measured; links and device speeds are assumed."
     out.append(html.Picture(path, "Elapsed time", text))
     return out
@@ -440,8 +509,9 @@ def sections(config: Config, summary: dict[str, Any]) -> list[tuple[str, html.Co
     time_table = html.Table(("run", *timing.STAGES, "total"), stages, (False, *[True] * (len(timing.STAGES) + 1)))
     n = config.network
     link = (
-        f"Assumed: {n.up_mbit:g} Mbit/s up, {n.down_mbit:g} down, {n.latency_ms:g} ms one way, {n.examples_per_second:g} examples "
-        f"a second (median, spread {n.spread:g}), devices {n.slower:g} times slower than this machine. Seconds are those of the "
+        f"Assumed: {n.up_mbit:g} Mbit/s up, {n.down_mbit:g} down, {n.latency_ms:g} ms one way, "
+        f"{n.examples_per_second:g} examples a second (median, spread {n.spread:g}), devices {n.slower:g} times slower "
+        "than this machine. Seconds are those of the "
         "slowest client of every round, and the server's."
     )
     if block["speedup"]:
@@ -457,12 +527,15 @@ def sections(config: Config, summary: dict[str, Any]) -> list[tuple[str, html.Co
     out.append(("Elapsed time", [link, time_table]))
     if compared:
         note = (
-            f"The paper's values are those of its abstract ({block['paper']['what']}); its recipe, its baseline of the saving and of "
+            f"The paper's values are those of its abstract ({block['paper']['what']}); its recipe, its baseline of the "
+            "saving and of "
             "the speed-up, its SGX set-up and its link are not published, so only the accuracies are of the same kind."
         )
         if summary["dataset"]["stand_in"]:
             note += " The data here are a stand-in: compare only the difference between dense and sparse."
-        out.append(("Beside the paper", [note, html.Table(("quantity", "paper", "here"), compared, (False, True, True))]))
+        out.append(
+            ("Beside the paper", [note, html.Table(("quantity", "paper", "here"), compared, (False, True, True))])
+        )
     accuracy = [[name, f"{100 * value:.2f} %"] for name, value in block["accuracy"].items()]
     out.append(("Accuracy", html.Table(("run", "after the last round"), accuracy, (False, True))))
     return out

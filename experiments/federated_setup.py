@@ -1,4 +1,4 @@
-"""What a federated experiment is: its config, its data divided, its plan. Shared by the simulation and the real processes."""
+"""A federated experiment: its config, its data divided, its plan. Shared by the simulation and the processes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -99,7 +99,9 @@ class Config:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed} is impossible; it must be 0 to 2**32 - 1")
         if self.split.kind not in splits.SPLITS:
-            raise ConfigError(f"split.kind={self.split.kind!r} is impossible; it must be one of {', '.join(splits.SPLITS)}")
+            raise ConfigError(
+                f"split.kind={self.split.kind!r} is impossible; it must be one of {', '.join(splits.SPLITS)}"
+            )
         for name in self.baselines:
             if name not in BASELINES:
                 raise ConfigError(f"baselines={name!r} is impossible; they are {', '.join(BASELINES)}")

@@ -12,6 +12,6 @@ timing      elapsed time under a stated network
 tls         certificates for a server
 gramine     manifest template and steps for SGX
 
-All but `splits` need the extra `federated`: pip install 'compressx[federated]'. Nothing is imported here, so that each part
-loads only what it needs.
+All but `splits` need the extra `federated`: pip install 'compressx[federated]'. Nothing is imported here, so that each
+part loads only what it needs.
 """

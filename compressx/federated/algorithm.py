@@ -1,16 +1,16 @@
-"""The algorithm, once: what a client does in a round and which round is of which kind. Both engines run these functions.
+"""The algorithm, once: what a client does in a round, and which kind of round it is. Both engines run these functions.
 
     DENSE    SGD on the client's examples; the change of the model is sent
     ADMM     the same, with ADMM's pull towards `budget` non-zeros a layer
     MASKED   within the mask: the common one, or (client) after ADMM the client's own, which it retrains in
 
-A client's examples of a round, its keys and the participants are functions of (seed, round, client), so the simulation and a
-client process on another machine see the same numbers. With `update` a client keeps what it did not send and adds it to the next update (error
-feedback).
+A client's examples of a round, its keys and the participants are functions of (seed, round, client), so the simulation
+and a client process on another machine see the same numbers. With `update` a client keeps what it did not send and
+adds it to the next update (error feedback).
 
-Sources: S. Lin et al., "ESMFL: Efficient and Secure Models for Federated Learning", 2020 (the system; its exact schedule is
-not published); H. B. McMahan et al., 2017 (FedAvg); T. Li et al., "Federated Optimization in Heterogeneous Networks", 2020
-(`mu`); S. U. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018 (error feedback).
+Sources: S. Lin et al., "ESMFL: Efficient and Secure Models for Federated Learning", 2020 (the system; its exact
+schedule is not published); H. B. McMahan et al., 2017 (FedAvg); T. Li et al., "Federated Optimization in Heterogeneous
+Networks", 2020 (`mu`); S. U. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018 (error feedback).
 """
 
 import math
@@ -121,7 +121,8 @@ class Upload(NamedTuple):
     """What a client's round gives.
 
     Attributes:
-      leaves: float32 arrays, shaped as the model's leaves: what is added to the model, or the model itself (client masks).
+      leaves: float32 arrays, shaped as the model's leaves: what is added to the model, or the model itself (client
+        masks).
       masks: support of each leaf with a budget; None for the others and where nothing is sparse.
       memory: what was not sent, by leaf with a budget (`update`), for the next round.
       loss: mean over the steps, float32 [].
@@ -245,11 +246,15 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
             pull = [admm(rules, rho=rho, every=every)]
         return optax.chain(*pull, optax.trace(alg.momentum))
 
-    def run(leaves: Any, masks: Any, data: Any, rows: Array, first: Any, last: Any, lr: Any, tx: Any, key: Array) -> Any:
+    def run(
+        leaves: Any, masks: Any, data: Any, rows: Array, first: Any, last: Any, lr: Any, tx: Any, key: Array
+    ) -> Any:
         start = jax.tree.unflatten(treedef, leaves)
         anchor = {"params": start["params"]}
         stats = {k: v for k, v in start.items() if k != "params"}
-        keep = jax.tree.unflatten(treedef, [jnp.ones_like(x, bool) if m is None else m for x, m in zip(leaves, masks, strict=True)])
+        keep = jax.tree.unflatten(
+            treedef, [jnp.ones_like(x, bool) if m is None else m for x, m in zip(leaves, masks, strict=True)]
+        )
         keep = {"params": keep["params"]}
         within = any(m is not None for m in masks)
 

@@ -3,9 +3,9 @@
     hello() -> bytes                    to be carried to the aggregator
     answer(offer, frame) -> bytes       the offer is checked before the frame is opened; the sealed update comes back
 
-An update is kept until the client knows that it was counted: asked again for the same round of the same state (a lost connection, an
-aggregator that was killed), it sends the same one, sealed anew. An update that turns out not to have been counted goes back
-into the error-feedback memory.
+An update is kept until the client knows that it was counted: asked again for the same round of the same state (a lost
+connection, an aggregator that was killed), it sends the same one, sealed anew. An update that turns out not to have
+been counted goes back into the error-feedback memory.
 """
 
 import functools
@@ -105,7 +105,9 @@ class Client:
         """A fresh hello; the session before it is over."""
         private, key = sessions.fresh_key()
         seen_round, seen_hash = self._seen
-        data = sessions.write_hello(Hello(self.number, sessions.fresh_nonce(), key, seen_round, seen_hash), self._identity)
+        data = sessions.write_hello(
+            Hello(self.number, sessions.fresh_nonce(), key, seen_round, seen_hash), self._identity
+        )
         self._hello, self._session, self._masks = (data, private), None, None
         return data
 
@@ -170,8 +172,14 @@ class Client:
         supports = None
         if common and self._masks is not None:
             supports = [None if m is None else np.flatnonzero(m) for m in self._masks]
-        message = messages.parse(data[: len(data)], layout, kind=messages.WEIGHTS, values=plan.value_code,
-                                 supports=supports, size=len(data) if plan.padded else 0)
+        message = messages.parse(
+            data[: len(data)],
+            layout,
+            kind=messages.WEIGHTS,
+            values=plan.value_code,
+            supports=supports,
+            size=len(data) if plan.padded else 0,
+        )
         leaves = [messages.to_dense(p, layer.size) for p, layer in zip(message.pieces, layout, strict=True)]
         masks: tuple[NpArray | None, ...] = (None,) * len(layout)
         if common:

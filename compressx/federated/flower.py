@@ -1,16 +1,18 @@
 """Flower as the distributed engine: its gRPC server and clients over TLS carry our sealed messages.
 
     server    flwr.server.start_server with a `FederatedServer`; the host of an enclave, it sees sealed bytes only
-    client    flwr.client.start_client with a `FlowerClient` around a `Client`; reconnects until the server says that it is over
+    client    flwr.client.start_client with a `FlowerClient` around a `Client`; reconnects until the server says that
+    it is over
 
-Flower 1.41 moves messages of SuperNodes over HTTP; what it offers over gRPC is `start_server` and `start_client`, which it calls
-deprecated. They are used here because they are its gRPC transport; two calls of each are what would change.
+Flower 1.41 moves messages of SuperNodes over HTTP; what it offers over gRPC is `start_server` and `start_client`,
+which it calls deprecated. They are used here because they are its gRPC transport; two calls of each are what would
+change.
 
     get_properties {"op": "hello"}      -> {"hello": bytes}
     fit [offer or empty, sealed model]  -> [sealed update]
 
-A round ends when all its clients are counted, or at its deadline with the quorum. A client that joins late or comes back after a
-crash says hello and is asked again; what the enclave has counted is not asked again.
+A round ends when all its clients are counted, or at its deadline with the quorum. A client that joins late or comes
+back after a crash says hello and is asked again; what the enclave has counted is not asked again.
 """
 
 import json
@@ -82,6 +84,7 @@ class FederatedServer(flwr.server.Server):
         self._offers: dict[str, bytes] = {}
         self._busy: dict[str, Future[None]] = {}
         self._strikes: dict[str, int] = {}
+        self._asked: set[str] = set()  # in this round, since their last hello
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[Any, float]:
         """All rounds that the enclave has not closed yet; Flower calls this."""
@@ -94,7 +97,7 @@ class FederatedServer(flwr.server.Server):
     def _round(self, pool: ThreadPoolExecutor, round_: int) -> None:
         wanted = {int(c) for c in algorithm.participants(self.seed, self.alg, len(self.plan.roster), round_)}
         end = time.monotonic() + self.deadline
-        asked: set[str] = set()
+        self._asked.clear()
         while True:
             counted = set(self.enclave.status()[1])
             late = time.monotonic() > end
@@ -106,8 +109,8 @@ class FederatedServer(flwr.server.Server):
                     continue
                 if cid not in self._numbers and self._strikes.get(cid, 0) < 3:
                     self._busy[cid] = pool.submit(self._greet, cid, proxy)
-                elif self._numbers.get(cid) in wanted - counted and cid not in asked:
-                    asked.add(cid)
+                elif self._numbers.get(cid) in wanted - counted and cid not in self._asked:
+                    self._asked.add(cid)
                     self._busy[cid] = pool.submit(self._exchange, cid, proxy, round_)
             time.sleep(0.02)
         closed = self.enclave.close()
@@ -135,10 +138,13 @@ class FederatedServer(flwr.server.Server):
             for other in [k for k, v in self._numbers.items() if v == number]:
                 del self._numbers[other]  # its session is replaced
             self._numbers[cid], self._offers[cid] = number, offer
+            self._asked.discard(cid)
         self._write(event="joined", client=number)
 
     def _exchange(self, cid: str, proxy: Any, round_: int) -> None:
-        number = self._numbers[cid]
+        number = self._numbers.get(cid)
+        if number is None:  # it said hello again over another connection
+            return
         try:
             offer = self._offers.pop(cid, b"")
             frame = self.enclave.model(number)
@@ -180,7 +186,8 @@ def serve(server: FederatedServer, address: str, certificates: Certificates) -> 
 
 
 class FlowerClient(flwr.client.Client):
-    """Answers Flower's calls with a `Client`'s sealed bytes; a refusal goes back as text, without stopping the process."""
+    """Answers Flower's calls with a `Client`'s sealed bytes; a refusal goes back as text, without stopping the
+    process."""
 
     def __init__(self, client: Client) -> None:
         self.client, self.calls = client, 0

@@ -1,7 +1,7 @@
 """The host: carries sealed bytes between clients and the enclave, and counts them. It holds no key and no plaintext.
 
-`Enclave` is the aggregator in a process of its own. `Loopback` drives a round without any network: the same calls, the same
-bytes; a network engine replaces only the carrying.
+`Enclave` is the aggregator in a process of its own. `Loopback` drives a round without any network: the same calls, the
+same bytes; a network engine replaces only the carrying.
 """
 
 import json
@@ -26,12 +26,12 @@ Array = npt.NDArray[Any]
 class Aggregating(Protocol):
     """What a host may ask of an aggregator, in its process or elsewhere."""
 
-    def hello(self, data: bytes) -> bytes: ...  # noqa: D102
-    def model(self, client: int) -> bytes: ...  # noqa: D102
-    def update(self, frame: bytes) -> int: ...  # noqa: D102
-    def close(self) -> Closed: ...  # noqa: D102
-    def status(self) -> tuple[int, tuple[int, ...]]: ...  # noqa: D102
-    def release(self) -> list[Array]: ...  # noqa: D102
+    def hello(self, data: bytes) -> bytes: ...
+    def model(self, client: int) -> bytes: ...
+    def update(self, frame: bytes) -> int: ...
+    def close(self) -> Closed: ...
+    def status(self) -> tuple[int, tuple[int, ...]]: ...
+    def release(self) -> list[Array]: ...
 
 
 class EnclaveStopped(RuntimeError):
@@ -70,7 +70,7 @@ class Enclave:
         flags += [f"--simulated={self.machine}"] if simulated else []
         if command is None:
             command = (sys.executable, "-E", str(Path(process.__file__)))
-        self._log = open(folder / "enclave.log", "ab")  # noqa: SIM115  (lives as long as the process)
+        self._log = open(folder / "enclave.log", "ab")
         self._process = subprocess.Popen(
             [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
         )
@@ -171,8 +171,8 @@ class Traffic:
 class Answering(Protocol):
     """A client as the host sees it."""
 
-    def hello(self) -> bytes: ...  # noqa: D102
-    def answer(self, offer: bytes | None, frame: bytes) -> bytes: ...  # noqa: D102
+    def hello(self) -> bytes: ...
+    def answer(self, offer: bytes | None, frame: bytes) -> bytes: ...
 
 
 class Loopback:

@@ -1,14 +1,14 @@
-"""SecAgg-style masking: the server learns the sum of the clients' updates without an enclave. For contrast, not for SGX's place.
+"""SecAgg-style masking: the server learns the sum of the updates without an enclave. For contrast, not in SGX's place.
 
-Each pair of clients shares a mask that one adds and the other subtracts; each client adds one of its own. Seeds are shared out
-(Shamir), so that the survivors can take out the masks of those who dropped out, and the own masks of those who stayed, but
-never both of one client. Sums are exact modulo 2^32, of updates clipped and rounded to fixed point.
+Each pair of clients shares a mask that one adds and the other subtracts; each client adds one of its own. Seeds are
+shared out (Shamir), so that the survivors can take out the masks of those who dropped out, and the own masks of those
+who stayed, but never both of one client. Sums are exact modulo 2^32, of updates clipped and rounded to fixed point.
 
-Every client must send values at the same places: per-client sparse indices and masking do not mix. With a common mask only the
-kept weights are sent.
+Every client must send values at the same places: per-client sparse indices and masking do not mix. With a common mask
+only the kept weights are sent.
 
-Source: K. Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", 2017 (figure 4, honest but
-curious server; without its signatures).
+Source: K. Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", 2017 (figure 4,
+honest but curious server; without its signatures).
 """
 
 import os
@@ -147,7 +147,10 @@ class Member:
 
 
 def unmask(
-    uploads: Mapping[int, bytes], advertised: Mapping[int, bytes], revealed: Mapping[int, Mapping[int, bytes]], threshold: int
+    uploads: Mapping[int, bytes],
+    advertised: Mapping[int, bytes],
+    revealed: Mapping[int, Mapping[int, bytes]],
+    threshold: int,
 ) -> NpArray:
     """The sum of the survivors' vectors (uint32), from their uploads and the shares they revealed."""
     total = np.zeros(len(next(iter(uploads.values()))) // 4, np.uint32)

@@ -1,10 +1,11 @@
 """The simulation: whole rounds of all clients in one jitted program, with the bytes that the messages would have.
 
-A scan over rounds, in it a scan over the round's clients in groups of `width` that are vmapped (1 is fastest on a CPU, where
-convolutions of many kernels at once are slow; a GPU takes as many as fit). Averages are float32 sums in the clients' order, where the
-aggregator sums in float64: see `docs/federated.md` for how far the two engines differ.
+A scan over rounds, in it a scan over the round's clients in groups of `width` that are vmapped (1 is fastest on a CPU,
+where convolutions of many kernels at once are slow; a GPU takes as many as fit). Averages are float32 sums in the
+clients' order, where the aggregator sums in float64: see `docs/federated.md` for how far the two engines differ.
 
-Bytes are exact: they are counted from the same masks that would be sent, code by code, with the same choice of the smallest.
+Bytes are exact: they are counted from the same masks that would be sent, code by code, with the same choice of the
+smallest.
 """
 
 import dataclasses
@@ -50,7 +51,8 @@ class Ledger(NamedTuple):
       up: likewise, of the client's.
       loss: float32 `[rounds]`, mean training loss.
       residual: float32 `[rounds]`, ||W - P(W)|| / ||W|| of the averaged model over the layers with budgets.
-      density: float32 `[rounds, 2]`, non-zeros of the averaged model over its weights with budgets, before and after pruning.
+      density: float32 `[rounds, 2]`, non-zeros of the averaged model over its weights with budgets, before and after
+        pruning.
     """
 
     down: NpArray
@@ -77,8 +79,14 @@ def _positions(masks: Sequence[Array | None]) -> Array:
 
 
 def message_bytes(
-    layers: Sequence[Layer], values: int, positions: Sequence[int] | None, *, shared: bool = False, padded: bool = False,
-    oblivious: bool = False, dense_allowed: bool = True,
+    layers: Sequence[Layer],
+    values: int,
+    positions: Sequence[int] | None,
+    *,
+    shared: bool = False,
+    padded: bool = False,
+    oblivious: bool = False,
+    dense_allowed: bool = True,
 ) -> int:
     """Exact size of a message.
 
@@ -152,9 +160,7 @@ class Simulation:
         """Round 0."""
         none = (None,) * len(self.layers)
         clients = len(self.split)
-        memory = tuple(
-            jnp.zeros((clients, *m.shape)) for m in algorithm.no_memory(self.alg, self.layers, self._first)
-        )
+        memory = tuple(jnp.zeros((clients, *m.shape)) for m in algorithm.no_memory(self.alg, self.layers, self._first))
         return SimState(self._first, none, memory, np.zeros(clients, bool))
 
     def model(self, state: SimState) -> Any:
@@ -241,9 +247,7 @@ class Simulation:
             grouped = jax.tree.map(lambda v: v.reshape(-1, width, *v.shape[1:]), (ids, rows, steps, weights))
             zero = tuple(jnp.zeros_like(w) for w in leaves)
             total, (kept, losses, where) = lax.scan(group, zero, grouped)
-            memory = tuple(
-                m.at[ids].set(k.reshape(-1, *k.shape[2:])) for m, k in zip(memory, kept, strict=True)
-            )
+            memory = tuple(m.at[ids].set(k.reshape(-1, *k.shape[2:])) for m, k in zip(memory, kept, strict=True))
             mean = total if own else tuple(a + b for a, b in zip(leaves, total, strict=True))
             chosen = algorithm.top_masks(mean, layers)
             inside = [x if m is None else x - jnp.where(m, x, 0.0) for x, m in zip(mean, chosen, strict=True)]
@@ -266,8 +270,16 @@ class Simulation:
         return program
 
     def _count(
-        self, kind: str, ids: NpArray, knows: NpArray, up: NpArray, down: NpArray, begun: NpArray | None,
-        loss: NpArray, residual: NpArray, density: NpArray,
+        self,
+        kind: str,
+        ids: NpArray,
+        knows: NpArray,
+        up: NpArray,
+        down: NpArray,
+        begun: NpArray | None,
+        loss: NpArray,
+        residual: NpArray,
+        density: NpArray,
     ) -> Ledger:
         """Message sizes from positions; marks who learns the common masks."""
         alg, layers, values = self.alg, self.layers, messages.VALUES.index(self.alg.values)
@@ -278,7 +290,9 @@ class Simulation:
             for j, c in enumerate(row):
                 if kind == MASKED:
                     shared = bool(common and knows[c])
-                    sizes[0, i, j] = message_bytes(layers, values, model_at, shared=shared, padded=self.padded, dense_allowed=False)
+                    sizes[0, i, j] = message_bytes(
+                        layers, values, model_at, shared=shared, padded=self.padded, dense_allowed=False
+                    )
                 else:
                     sizes[0, i, j] = message_bytes(layers, values, None, padded=self.padded)
                 if common:

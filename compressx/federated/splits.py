@@ -111,10 +111,12 @@ def shards(seed: int, labels: Array, clients: int, each: int = 2) -> Split:
 def classes(seed: int, labels: Array, clients: int, each: int = 2) -> Split:
     """Each client holds `each` classes; a class is shared evenly by the clients that hold it.
 
-    Clients take classes in turn from one random order, so that every class is held by as many clients as any other, up to one.
+    Clients take classes in turn from one random order, so that every class is held by as many clients as any other, up
+    to one.
 
     Raises:
-      ValueError: `each` is not in 1..classes, or some class would be held by no client or by more clients than it has examples.
+      ValueError: `each` is not in 1..classes, or some class would be held by no client or by more clients than it has
+        examples.
     """
     _check(labels, clients)
     present = np.unique(labels)

@@ -1,9 +1,10 @@
-"""Elapsed time of rounds under a stated network and stated devices: a model, not a measurement, except where it says measured.
+"""Elapsed time of rounds under a stated network and stated devices: a model, with measured costs where it says so.
 
-    round = max over its clients (latency + down + open + train + pack + seal + latency + up) + server (open + parse, average)
+    round = max over its clients (latency + down + open + train + pack + seal + latency + up) + server (open + parse,
+    average)
 
-Bytes are the exact ones; the seconds of opening, packing, sealing, parsing and averaging are measured here, for this model;
-training is examples over the device's speed. Speeds differ between clients: log-normal around the median.
+Bytes are the exact ones; the seconds of opening, packing, sealing, parsing and averaging are measured here, for this
+model; training is examples over the device's speed. Speeds differ between clients: log-normal around the median.
 """
 
 import time
@@ -78,8 +79,14 @@ def measure(plan: Plan, state: State, repeats: int = 3) -> Costs:
 
     def pack() -> bytes:
         return messages.write(
-            update, layout, kind=kind, values=plan.value_code, masks=masks, shared=shared,
-            codes=rounds.upload_codes(plan), pad=rounds.upload_size(plan, state.round),
+            update,
+            layout,
+            kind=kind,
+            values=plan.value_code,
+            masks=masks,
+            shared=shared,
+            codes=rounds.upload_codes(plan),
+            pad=rounds.upload_size(plan, state.round),
         )
 
     packed = pack()
@@ -108,7 +115,14 @@ def measure(plan: Plan, state: State, repeats: int = 3) -> Costs:
 
 
 def elapsed(
-    network: Network, speeds: NpArray, ids: NpArray, down: NpArray, up: NpArray, examples: NpArray, costs: Costs, encrypted: bool
+    network: Network,
+    speeds: NpArray,
+    ids: NpArray,
+    down: NpArray,
+    up: NpArray,
+    examples: NpArray,
+    costs: Costs,
+    encrypted: bool,
 ) -> dict[str, float]:
     """Seconds of one round by stage: the stages of its slowest client, and the server's.
 

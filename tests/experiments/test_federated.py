@@ -65,7 +65,9 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
     counts = block["bytes"]
     assert counts["encrypted sparse"]["total"] < counts["plain dense"]["total"] < counts["encrypted dense"]["total"]
     assert counts["secagg dense"]["total"] > counts["plain dense"]["total"]
-    assert block["saving"] == pytest.approx(1 - counts["encrypted sparse"]["total"] / counts["encrypted dense"]["total"])
+    assert block["saving"] == pytest.approx(
+        1 - counts["encrypted sparse"]["total"] / counts["encrypted dense"]["total"]
+    )
     assert block["secagg_audit"]["dropped"] == 1 and block["secagg_audit"]["largest_error"] < 1e-6
     assert summary["violations"] == 0 and summary["rate"]["constrained_weights"] > 6
     assert set(block["pruning"]) == {"before", "after"}

@@ -31,7 +31,9 @@ class Cheap:
         offer = sessions.read_offer(data)
         bound = sessions.binding(self.said, offer.session, offer.key, self.w.plan.hash())
         report = self.verifier.verify(offer.quote, bound)
-        self.session = sessions.derive(self.private, offer.key, self.said, offer, report.measurement, self.number, False)
+        self.session = sessions.derive(
+            self.private, offer.key, self.said, offer, report.measurement, self.number, False
+        )
 
     def message(self, value: float | None = None) -> bytes:
         layout = self.w.plan.open_layout()
@@ -426,7 +428,10 @@ def test_an_update_that_was_never_counted_goes_back_into_the_memory(tmp_path) ->
     lost = clients[3]
     offer = aggregator.hello(lost.hello())
     lost.answer(offer, aggregator.model(3))  # never arrives
-    sent = [messages.to_dense(p, x.size) for p, x in zip(messages.parse(lost._pending.payload, w.plan.layers).pieces, w.plan.layers, strict=True)]
+    sent = [
+        messages.to_dense(p, x.size)
+        for p, x in zip(messages.parse(lost._pending.payload, w.plan.layers).pieces, w.plan.layers, strict=True)
+    ]
     limited = [k for k, x in enumerate(w.plan.layers) if x.budget < x.size]
     left = [m.copy() for m in lost._memory]
     loop.round([0, 1, 2])
@@ -458,7 +463,11 @@ def reachable(root: object, limit: int = 20_000) -> list[object]:
     seen, queue = {id(root): root}, [root]
     while queue and len(seen) < limit:
         for found in gc.get_referents(queue.pop()):
-            if id(found) not in seen and not isinstance(found, type) and type(found).__name__ not in ("module", "function"):
+            if (
+                id(found) not in seen
+                and not isinstance(found, type)
+                and type(found).__name__ not in ("module", "function")
+            ):
                 seen[id(found)] = found
                 queue.append(found)
     return list(seen.values())
@@ -469,7 +478,7 @@ def test_the_host_holds_ciphertext_only(tmp_path) -> None:
 
     w = world.make(tmp_path, rounds=2, quorum=2)
     with Enclave(tmp_path / "enclave", w.plan, w.initial, simulated=True) as enclave:
-        root = (lambda: attest.SimulatedAttester(b"", b"", identity=enclave.machine.read_bytes()[32:]).root)
+        root = lambda: attest.SimulatedAttester(b"", b"", identity=enclave.machine.read_bytes()[32:]).root
         loaded = enclave.loaded()  # answers once it is up
         assert "jax" not in loaded and "flax" not in loaded and "flwr" not in loaded and "numpy" in loaded
         verifier = attest.SimulatedVerifier(root(), Policy(attest.measure()))
@@ -508,7 +517,9 @@ def test_the_enclave_process_survives_a_kill(tmp_path) -> None:
     enclave = Enclave(tmp_path / "enclave", w.plan, w.initial, simulated=True)
     enclave.status()
     machine = enclave.machine.read_bytes()[32:]
-    verifier = attest.SimulatedVerifier(attest.SimulatedAttester(b"", b"", identity=machine).root, Policy(attest.measure()))
+    verifier = attest.SimulatedVerifier(
+        attest.SimulatedAttester(b"", b"", identity=machine).root, Policy(attest.measure())
+    )
     loop = Loopback(enclave, {k: Cheap(w, k, verifier) for k in range(4)})
     loop.round([0, 1])
     loop.exchange(2)

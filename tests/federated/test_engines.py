@@ -18,7 +18,11 @@ VARIANTS = {
     "client": {"sparsify": "client", "density": world.DENSITY, "prune_round": 1, "admm_rounds": 1},
     "update": {"sparsify": "update", "density": world.DENSITY, "participants": 2},
     "common float16": {
-        "sparsify": "common", "density": world.DENSITY, "prune_round": 1, "values": "float16", "participants": 2,
+        "sparsify": "common",
+        "density": world.DENSITY,
+        "prune_round": 1,
+        "values": "float16",
+        "participants": 2,
     },
     "update int8": {"sparsify": "update", "density": world.DENSITY, "values": "int8"},
 }
@@ -136,3 +140,25 @@ def test_padding_hides_the_number_of_non_zeros(tmp_path) -> None:
         loop.round(range(world.CLIENTS))
         assert len(set(ledger.up[number])) == 1
         assert loop.traffic.update_up - before == ledger.up[number].sum() + world.CLIENTS * sessions.UPDATE_BYTES
+
+
+@pytest.mark.parametrize("sparsify", ["common", "client"])
+def test_masked_weights_stay_exactly_zero(sparsify: str, tmp_path) -> None:
+    """After every local step, weights outside the mask are 0 and those inside have moved."""
+    w = world.make(tmp_path, sparsify=sparsify, density=world.DENSITY, prune_round=0, rounds=1)
+    leaves, treedef = jax.tree.flatten(w.model)
+    masks = algorithm.top_masks(leaves, w.plan.layers)
+    start = algorithm.masked(leaves, masks)
+    local = jax.jit(algorithm.make_local(w.task, w.alg, w.plan.layers, treedef, "masked"))
+    data = {k: jnp.asarray(v) for k, v in w.data.items()}
+    rows = algorithm.local_rows(world.SEED, w.alg, 0, 0, 240)
+    for steps in (2, 4):
+        rates = (jnp.float32(0.1), jnp.float32(0.1))
+        up = local(start, masks, (), data, rows, jnp.int32(steps), *rates, jax.random.key(0))
+        for x, m, s, layer in zip(up.leaves, up.masks, start, w.plan.layers, strict=True):
+            if m is None:
+                continue
+            assert int(jnp.sum(m)) == layer.budget
+            assert not np.any(np.asarray(x)[~np.asarray(m)])
+            moved = x if sparsify == "common" else x - s
+            assert np.mean(np.asarray(moved)[np.asarray(m)] != 0) > 0.5

@@ -1,4 +1,4 @@
-"""Ten client processes, Flower's gRPC server over TLS, the aggregator's process; killed and started again on the way."""
+"""Ten client processes, Flower's gRPC server over TLS, the aggregator's process; killed and started again."""
 
 import json
 import os
@@ -37,12 +37,13 @@ class Nodes:
             "--config=configs/federated.py:digits_tiny", f"--workdir={folder}", f"--address=localhost:{free_port()}",
             f"--config.split.clients={CLIENTS}", "--config.algorithm.values=float32", "--deadline=600",
         ]  # fmt: skip
-        self.environment = {
-            k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)
-        } | {"FLWR_TELEMETRY_ENABLED": "0", "JAX_PLATFORMS": "cpu"}
+        self.environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)} | {
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "JAX_PLATFORMS": "cpu",
+        }
 
     def start(self, *more: str) -> subprocess.Popen:
-        log = open(self.folder.parent / f"{'-'.join(m.strip('-').replace('=', '') for m in more)}.log", "ab")  # noqa: SIM115
+        log = open(self.folder.parent / f"{'-'.join(m.strip('-').replace('=', '') for m in more)}.log", "ab")
         command = [sys.executable, "-m", "experiments.federated_nodes", *self.flags, *more]
         return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
 
@@ -92,9 +93,7 @@ def test_ten_processes_a_killed_server_and_a_killed_client(tmp_path) -> None:
     config.split.clients, config.algorithm.values = CLIENTS, "float32"
     frozen = setup.read(config)
     setting = setup.make(frozen, Options(tmp_path))
-    simulation = Simulation(
-        setting.task, frozen.algorithm, setting.model, setting.train, setting.split, frozen.seed
-    )
+    simulation = Simulation(setting.task, frozen.algorithm, setting.model, setting.train, setting.split, frozen.seed)
     state, ledger = simulation.run(simulation.start(), 0, frozen.algorithm.rounds)
     expected = np.concatenate([np.ravel(x) for x in state.leaves])
     got = np.load(nodes.folder / "server" / "model.npy")

@@ -119,7 +119,9 @@ HOSTILE = {
     "a difference of five bytes": forged(DELTA, 1, b"\x80\x80\x80\x80\x01" + floats(1)),
     "a difference longer than it need be": forged(DELTA, 1, b"\x81\x00" + floats(1)),
     "differences cut off": forged(DELTA, 3, b"\xff\xff"),
-    "bitmap with another count": forged(BITMAP, 3, np.packbits(np.arange(1001) < 5, bitorder="little").tobytes() + floats(1, 2, 3)),
+    "bitmap with another count": forged(
+        BITMAP, 3, np.packbits(np.arange(1001) < 5, bitorder="little").tobytes() + floats(1, 2, 3)
+    ),
     "bits after the last weight": forged(BITMAP, 1, b"\x00" * 125 + b"\x80" + floats(1)),
     "NaN": forged(DELTA, 1, b"\x01" + floats(float("nan"))),
     "infinity": forged(DELTA, 1, b"\x01" + floats(float("inf"))),
@@ -163,7 +165,11 @@ def test_a_changed_message_is_read_whole_or_refused(data: st.DataObject) -> None
 
 
 def test_int8_edges_are_refused() -> None:
-    for body in (b"\x00\x00\x80\xbf" + b"\x01" + b"\x01", floats(1.0) + b"\x01" + b"\x80", floats(float("nan")) + b"\x01\x01"):
+    for body in (
+        b"\x00\x00\x80\xbf" + b"\x01" + b"\x01",
+        floats(1.0) + b"\x01" + b"\x80",
+        floats(float("nan")) + b"\x01\x01",
+    ):
         raw = struct.pack("<4sBBHI", b"CXM1", 1, INT8, 1, 12 + 5 + len(body)) + struct.pack("<BI", DELTA, 1) + body
         with pytest.raises(Refused):
             messages.parse(raw, LAYOUT)

@@ -54,8 +54,11 @@ class Machine:
 
     def quote(self, report: Report | None = None, **changes) -> bytes:
         settings = {
-            "version": quotes.DCAP, "vendor": quotes.INTEL_QE, "attestation": self.keys["attestation"],
-            "platform": self.keys["leaf"], "chain": self.chain(),
+            "version": quotes.DCAP,
+            "vendor": quotes.INTEL_QE,
+            "attestation": self.keys["attestation"],
+            "platform": self.keys["leaf"],
+            "chain": self.chain(),
         } | changes
         return quotes.write_quote(report=report or self.report, **settings)
 
@@ -124,7 +127,11 @@ def test_debug_enclaves_are_refused(machine) -> None:
 def test_other_enclaves_are_refused(machine) -> None:
     other = machine.report._replace(measurement=bytes(32))
     assert reason(lambda: machine.verifier().verify(machine.quote(other), DATA)) == "measurement"
-    for policy in (Policy(signer=bytes(32), product=4), Policy(signer=SIGNER, product=5), Policy(signer=SIGNER, product=4, svn=8)):
+    for policy in (
+        Policy(signer=bytes(32), product=4),
+        Policy(signer=SIGNER, product=5),
+        Policy(signer=SIGNER, product=4, svn=8),
+    ):
         assert reason(lambda p=policy: machine.verifier(p).verify(machine.quote(), DATA)) == "measurement"
 
 
@@ -138,7 +145,10 @@ def test_chains_are_checked(machine) -> None:
     swapped = machine.chain(machine.leaf, stranger.mid, machine.root)
     assert reason(lambda: machine.verifier().verify(machine.quote(chain=swapped), DATA)) == "chain"
     no_leaf = machine.chain(machine.mid, machine.root)  # an authority is no platform
-    assert reason(lambda: machine.verifier().verify(machine.quote(chain=no_leaf, platform=machine.keys["mid"]), DATA)) == "chain"
+    assert (
+        reason(lambda: machine.verifier().verify(machine.quote(chain=no_leaf, platform=machine.keys["mid"]), DATA))
+        == "chain"
+    )
     k = machine.keys
     old = certificate("Test SGX PCK", k["leaf"], "Test SGX PCK CA", k["mid"], False, days=-1)
     expired = machine.chain(old, machine.mid, machine.root)
@@ -200,6 +210,8 @@ def test_gramine_files_are_used_as_gramine_wants_them(machine, tmp_path) -> None
     (tmp_path / "keys" / "_sgx_mrenclave").write_bytes(b"k" * 16)
     attester = attest.GramineAttester(tmp_path)
     assert machine.verifier().verify(attester.quote(DATA), DATA) == machine.report
-    assert (tmp_path / "user_report_data").read_bytes() == bytes(64) or (tmp_path / "user_report_data").read_bytes() == DATA
+    assert (tmp_path / "user_report_data").read_bytes() == bytes(64) or (
+        tmp_path / "user_report_data"
+    ).read_bytes() == DATA
     assert attester.measurement() == MEASUREMENT and attester.sealing_key() == b"k" * 16
     assert "dcap" in attest.mode(tmp_path)

@@ -44,7 +44,9 @@ class World:
 
     def aggregator(self, **changes: Any) -> Aggregator:
         attester = changes.get("attester", self.attester)
-        return Aggregator(self.plan, self.initial, attester, self.folder / "sealed", FileCounter(self.folder / "counter"))
+        return Aggregator(
+            self.plan, self.initial, attester, self.folder / "sealed", FileCounter(self.folder / "counter")
+        )
 
     def verifier(self) -> attest.SimulatedVerifier:
         return attest.SimulatedVerifier(self.attester.root, Policy(self.attester.measurement()))
@@ -100,4 +102,6 @@ def make(folder: Path, **changes: Any) -> World:
         initial=rounds.model_hash(flat).hex(),
         **in_plan,
     )
-    return World(plan, alg, parts["model"], parts["task"], parts["data"], split, parts["identities"], parts["attester"], folder)
+    return World(
+        plan, alg, parts["model"], parts["task"], parts["data"], split, parts["identities"], parts["attester"], folder
+    )

@@ -5,11 +5,11 @@
     update(bytes) -> int           take an update: opened, parsed, sealed to disk, counted once
     close() -> Closed              average, prune, seal the new state, raise the counter
 
-An update counts from the moment its sealed copy is on the disk: an aggregator that is killed and started again finds it there. A
-second one of the same client and round is refused, so is one of any other round.
+An update counts from the moment its sealed copy is on the disk: an aggregator that is killed and started again finds
+it there. A second one of the same client and round is refused, so is one of any other round.
 
-Rollback: the state's round must be the counter's (or one more: killed between the two). A host that turns back the counter
-too is noticed by any client that saw more: its hello names the newest state it holds.
+Rollback: the state's round must be the counter's (or one more: killed between the two). A host that turns back the
+counter too is noticed by any client that saw more: its hello names the newest state it holds.
 """
 
 import re
@@ -30,7 +30,9 @@ from compressx.federated.trusted.sessions import NEVER, Offer, Session
 class Aggregator:
     """See the module. `folder` holds sealed records; everything in it is the host's to read, delete or replace."""
 
-    def __init__(self, plan: Plan, layers: Sequence[Array], attester: Attester, folder: str | Path, counter: Counter) -> None:
+    def __init__(
+        self, plan: Plan, layers: Sequence[Array], attester: Attester, folder: str | Path, counter: Counter
+    ) -> None:
         self.plan, self._attester, self._folder, self._counter = plan, attester, Path(folder), counter
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keys = {client: bytes.fromhex(key) for client, (key, _) in plan.roster.items()}
@@ -59,7 +61,9 @@ class Aggregator:
             newer = hello.seen_round != NEVER and hello.seen_round > self._state.round
             forked = hello.seen_round == self._state.round and hello.seen_hash != self._state.hash
             if newer or forked:
-                raise Refused("rollback", f"client {hello.client} holds round {hello.seen_round}; here is {self._state.round}")
+                raise Refused(
+                    "rollback", f"client {hello.client} holds round {hello.seen_round}; here is {self._state.round}"
+                )
             self._nonces.add(hello.nonce)
             private, key = sessions.fresh_key()
             session, policy = sessions.fresh_nonce()[:16], self.plan.hash()
@@ -83,7 +87,9 @@ class Aggregator:
                 raise Refused("round", f"all {self.plan.rounds} rounds are closed")
             session = self._session(client)
             counted = struct.pack("<I", state.counted.get(client, 0))
-            return session.seal(state.round, state.hash, counted + rounds.write_model(self.plan, state, client in self._knows_masks))
+            return session.seal(
+                state.round, state.hash, counted + rounds.write_model(self.plan, state, client in self._knows_masks)
+            )
 
     def update(self, frame: bytes) -> int:
         """Takes a client's update and returns the client's number.
@@ -116,7 +122,9 @@ class Aggregator:
         """
         with self._lock:
             if self._state.round >= self.plan.rounds or len(self._accepted) < self.plan.quorum:
-                raise Refused("round", f"round {self._state.round} has {len(self._accepted)} of {self.plan.quorum} updates")
+                raise Refused(
+                    "round", f"round {self._state.round} has {len(self._accepted)} of {self.plan.quorum} updates"
+                )
             old = [self._record(c) for c in self._accepted]
             state, closed = rounds.close(self.plan, self._state, self._accepted)
             self._write(state)

@@ -1,8 +1,8 @@
 """Attesters and verifiers behind one interface: Gramine's, and a simulated one that says so.
 
-An attester gives quotes and a sealing key; it lives where the enclave is. A verifier accepts or refuses a quote; it lives at the
-client. A simulated quote has its own version, vendor and root, so a `DcapVerifier` refuses it by construction, and a
-`SimulatedVerifier` refuses real ones.
+An attester gives quotes and a sealing key; it lives where the enclave is. A verifier accepts or refuses a quote; it
+lives at the client. A simulated quote has its own version, vendor and root, so a `DcapVerifier` refuses it by
+construction, and a `SimulatedVerifier` refuses real ones.
 
 A SIMULATED enclave protects nothing: whoever runs the machine reads all of its memory.
 """

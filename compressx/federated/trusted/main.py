@@ -10,6 +10,7 @@ Run by its path, not as a module: the package around this folder loads JAX, whic
 """
 
 import argparse
+import fcntl
 import os
 import struct
 import sys
@@ -48,6 +49,18 @@ def write_frame(stream: BinaryIO, kind: int, payload: bytes) -> None:
     stream.flush()
 
 
+def lock(folder: Path) -> BinaryIO:
+    """Waits until no other aggregator works in the folder: one whose host was killed may still be finishing a
+    request."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # Gramine may not have it; forks are then the clients' to notice
+        pass
+    return file
+
+
 def main() -> None:
     """Serves until standard input ends."""
     parser = argparse.ArgumentParser()
@@ -71,7 +84,10 @@ def main() -> None:
     if args.doctor:
         print(attest.mode())
         print(f"measurement that a simulation states: {attest.measure().hex()}")
-        print("loaded:", ", ".join(sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))))
+        print(
+            "loaded:",
+            ", ".join(sorted({name.partition(".")[0] for name in sys.modules} - set(sys.stdlib_module_names))),
+        )
         return
     plan = Plan.from_bytes(args.plan.read_bytes())
     flat = np.frombuffer(args.initial.read_bytes(), "<f4")
@@ -84,6 +100,7 @@ def main() -> None:
         attester = attest.SimulatedAttester(attest.measure(), stored[:32], identity=stored[32:])
     else:
         attester = attest.GramineAttester()
+    held = lock(args.state)
     try:
         aggregator = Aggregator(plan, layers, attester, args.state, FileCounter(args.counter))
     except Refused as error:
@@ -113,6 +130,7 @@ def main() -> None:
             write_frame(replies, 0, answer(*frame))
         except Refused as error:
             write_frame(replies, 1, str(error).encode())
+    held.close()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@
     DELTA     index - previous index (first: index + 1) as LEB128         one for every index
     SHARED    none: the support both sides hold                           one for every weight of the support
 
-Integers are little-endian. The parser trusts nothing: it knows the layers, their sizes and their budgets beforehand, checks
-every count against them before it allocates, and hands out values only after the whole message has passed.
+Integers are little-endian. The parser trusts nothing: it knows the layers, their sizes and their budgets beforehand,
+checks every count against them before it allocates, and hands out values only after the whole message has passed.
 """
 
 import struct
@@ -169,8 +169,11 @@ def write(
         code = min(allowed, key=lambda c: sizes[c])
         kept = x if code == DENSE else x[indices]
         scale, numbers = to_values(kept, values)
-        where = {BITMAP: lambda: np.packbits(held, bitorder="little").tobytes(), DELTA: lambda: to_varints(gaps)}  # noqa: B023
-        positions = where[code]() if code in where else b""
+        positions = b""
+        if code == BITMAP:
+            positions = np.packbits(held, bitorder="little").tobytes()
+        elif code == DELTA:
+            positions = to_varints(gaps)
         body += [_LAYER.pack(code, kept.size), scale, positions, numbers]
     content = b"".join(body)
     length = _HEADER.size + len(content)

@@ -1,8 +1,8 @@
 """Adding a sparse layer without an access that depends on where its non-zeros are.
 
 Who watches the memory accesses of an aggregator that scatters sparse updates learns their supports, and from these the
-labels of a client's data. Here every step reads and writes whole arrays of a fixed length in a fixed order: a routing network of
-log2(size) stages, controlled by running counts of the bitmap. Cost: O(n log n) instead of O(non-zeros).
+labels of a client's data. Here every step reads and writes whole arrays of a fixed length in a fixed order: a routing
+network of log2(size) stages, controlled by running counts of the bitmap. Cost: O(n log n) instead of O(non-zeros).
 
 Only what NumPy does is fixed; below it lie the C library and the processor, which no Python program controls.
 

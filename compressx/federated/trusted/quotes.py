@@ -1,13 +1,14 @@
 """SGX quotes (DCAP, ECDSA-P256): reading, the signature chain, and the policy, in an order that wastes no work.
 
     quote      header 48 | report 384 | length u32 | signature data
-    signature  signature 64 | attestation key 64 | QE report 384 | its signature 64 | auth (u16) | certificates (u16, u32)
+    signature  signature 64 | attestation key 64 | QE report 384 | its signature 64 | auth (u16) | certificates (u16,
+    u32)
 
 Checks, in this order: size, structure, certificate chain up to a pinned root, the quoting enclave's report, the quote's
 signature, debug bits, measurement or signer, report data, TCB status. Nothing costly happens before size and structure.
 
-Revocation lists and Intel's TCB collateral are inputs (`revoked`, `tcb`): fetching them is the caller's. A production verifier
-without a `tcb` function refuses.
+Revocation lists and Intel's TCB collateral are inputs (`revoked`, `tcb`): fetching them is the caller's. A production
+verifier without a `tcb` function refuses.
 
 Source: Intel, "Intel SGX ECDSA Quote Library Reference: DCAP API", quote format version 3, appendix A.
 """
@@ -157,7 +158,9 @@ def write_quote(
     """A quote signed by an attestation key that a platform key vouches for; the simulated attester and tests use it."""
     key = _raw(attestation)
     vouched = hashlib.sha256(key + auth).digest() + bytes(32)
-    qe = (qe or Report(1, 3, hashlib.sha256(b"qe").digest(), hashlib.sha256(b"qe signer").digest(), 1, 1, vouched))._replace(data=vouched)
+    qe = (
+        qe or Report(1, 3, hashlib.sha256(b"qe").digest(), hashlib.sha256(b"qe signer").digest(), 1, 1, vouched)
+    )._replace(data=vouched)
     qe_body = write_report(qe)
     signed = struct.pack("<HHIHH16s20s", version, _P256, 0, 0, 0, vendor, bytes(20)) + write_report(report)
     rest = _sign(attestation, signed) + key + qe_body + _sign(platform, qe_body)
@@ -195,7 +198,9 @@ def verify(
     """
     quote = read_quote(data)
     if quote.version != version or quote.vendor != vendor:
-        raise Refused("structure", f"a quote of version {quote.version:#x} by {quote.vendor.hex()}; not one accepted here")
+        raise Refused(
+            "structure", f"a quote of version {quote.version:#x} by {quote.vendor.hex()}; not one accepted here"
+        )
     leaf = _check_chain(quote.certificates, root, now, revoked)
     qe = read_report(quote.qe_report)
     _check_signature(leaf.public_key(), quote.qe_signature, quote.qe_report, "the quoting enclave's report")

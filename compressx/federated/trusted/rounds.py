@@ -1,12 +1,12 @@
-"""What a round is for the server: which messages it takes, how they are averaged, when the model is pruned. Pure, NumPy.
+"""A round, for the server: which messages it takes, how they are averaged, when the model is pruned. Pure, NumPy.
 
     UPDATE   W <- W + sum_k n_k / n * D_k        D_k: what client k adds to the model it was sent
     WEIGHTS  W <- sum_k n_k / n * W_k            per-client masks: client models of different supports
 
 over the clients whose message was accepted, in order of their numbers, in float64, rounded once to float32. After the
-warm-up the model is pruned: each layer keeps its `budget` largest magnitudes, ties to the lower index. With one mask for all
-(`common`) that happens once; with masks of the clients' own (`client`) after every round, because the average of differently
-pruned models is denser than any of them.
+warm-up the model is pruned: each layer keeps its `budget` largest magnitudes, ties to the lower index. With one mask
+for all (`common`) that happens once; with masks of the clients' own (`client`) after every round, because the average
+of differently pruned models is denser than any of them.
 
 Source: H. B. McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", 2017,
 algorithm 1.
@@ -63,7 +63,9 @@ class Plan:
     def __post_init__(self) -> None:
         messages.check_layout(self.layers)
         if self.sparsify not in SPARSIFY or self.values not in messages.VALUES:
-            raise ValueError(f"sparsify={self.sparsify!r}, values={self.values!r}: need one of {SPARSIFY} and {messages.VALUES}")
+            raise ValueError(
+                f"sparsify={self.sparsify!r}, values={self.values!r}: need one of {SPARSIFY} and {messages.VALUES}"
+            )
         if not 1 <= self.quorum <= len(self.roster):
             raise ValueError(f"quorum={self.quorum} is impossible with {len(self.roster)} clients")
         if any(examples < 1 for _, examples in self.roster.values()):
@@ -167,8 +169,13 @@ def top_k(x: Array, k: int) -> Array:
 
 def prune(plan: Plan, layers: Sequence[Array]) -> tuple[tuple[Array, ...], tuple[Array | None, ...]]:
     """Every layer within its budget, and the masks."""
-    masks = [top_k(x, layer.budget) if layer.budget < layer.size else None for x, layer in zip(layers, plan.layers, strict=True)]
-    return tuple(x if m is None else np.where(m, x, np.float32(0)) for x, m in zip(layers, masks, strict=True)), tuple(masks)
+    masks = [
+        top_k(x, layer.budget) if layer.budget < layer.size else None
+        for x, layer in zip(layers, plan.layers, strict=True)
+    ]
+    return tuple(x if m is None else np.where(m, x, np.float32(0)) for x, m in zip(layers, masks, strict=True)), tuple(
+        masks
+    )
 
 
 def write_model(plan: Plan, state: State, knows_masks: bool) -> bytes:
@@ -191,7 +198,11 @@ def write_model(plan: Plan, state: State, knows_masks: bool) -> bytes:
 def upload_form(plan: Plan, round_: int) -> tuple[int, tuple[Layer, ...], bool]:
     """Kind, layout and whether supports are shared, of the uploads of a round."""
     if plan.pruned(round_):
-        return (messages.UPDATE if plan.sparsify == "common" else messages.WEIGHTS), plan.layers, plan.sparsify == "common"
+        return (
+            (messages.UPDATE if plan.sparsify == "common" else messages.WEIGHTS),
+            plan.layers,
+            plan.sparsify == "common",
+        )
     return messages.UPDATE, plan.layers if plan.sparsify == "update" else plan.open_layout(), False
 
 
@@ -233,7 +244,9 @@ def read_upload(plan: Plan, state: State, data: bytes) -> Message:
     if plan.oblivious:
         for piece, layer in zip(message.pieces, layout, strict=True):
             if piece.code == messages.BITMAP and piece.values.size != layer.budget:
-                raise Refused("message", f"{layer.name}: {piece.values.size} values; oblivious rounds need {layer.budget}")
+                raise Refused(
+                    "message", f"{layer.name}: {piece.values.size} values; oblivious rounds need {layer.budget}"
+                )
     return message
 
 
@@ -268,7 +281,9 @@ def close(plan: Plan, state: State, accepted: Mapping[int, Message]) -> tuple[St
         flat, masks = prune(plan, flat)
     counted = state.counted | dict.fromkeys(clients, number)
     after = sum(int(np.count_nonzero(x)) for x in flat)
-    return State(number, flat, masks, _chain(state.hash, number, flat, masks), counted), Closed(state.round, clients, before, after)
+    return State(number, flat, masks, _chain(state.hash, number, flat, masks), counted), Closed(
+        state.round, clients, before, after
+    )
 
 
 def pack_state(state: State) -> bytes:

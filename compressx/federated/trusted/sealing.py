@@ -1,10 +1,11 @@
 """Sealed records of the enclave on a disk that belongs to someone else, and the counter that shows a rollback.
 
-A record is AES-256-GCM under a key of this process (HKDF of the enclave's sealing key and a fresh salt), a counter as nonce, and
-what it is (kind, round, client, hash of the state) as associated data. Files appear whole or not at all, on disk before anyone is told.
+A record is AES-256-GCM under a key of this process (HKDF of the enclave's sealing key and a fresh salt), a counter as
+nonce, and what it is (kind, round, client, hash of the state) as associated data. Files appear whole or not at all, on
+disk before anyone is told.
 
-Under Gramine the key is `_sgx_mrenclave`: only the same measurement opens the records, and an upgraded aggregator starts
-anew. `_sgx_mrsigner` would let upgrades read them, and also every older, perhaps faulty, version.
+Under Gramine the key is `_sgx_mrenclave`: only the same measurement opens the records, and an upgraded aggregator
+starts anew. `_sgx_mrsigner` would let upgrades read them, and also every older, perhaps faulty, version.
 """
 
 import os

@@ -5,9 +5,9 @@
     frame   both ways           header in the clear, authenticated; sealed payload
 
 The key of each direction is HKDF(shared secret, salt = client's nonce, info = hello, offer, measurement). Associated
-data of a frame: measurement, nonce, session, direction, client, round, sequence, hash of the state. Sequence numbers only
-rise and are the AEAD's nonces, under keys that live as long as the session. Nothing of a frame is decrypted before its
-header has passed, and nothing decrypted is returned before its tag has.
+data of a frame: measurement, nonce, session, direction, client, round, sequence, hash of the state. Sequence numbers
+only rise and are the AEAD's nonces, under keys that live as long as the session. Nothing of a frame is decrypted
+before its header has passed, and nothing decrypted is returned before its tag has.
 """
 
 import hashlib
@@ -103,7 +103,8 @@ def read_offer(data: bytes) -> Offer:
 
 
 def binding(hello: bytes, session: bytes, key: bytes, policy: bytes) -> bytes:
-    """Report data of the quote (64 bytes): SHA-256 over the hello (so the verifier's nonce), session, key and policy."""
+    """Report data of the quote (64 bytes): SHA-256 over the hello (so the verifier's nonce), session, key and
+    policy."""
     return hashlib.sha256(_TAG + hello + session + key + policy).digest() + bytes(32)
 
 
@@ -167,7 +168,9 @@ class Session:
             sealed = bytes(frame[_FRAME.size + extra :])
             payload = self.keys[direction].decrypt(nonce, sealed, self._data(direction, is_round, sequence, state))
         except InvalidTag:
-            raise Refused("decryption", f"frame {sequence} of client {client} was changed or is of other keys") from None
+            raise Refused(
+                "decryption", f"frame {sequence} of client {client} was changed or is of other keys"
+            ) from None
         self.received = sequence
         return is_round, state, payload
 
