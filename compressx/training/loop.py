@@ -313,7 +313,7 @@ class _Run:
         if phase.kind == "retrain":
             assert phase.rules is not None
             settled = settle(Weights(params, {}, structure), phase.rules, find_retrain(state.opt_state))
-            params = settled.params
+            params, structure = settled.params, settled.structure
         self.checkpoints.save_weights(phase.name, Weights(params, stats, structure))
 
     def _note_best(self, phase: Phase, epoch: int, state: TrainState, figures: dict[str, float]) -> None:

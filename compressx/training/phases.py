@@ -15,7 +15,7 @@ from compressx import constraints
 from compressx.constraints.base import Constraint
 from compressx.harden import check, count_violations, project, structures
 from compressx.retrain import RetrainState, retract
-from compressx.rules import Rules, check_finite
+from compressx.rules import Rules, check_finite, resolve
 from compressx.training.config import ConfigError, Fit, Plan, Rule, Stage
 from compressx.training.gradual import check_scalable
 from compressx.training.state import all_finite
@@ -143,7 +143,7 @@ def harden(weights: Weights, rules: Rules) -> Weights:
 
 
 def settle(weights: Weights, rules: Rules, piece: RetrainState) -> Weights:
-    """Retrained weights at the nearest point of their piece (levels are exact only there); checked.
+    """Retrained weights at the nearest point of their piece (levels are exact only there), with their levels; checked.
 
     Raises:
       ConstraintViolation: a leaf lies outside one of its sets.
@@ -152,9 +152,26 @@ def settle(weights: Weights, rules: Rules, piece: RetrainState) -> Weights:
     @jax.jit
     def run(params: Any, structure: Any, piece: RetrainState) -> Any:
         exact = retract(params, rules, piece)
-        return exact, count_violations(exact, rules, structure)
+        structure = move_levels(exact, rules, structure)
+        return exact, structure, count_violations(exact, rules, structure)
 
-    params, outside = run(weights.params, weights.structure, piece)
+    params, structure, outside = run(weights.params, weights.structure, piece)
     if any(jax.device_get(outside).values()):
-        check(params, rules, weights.structure)  # raises, naming the leaves
-    return weights._replace(params=params)
+        check(params, rules, structure)  # raises, naming the leaves
+    return weights._replace(params=params, structure=structure)
+
+
+def move_levels(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, Any]:
+    """The structure with the levels that retrained weights lie on: retraining tunes scales and codebooks.
+
+    What the other sets left open (signs, libraries, orders) does not move in retraining and is kept as it is.
+    """
+    leaves, out = jax.tree.leaves(params), {}
+    for b in resolve(rules, params):
+        each = structure[b.name] if b.constraint.parts else (structure[b.name],)
+        w = b.take(leaves)
+        moved = tuple(
+            p.refresh(w, s) if p.stage == constraints.LEVEL else s for p, s in zip(b.constraint.sets, each, strict=True)
+        )
+        out[b.name] = moved if b.constraint.parts else moved[0]
+    return out

@@ -25,7 +25,7 @@ from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import Checkpoints
 from compressx.training.config import Admm, ConfigError
 from compressx.training.loop import Diverged, Job, Outcome, check_phases, epoch_order, phase_key, phase_optimizer
-from compressx.training.phases import DENSE, Phase, Weights
+from compressx.training.phases import DENSE, Phase, Weights, move_levels
 from compressx.training.progress import Display
 from compressx.training.state import Sums, TrainState, all_finite, make_runner, make_step
 
@@ -181,9 +181,10 @@ class _Together:
 
             def settle(params: Any, structure: Any, piece: Any) -> Any:
                 exact = retract(params, rules, piece)
-                return exact, count_violations(exact, rules, structure)
+                structure = move_levels(exact, rules, structure)
+                return exact, structure, count_violations(exact, rules, structure)
 
-            params, outside = _lift(settle)(params, structure, find_retrain(state.opt_state))
+            params, structure, outside = _lift(settle)(params, structure, find_retrain(state.opt_state))
             self._check(phase, outside)
         for r in self.results:
             r[phase.name].setdefault("end", r[phase.name]["start"])

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx.constraints import filters, unstructured
+from compressx.constraints import filters, polarize, quantize, unstructured
 from compressx.harden import ConstraintViolation
 from compressx.retrain import RetrainState
 from compressx.training import phases
@@ -94,3 +94,21 @@ def test_weights_that_left_their_set_are_a_violation() -> None:
     outside = Weights({"w": jnp.array([[3.0, 1.0], [1.0, 1.0]])}, {}, {"w": ()})
     with pytest.raises(ConstraintViolation, match="w: 2 entries outside"):
         phases.settle(outside, rules, RetrainState({"w": jnp.ones((2, 2), bool)}))
+
+
+def test_a_scale_that_retraining_tuned_is_kept_and_signs_stay_where_they_were(rng) -> None:
+    rules = (("w", polarize(2) & quantize(8, "cells")),)
+    hard = phases.harden(Weights({"w": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)}, {}, {}), rules)
+    signs, before = hard.structure["w"]
+    piece = RetrainState({"w": rules[0][1].freeze(hard.params["w"], hard.structure["w"])})
+    moved = hard._replace(params={"w": hard.params["w"] * 1.01 + 1e-5})
+    settled = phases.settle(moved, rules, piece)
+    same, after = settled.structure["w"]
+    np.testing.assert_array_equal(same.negative, signs.negative)
+    np.testing.assert_array_equal(same.order, signs.order)
+    w, old = np.asarray(settled.params["w"]), np.asarray(hard.params["w"])
+    whole = np.rint(w / np.float64(after))
+    np.testing.assert_array_equal(np.float32(whole) * np.float32(after), w)  # on the levels that are stored, exactly
+    ratio = np.rint(old / np.float64(before))
+    assert (np.sign(whole) == np.sign(ratio)).all() and w.max() > old.max()
+    phases.harden(settled, rules)  # and so no violation
