@@ -381,7 +381,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; finish the run first (--mode=run)")
     stored = artifacts.read(path)
-    name, options_, facts = _described(path, stored)
+    name, options_, facts = described(path, stored)
     dataset = load_data(config, options.split, options.data_dir)
     if dataset.info.classes != facts["classes"] or dataset.info.shape[-1] != len(facts["mean"]):
         raise ConfigError(
@@ -439,7 +439,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     return summary
 
 
-def _described(path: Path, stored: artifacts.Stored) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def described(path: Path, stored: artifacts.Stored) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The network's name, its options and the facts of its data, from a file that may be anyone's."""
     model, facts = stored.saved.model, stored.saved.extra
     numbers = isinstance(facts, dict) and all(

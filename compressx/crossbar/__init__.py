@@ -6,18 +6,20 @@ reference         the definition of an engine's product, one conversion at a tim
 cells, adc        weights as cells; sums as codes
 program           weights laid on arrays (`program.program`); what cannot clip is proven
 kernels, mvm      the product's formulations, and the one call that picks
-layers            dense and convolution layers; whole flax models on simulated hardware
+layers, network   dense and convolution layers; whole flax models on simulated hardware
+aware             noise-aware training
 zero_skip         effective input cycles
 noise, ir_drop    devices that are not ideal, Monte Carlo; wire resistance
 chips, cost       parts of published chips; frames per second, energy, latency
 sot_mram          bit planes, AND and population count in SOT-MRAM
 """
 
+from compressx.crossbar.aware import Target, train_matmul, training_hardware
 from compressx.crossbar.chips import CHIPS, Chip, Part, forms_chip, isaac_chip, known_inconsistencies
 from compressx.crossbar.cost import Plan, compare, peak_gops, plan
 from compressx.crossbar.design import Adc, Design, Device
 from compressx.crossbar.ir_drop import effective_conductance, with_wires
-from compressx.crossbar.layers import Deployed, calibrate, deploy, hardware, simulate, train_matmul
+from compressx.crossbar.layers import Deployed, calibrate, deploy, hardware, simulate
 from compressx.crossbar.mapping import (
     Layer,
     Mapped,

@@ -3,9 +3,9 @@
 Sums reproduce the papers' totals to the digit; where the papers contradict themselves, `known_inconsistencies` says so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from compressx.crossbar.presets import FORMS_PAPER, ISAAC_PAPER
+from compressx.crossbar.presets import FORMS_PAPER, ISAAC_PAPER, PUMA_PAPER
 
 _FORMS_III = f"{FORMS_PAPER}, table III"
 _FORMS_IV = f"{FORMS_PAPER}, table IV"
@@ -153,7 +153,40 @@ def forms_chip() -> Chip:
     )
 
 
-CHIPS = {"isaac": isaac_chip, "forms": forms_chip}
+def puma_chip() -> Chip:
+    """PUMA from its published totals; what these do not separate is one part, and the cycle follows from its peak.
+
+    A core has 2 units of 128 x 128 16-bit weights, 8 arrays of 2-bit cells each. The peak of 52.31 TOPS over
+    138 x 8 x 2 units x 2 x 128 x 128 operations gives 1383 ns a product, a sixteenth of it a cycle.
+    """
+    tile_mw, tile_mm2, core_mw, core_mm2, cores, tiles = 373.8, 0.479, 42.37, 0.036, 8, 138
+    product_ns = tiles * cores * 2 * 2 * 128 * 128 / 52.31e12 * 1e9
+    return Chip(
+        "PUMA",
+        parts=(Part("core", "2 units of 8 arrays, with all that drives them", core_mw, core_mm2, PUMA_PAPER),),
+        digital_mw=tile_mw - cores * core_mw,
+        digital_mm2=tile_mm2 - cores * core_mm2,
+        cycle_ns=product_ns / 16,
+        link_mw=62500.0 - tiles * tile_mw,
+        link_mm2=90.6 - tiles * tile_mm2,
+        mcus=cores,
+        tiles=tiles,
+        arrays=16,
+        notes=(
+            "PUMA: the cycle follows from the stated peak; links are what the stated chip has beyond its tiles",
+            "PUMA: pipeline stages are taken from ISAAC",
+        ),
+    )
+
+
+def prime_like_chip() -> Chip:
+    """PRIME's way of computing on ISAAC's parts: PRIME publishes no table of parts. For orientation alone."""
+    isaac = isaac_chip()
+    note = "PRIME-like: power, area and cycle are ISAAC's, 3 input bits a cycle; PRIME publishes no table of parts"
+    return replace(isaac, name="PRIME-like on ISAAC's parts", notes=(note,))
+
+
+CHIPS = {"isaac": isaac_chip, "forms": forms_chip, "puma": puma_chip, "prime_like": prime_like_chip}
 
 
 @dataclass(frozen=True)

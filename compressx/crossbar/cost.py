@@ -3,8 +3,11 @@
 A layer's product takes `sweeps` cycles (input cycles x groups of active rows, fewer with zero skipping). As in ISAAC,
 layers work as a pipeline, and layers with many uses are copied until no copy can speed the slowest one:
 
-    t_l = ceil(uses_l / copies_l) * sweeps_l * cycle,   frames per second = 1 / max_l t_l,
+    t_l = ceil(uses_l * frames / copies_l) * sweeps_l * cycle,   frames per second = frames / max_l t_l,
     copies = argmin max_l t_l   s.t.  sum_l copies_l * arrays_l <= arrays of the chip(s)
+
+With one frame at a time a network so small that every product has a copy of its own gains nothing from arrays that are
+left over; with several frames in flight it does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +29,7 @@ class Stage:
     Attributes:
       name: of the layer; arrays: of one copy; copies; uses: products for one inference.
       sweeps: cycles of a product (mean, with skipping).
-      ns: time for one inference.
+      ns: time for the frames in flight.
       fill_ns: pipeline stages besides the sweeps, passed once.
     """
 
@@ -48,6 +51,9 @@ class Plan:
       stages: the layers, those without a weight left out.
       operations: 2 x multiply-accumulates of the dense network for one inference.
       assumptions: everything that was assumed, in words.
+      mapped: the layers as they were placed.
+      frames: how many pass a stage together.
+      signed: layers whose inputs come in two planes, positive and negative.
     """
 
     design: Design
@@ -56,6 +62,9 @@ class Plan:
     stages: tuple[Stage, ...]
     operations: int
     assumptions: tuple[str, ...]
+    mapped: tuple[Mapped, ...] = ()
+    frames: int = 1
+    signed: tuple[str, ...] = ()
 
     @property
     def arrays(self) -> int:
@@ -75,11 +84,11 @@ class Plan:
     @property
     def fps(self) -> float:
         """Inferences per second, pipeline full."""
-        return 1e9 / self.bottleneck.ns
+        return self.frames * 1e9 / self.bottleneck.ns
 
     @property
     def latency_us(self) -> float:
-        """One inference, layer after layer without overlap: an upper bound, since ISAAC's layers overlap."""
+        """The frames in flight, layer after layer without overlap: an upper bound, since ISAAC's layers overlap."""
         return sum(s.ns + s.fill_ns for s in self.stages) / 1e3
 
     @property
@@ -136,6 +145,8 @@ def plan(
     sweeps: Mapping[str, float] | None = None,
     pooled: Sequence[str] = (),
     chips: int | None = None,
+    frames: int = 1,
+    signed: Sequence[str] = (),
 ) -> Plan:
     """Spreads a mapped network over a chip and balances its layers.
 
@@ -146,25 +157,30 @@ def plan(
       sweeps: cycles of a product by layer name, from `zero_skip.measure(...).mean_slowest`; others take all cycles.
       pooled: names of layers followed by pooling (more pipeline stages).
       chips: how many; None: as few as hold one copy of each layer.
+      frames: inferences that pass a stage together; 1 is ISAAC's pipeline.
+      signed: names of layers with negative inputs, fed as two planes one after the other (a design with two's
+        complement inputs needs no second plane, and ignores this).
 
     Raises:
-      ValueError: nothing is mapped, the chips are too few, or `sweeps` names a layer that is not there.
+      ValueError: nothing is mapped, the chips or frames are too few, or `sweeps` names a layer that is not there.
     """
     layers = [m for m in mapped if m.arrays]
     if not layers:
         raise ValueError("no layer holds a weight: nothing to place")
-    for what, names in (("sweeps", sweeps or ()), ("pooled", pooled)):
+    for what, names in (("sweeps", sweeps or ()), ("pooled", pooled), ("signed", signed)):
         unknown = sorted(set(names) - {m.name for m in mapped})
         if unknown:
             raise ValueError(f"{what} names {', '.join(unknown)}; layers are {', '.join(m.name for m in mapped)}")
+    if frames < 1:
+        raise ValueError(f"frames={frames}: at least one passes a stage")
     least = ceil(sum(m.arrays for m in layers) / chip.total_arrays)
     chips = least if chips is None else chips
     if chips < least:
         raise ValueError(f"chips={chips}: one copy of each layer needs {least} of {chip.name}")
-    cycles = [_sweeps(m, design, sweeps) for m in layers]
-    copies = balance([m.uses for m in layers], [m.arrays for m in layers], cycles, chips * chip.total_arrays)
-    planes = 2 if design.inputs == "sign_planes" else 1
-    group_ns = chip.cycle_ns * planes
+    if design.inputs == "twos_complement":
+        signed = ()
+    cycles = [_sweeps(m, design, sweeps, signed) for m in layers]
+    copies = balance([m.uses * frames for m in layers], [m.arrays for m in layers], cycles, chips * chip.total_arrays)
     stages = tuple(
         Stage(
             name=m.name,
@@ -172,13 +188,15 @@ def plan(
             copies=r,
             uses=m.uses,
             sweeps=c,
-            ns=ceil(m.uses / r) * c * chip.cycle_ns,
-            fill_ns=(chip.overhead_stages + chip.pooling_stages * (m.name in pooled)) * group_ns * _groups(m, design),
+            ns=ceil(m.uses * frames / r) * c * chip.cycle_ns,
+            fill_ns=(chip.overhead_stages + chip.pooling_stages * (m.name in pooled))
+            * (chip.cycle_ns * _planes(m, design, signed) * _groups(m, design)),
         )
         for m, c, r in zip(layers, cycles, copies, strict=True)
     )
     operations = 2 * sum(m.rows * m.cols * m.groups * m.uses for m in mapped)
-    return Plan(design, chip, chips, stages, operations, assumptions(design, chip, bool(sweeps)))
+    told = assumptions(design, chip, bool(sweeps), frames)
+    return Plan(design, chip, chips, stages, operations, told, tuple(layers), frames, tuple(signed))
 
 
 def _groups(m: Mapped, design: Design) -> int:
@@ -186,10 +204,14 @@ def _groups(m: Mapped, design: Design) -> int:
     return min(design.groups, ceil(max(m.kept_rows) / design.active_rows))
 
 
-def _sweeps(m: Mapped, design: Design, sweeps: Mapping[str, float] | None) -> float:
+def _planes(m: Mapped, design: Design, signed: Sequence[str]) -> int:
+    return 2 if design.inputs == "sign_planes" or m.name in signed else 1
+
+
+def _sweeps(m: Mapped, design: Design, sweeps: Mapping[str, float] | None, signed: Sequence[str]) -> float:
     if sweeps and m.name in sweeps:
         return max(float(sweeps[m.name]), 1.0)  # an input of zeros still takes a cycle to be found one
-    return float(design.cycles * (2 if design.inputs == "sign_planes" else 1) * _groups(m, design))
+    return float(design.cycles * _planes(m, design, signed) * _groups(m, design))
 
 
 def balance(uses: Sequence[int], arrays: Sequence[int], cycles: Sequence[float], budget: int) -> list[int]:
@@ -230,7 +252,7 @@ def peak_gops(design: Design, chip: Chip) -> float:
     return 2 * chip.total_arrays * design.rows * weights / ns
 
 
-def assumptions(design: Design, chip: Chip, skipping: bool = False) -> tuple[str, ...]:
+def assumptions(design: Design, chip: Chip, skipping: bool = False, frames: int = 1) -> tuple[str, ...]:
     """Everything that goes into a plan without having been measured on it."""
     return (
         f"{chip.name}: {chip.tiles} tiles x {chip.mcus} MCUs x {chip.arrays} arrays; for chip power all parts are on",
@@ -240,7 +262,8 @@ def assumptions(design: Design, chip: Chip, skipping: bool = False) -> tuple[str
         + f", times {design.groups} groups of rows in a full array",
         f"pipeline of {chip.overhead_stages} stages + input cycles ({chip.overhead_stages + 16} for 16 bits)",
         f"{chip.pooling_stages} more stages where a layer pools",
-        "layers form a pipeline and are copied until the slowest cannot be sped up with the arrays left (ISAAC)",
+        "layers form a pipeline and are copied until the slowest cannot be sped up with the arrays left (ISAAC)"
+        + (f", {frames} frames at a time" if frames > 1 else ""),
         "latency adds layers one after another, without overlap: an upper bound",
         "links, buffers and buses keep up with the arrays",
         "power and area are the paper's at its technology (32 nm); no scaling is done here",
@@ -251,18 +274,46 @@ def assumptions(design: Design, chip: Chip, skipping: bool = False) -> tuple[str
 def compare(a: Plan, b: Plan) -> dict[str, float]:
     """Frames per second of `a` over `b` as a product of factors, every one shown.
 
-    arrays: array-uses of an inference, b / a (pruning x bits x signs); chip: arrays at hand, a / b; cycles: mean cycles
-    of an array-use, b / a (sweeps and skipping); clock: cycle times, b / a; balance: the rest, how much better `a`
-    fills its arrays.
+    The array-uses of an inference, b / a, are prune x bits x signs x rounding:
+      prune: weights in kept rows and columns, each counted as often as it is used; bits: columns of a magnitude;
+      signs: 2 where b has positive and negative arrays and a has not; rounding: what whole arrays gain or lose.
+    The time of one is sweeps x skipping x clock:
+      sweeps: cycles of an array-use without skipping; skipping: what zero skipping saves; clock: time of a cycle.
+    chip: arrays at hand, a / b; balance: the rest, how much better `a` keeps its arrays busy.
     """
-    work = lambda p: sum(s.arrays * s.uses * s.sweeps for s in p.stages) / sum(s.arrays * s.uses for s in p.stages)
-    area = lambda p: sum(s.arrays * s.uses for s in p.stages)
+    arrays = _array_uses(b) / _array_uses(a)
+    prune, columns = _kept_uses(b) / _kept_uses(a), b.design.columns_per_weight / a.design.columns_per_weight
+    bits = b.design.slices / a.design.slices
     factors = {
-        "arrays": area(b) / area(a),
-        "chip": (a.chips * a.chip.total_arrays) / (b.chips * b.chip.total_arrays),
-        "cycles": work(b) / work(a),
+        "prune": prune,
+        "bits": bits,
+        "signs": columns / bits,
+        "rounding": arrays / (prune * columns),
+        "sweeps": _mean_sweeps(b, False) / _mean_sweeps(a, False),
+        "skipping": _saving(a) / _saving(b),
         "clock": b.chip.cycle_ns / a.chip.cycle_ns,
+        "chip": (a.chips * a.chip.total_arrays) / (b.chips * b.chip.total_arrays),
     }
     ratio = a.fps / b.fps
     factors["balance"] = ratio / float(np.prod(list(factors.values())))
     return {"fps": ratio, **factors}
+
+
+def _array_uses(p: Plan) -> float:
+    return sum(s.arrays * s.uses for s in p.stages)
+
+
+def _kept_uses(p: Plan) -> float:
+    return sum(m.uses * sum(r * c for r, c in zip(m.kept_rows, m.kept_cols, strict=True)) for m in p.mapped)
+
+
+def _mean_sweeps(p: Plan, skipping: bool) -> float:
+    """Mean cycles of an array-use."""
+    pairs = zip(p.stages, p.mapped, strict=True)
+    cycles = [s.sweeps if skipping else _sweeps(m, p.design, None, p.signed) for s, m in pairs]
+    return sum(s.arrays * s.uses * c for s, c in zip(p.stages, cycles, strict=True)) / _array_uses(p)
+
+
+def _saving(p: Plan) -> float:
+    """Cycles without over cycles with what `sweeps` said."""
+    return _mean_sweeps(p, False) / _mean_sweeps(p, True)

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compressx.crossbar.cells import encode
 from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
-from compressx.crossbar.noise import Variation, perturb
-from compressx.crossbar.program import Programmed, program, worst_limb_cycles
+from compressx.crossbar.program import Programmed, program
+from compressx.crossbar.sot_mram import Operands, Planes
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("groups", "scale", "input_scale", "key"), meta_fields=())
@@ -32,13 +31,13 @@ class Deployed:
     """A layer's weights on crossbars; a pytree.
 
     Attributes:
-      groups: arrays of each group of filters (one, but for grouped convolutions).
+      groups: arrays of each group of filters (one, but for grouped convolutions): of a crossbar, or of SOT-MRAM.
       scale: float32 `[]` or `[cout]`: weight = scale * integer.
       input_scale: float32 `[]`: input = input_scale * integer.
       key: for read noise, or None.
     """
 
-    groups: tuple[Programmed, ...]
+    groups: tuple[Programmed | Planes, ...]
     scale: Array
     input_scale: Array
     key: Array | None = None
@@ -87,7 +86,7 @@ def deploy(
     return Deployed(arrays, jnp.asarray(scale), jnp.asarray(input_scale, jnp.float32))
 
 
-def quantize_inputs(x: Array, scale: Array, design: Design) -> Array:
+def quantize_inputs(x: Array, scale: Array, design: Design | Operands) -> Array:
     """Inputs as integers of the design, float32: clip(round(x / scale)); gradient straight-through inside the range."""
     low, high = design.input_range
     ratio = jnp.clip(x.astype(jnp.float32) / scale, float(low), float(high))
@@ -98,7 +97,11 @@ def dense(x: Array, layer: Deployed) -> Array:
     """A dense layer on crossbars, without its bias: `[..., in] -> [..., out]`, float32."""
     arrays = layer.groups[0]
     whole = quantize_inputs(x, layer.input_scale, arrays.design)
-    return crossbar_matmul(whole, arrays, layer.key) * _spread(layer, x.ndim)
+    return _product(whole, arrays, layer.key) * _spread(layer, x.ndim)
+
+
+def _product(whole: Array, arrays: Programmed | Planes, key: Array | None) -> Array:
+    return arrays.matmul(whole) if isinstance(arrays, Planes) else crossbar_matmul(whole, arrays, key)
 
 
 def conv(
@@ -120,7 +123,7 @@ def conv(
         raise ValueError(f"{x.shape[-1]} input channels do not divide into {groups} groups")
     outs = []
     for part, arrays in zip(jnp.split(whole, groups, axis=-1), layer.groups, strict=True):
-        outs.append(crossbar_matmul(_patches(part, kernel, strides, padding, dilation), arrays, layer.key))
+        outs.append(_product(patches(part, kernel, strides, padding, dilation), arrays, layer.key))
     return jnp.concatenate(outs, axis=-1) * _spread(layer, x.ndim)
 
 
@@ -129,7 +132,7 @@ def _spread(layer: Deployed, ndim: int) -> Array:
     return scale if scale.ndim == 0 else scale.reshape((1,) * (ndim - 1) + scale.shape)
 
 
-def _patches(
+def patches(
     x: Array,
     kernel: tuple[int, int],
     strides: tuple[int, int],
@@ -173,18 +176,28 @@ def simulate(apply: Callable[..., Any], deployed: Mapping[str, Deployed]) -> Cal
     return run
 
 
-def hardware(deployed: Mapping[str, Deployed], used: set[str] | None = None) -> AbstractContextManager[None]:
-    """A context in which calls of the deployed layers run on crossbars; `used` collects the paths that were called."""
+def hardware(
+    deployed: Mapping[str, Deployed], used: set[str] | None = None, seen: dict[str, tuple[Array, ...]] | None = None
+) -> AbstractContextManager[None]:
+    """A context in which calls of the deployed layers run on crossbars.
+
+    Args:
+      deployed: layer by module path.
+      used: collects the paths that were called.
+      seen: collects what the word lines of each layer saw (`layer_inputs`), an entry for each group of filters.
+    """
 
     def call(module: nn.Module, x: Array, path: str) -> Array:
         layer = deployed[path]
         if used is not None:
             used.add(path)
+        if seen is not None:
+            seen[path] = tuple(layer_inputs(x, layer, module, group) for group in range(len(layer.groups)))
         if isinstance(module, nn.Dense):
             y = dense(x, layer)
         else:
             assert isinstance(module, nn.Conv)
-            y = conv(x, layer, *_geometry(module, path))
+            y = conv(x, layer, *geometry(module, path))
         if module.use_bias:
             bias = module.variables["params"]["bias"]
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape).astype(y.dtype)
@@ -228,18 +241,20 @@ def calibrate(
     return scales, seen
 
 
-def layer_inputs(x: Array, layer: Deployed, module: nn.Module) -> Array:
-    """The integers that a layer's word lines see: int32 `[n, k]`, rows in use, for `zero_skip` and `saturation`."""
+def layer_inputs(x: Array, layer: Deployed, module: nn.Module, group: int = 0) -> Array:
+    """The integers offered to a layer's word lines: int32 `[n * pixels, P]`, for `zero_skip` and `saturation`.
+
+    All P rows in the order of the GEMM view; `Programmed.rows` picks those in use, in their order on the word lines.
+    """
     design = layer.groups[0].design
     whole = jnp.round(quantize_inputs(x, layer.input_scale, design)).astype(jnp.int32)
     if isinstance(module, nn.Conv):
-        if len(layer.groups) != 1:
-            raise ValueError("grouped convolutions have inputs for each group; split the channels first")
-        whole = _patches(whole, *_geometry(module, module.name or "conv"))
+        part = jnp.split(whole, len(layer.groups), axis=-1)[group]
+        whole = patches(part, *geometry(module, module.name or "conv"))
     return whole.reshape(-1, whole.shape[-1])
 
 
-def _geometry(module: nn.Conv, path: str) -> tuple[Any, Any, Any, Any]:
+def geometry(module: nn.Conv, path: str) -> tuple[Any, Any, Any, Any]:
     """Kernel, strides, padding and dilation of a 2-D convolution."""
     pair = lambda v: (1, 1) if v is None else (v, v) if isinstance(v, int) else tuple(v)
     kernel = pair(module.kernel_size)
@@ -251,57 +266,3 @@ def _geometry(module: nn.Conv, path: str) -> tuple[Any, Any, Any, Any]:
     elif not isinstance(padding, str):
         padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
     return kernel, pair(module.strides), padding, pair(module.kernel_dilation)
-
-
-def train_matmul(
-    x: Array,
-    w: Array,
-    scale: Array,
-    input_scale: Array,
-    design: Design,
-    key: Array | None = None,
-    variation: Variation | None = None,
-) -> Array:
-    """`x @ w` through a freshly drawn engine, for noise-aware training: forward simulated, backward plain.
-
-    Weights are rounded to integers inside the trace, so nothing is squeezed and nothing is proven. Polarized designs
-    need weights that are single-signed already, rows in order.
-
-    Args:
-      x: `[n, P]`; w: `[P, F]`; scale, input_scale: steps of both.
-      design: the engine.
-      key, variation: draw of devices; None: ideal ones.
-    """
-    low, high = design.weight_range
-    whole = jnp.clip(jnp.round(w / scale), low, high).astype(jnp.int32)
-    arrays = _traced(whole, design)
-    if variation is not None:
-        if key is None:
-            raise ValueError("a variation needs a key")
-        arrays = perturb(key, arrays, variation)
-    xs = quantize_inputs(x, input_scale, design)
-    simulated = crossbar_matmul(lax.stop_gradient(xs), arrays, key) * (scale * input_scale)
-    plain = jnp.matmul(xs * input_scale, w)
-    return plain + lax.stop_gradient(simulated - plain)
-
-
-def _traced(w: Array, design: Design) -> Programmed:
-    rows, filters = w.shape
-    return Programmed(
-        rows=jnp.arange(rows, dtype=jnp.int32),
-        limbs=w.astype(jnp.float32)[None],
-        cells=encode(w, design),
-        planes=None,
-        tables=None,
-        proven=jnp.zeros((0,), jnp.int32),
-        simulated=jnp.arange(filters, dtype=jnp.int32),
-        place=jnp.arange(filters, dtype=jnp.int32),
-        gain=None,
-        shift=None,
-        design=design,
-        inputs=rows,
-        filters=filters,
-        path="folded",
-        exact_rows=1,
-        limb_cycles=worst_limb_cycles(rows, design),
-    )

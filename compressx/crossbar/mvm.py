@@ -3,6 +3,7 @@
 Straight-through backward: the gradient is that of the plain product with the programmed weights.
 """
 
+from functools import partial
 from math import ceil
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from compressx.crossbar import kernels
+from compressx.crossbar.cells import Cells
 from compressx.crossbar.design import Design
 from compressx.crossbar.program import Programmed
 
@@ -192,17 +194,21 @@ class Saturation(NamedTuple):
         return float(self.clipped.sum()) / self.conversions if self.conversions else 0.0
 
 
+@partial(jax.jit, static_argnames="design")
+def _count_clipped(x: Array, cells: Cells, design: Design) -> Array:
+    return kernels.count_clipped(_grouped(x, design), cells, design, design.cycles)
+
+
 def saturation(x: Array, programmed: Programmed) -> Saturation:
     """How many conversions of integer inputs `[..., P]` clip; integer cells."""
     design = programmed.design
     flat = x.reshape(-1, x.shape[-1])[:, programmed.rows].astype(jnp.int32)
     planes = [flat] if design.inputs != "sign_planes" else [jnp.maximum(flat, 0), jnp.maximum(-flat, 0)]
-    counted = jax.jit(lambda v, c: kernels.count_clipped(_grouped(v, design), c, design, design.cycles))
     groups, _, columns, simulated = programmed.cells.cells.shape
     clipped = np.zeros((groups, columns, simulated), np.int64)
     chunk = max(1, _CHUNK_VALUES // max(1, design.cycles * columns * simulated))
     for plane in planes:
         for start in range(0, len(flat), chunk):
-            clipped += np.asarray(counted(plane[start : start + chunk], programmed.cells))
+            clipped += np.asarray(_count_clipped(plane[start : start + chunk], programmed.cells, design))
     filters = programmed.proven.shape[0] + simulated
     return Saturation(clipped, len(planes) * len(flat) * design.cycles * groups * columns * filters)

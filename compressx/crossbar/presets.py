@@ -5,6 +5,7 @@ from fractions import Fraction
 from compressx.crossbar.design import Adc, Design, Device
 
 ISAAC_PAPER = 'A. Shafiee et al., "ISAAC", ISCA 2016'
+PUMA_PAPER = 'A. Ankit et al., "PUMA", ASPLOS 2019'
 FORMS_PAPER = 'G. Yuan et al., "FORMS", ISCA 2021, arXiv 2106.09144'
 _OURS = "our choice; the paper does not say"
 
@@ -85,11 +86,10 @@ def prime_like() -> Design:
 
 def puma_like() -> Design:
     """Like PUMA: ISAAC's array and ADC with 16-bit weights and inputs."""
-    paper = 'A. Ankit et al., "PUMA", ASPLOS 2019'
     return isaac().but(
         name="PUMA-like",
         sources=(
-            ("rows, cols, device, weight_bits, input_bits, dac_bits, adc.bits", f"{paper}, defaults of its simulator"),
+            ("rows, cols, device, weight_bits, input_bits, dac_bits, adc.bits", f"{PUMA_PAPER}, simulator's defaults"),
             ("signs, adc.encoding, inputs", "as ISAAC; PUMA's simulator does not evaluate the array through the ADC"),
         ),
     )

@@ -17,7 +17,7 @@ from compressx.crossbar.design import Design
 
 PATHS = ("popcount", "table", "folded")
 TABLE_BYTES = 2**28  # larger look-up tables are built group by group, in every call
-_TABLE_ROWS = 8
+TABLE_ROWS = 8
 
 
 @partial(
@@ -134,8 +134,8 @@ def program(
     path = path or pick_path(design)
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    if path == "table" and (design.active_rows > _TABLE_ROWS or design.dac_bits != 1):
-        raise ValueError(f"{name}: path 'table' needs at most {_TABLE_ROWS} active rows and a 1-bit DAC")
+    if path == "table" and (design.active_rows > TABLE_ROWS or design.dac_bits != 1):
+        raise ValueError(f"{name}: path 'table' needs at most {TABLE_ROWS} active rows and a 1-bit DAC")
     limbs = _limbs(small)
     as_device = lambda tree: jax.tree.map(jnp.asarray, tree)
     made = as_device(rest)
@@ -161,7 +161,7 @@ def program(
 
 def pick_path(design: Design) -> str:
     """The formulation for ideal cells: as measured on a CPU; elsewhere the matrix units are put to work, unmeasured."""
-    if design.active_rows <= _TABLE_ROWS and design.dac_bits == 1:
+    if design.active_rows <= TABLE_ROWS and design.dac_bits == 1:
         return "table"
     return "popcount" if jax.default_backend() == "cpu" else "folded"
 

@@ -12,9 +12,11 @@ was not available: nothing here is a result of it. Circuit numbers are those of 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -22,6 +24,7 @@ from jax import Array, lax
 from compressx.crossbar.mapping import Layer
 
 _WORD = 32
+_CHUNK_VALUES = 2**24  # intermediate values a product may hold at once
 _TABLE = "S. Angizi et al., ISVLSI 2019, table of 45 nm memories, SOT-MRAM"
 
 
@@ -74,6 +77,49 @@ def pack(x: Array, bits: int) -> Array:
     plane = ((padded[None] >> shifts) & 1).astype(jnp.uint32)
     place = jnp.asarray(1 << np.arange(_WORD, dtype=np.uint64), jnp.uint32).reshape(1, 1, 1, -1)
     return jnp.sum(plane * place, axis=-1, dtype=jnp.uint32)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Widths of inputs and weights, 1..8 bits each; with a sign they are two's complement."""
+
+    x_bits: int = 8
+    w_bits: int = 8
+    x_signed: bool = False
+    w_signed: bool = True
+
+    @property
+    def input_range(self) -> tuple[int, int]:
+        """Smallest and largest input."""
+        half = 2 ** (self.x_bits - 1)
+        return (-half, half - 1) if self.x_signed else (0, 2**self.x_bits - 1)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("w",), meta_fields=("design",))
+@dataclass(frozen=True)
+class Planes:
+    """A weight matrix in the engine; a pytree.
+
+    Attributes:
+      w: int32 `[k, F]`, in the range of its bits.
+      design: widths of the operands.
+    """
+
+    w: Array
+    design: Operands
+
+    def matmul(self, x: Array) -> Array:
+        """`[..., k] -> [..., F]` by bit planes; x holds integers, the result is float32 (int32 for int32)."""
+        d, flat = self.design, jnp.round(x).reshape(-1, x.shape[-1]).astype(jnp.int32)
+        run = lambda part: and_popcount_matmul(part, self.w, d.x_bits, d.w_bits, d.x_signed, d.w_signed)
+        size = max(1, _CHUNK_VALUES // (d.x_bits * d.w_bits * self.w.shape[1]))
+        if len(flat) > size:
+            count = ceil(len(flat) / size)
+            padded = jnp.pad(flat, ((0, count * size - len(flat)), (0, 0))).reshape(count, size, -1)
+            y = lax.map(run, padded).reshape(count * size, -1)[: len(flat)]
+        else:
+            y = run(flat)
+        return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 @dataclass(frozen=True)

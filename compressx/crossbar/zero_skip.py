@@ -8,7 +8,9 @@ skipped are cycles in which every input digit is 0. **All-zero rule**: a fragmen
 Inputs are unsigned, or sign planes, each of which is fed on its own; two's complement has no leading zeros to skip.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import jax
@@ -56,6 +58,7 @@ class Skipping:
       mean_slowest: mean over inputs of the cycles of the slowest array: its fragments are fed one after another, arrays
         run side by side and wait for each other.
       full_sweep: the same without skipping.
+      inputs: how many inputs were measured.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Skipping:
     full: int
     mean_slowest: float
     full_sweep: int
+    inputs: int = 1
 
     @property
     def mean(self) -> float:
@@ -95,21 +99,39 @@ def measure(x: Array, design: Design, name: str = "layer", all_zero: int = 0) ->
     if planes == 1 and bool(jnp.any(flat < 0)):
         raise ValueError(f"{name}: negative inputs; skipping needs unsigned inputs or inputs='sign_planes'")
     groups = ceil(flat.shape[1] / design.active_rows)
-    arrays = ceil(groups / design.groups)
-
-    @jax.jit
-    def count(part: Array) -> tuple[Array, Array]:
-        sides = [part] if planes == 1 else [jnp.maximum(part, 0), jnp.maximum(-part, 0)]
-        cycles = jnp.stack([effective_cycles(side, design, all_zero) for side in sides])  # [planes, n, groups]
-        swept = jnp.pad(jnp.sum(cycles, axis=0), ((0, 0), (0, arrays * design.groups - groups)))
-        slowest = jnp.max(jnp.sum(swept.reshape(-1, arrays, design.groups), axis=2), axis=1)
-        return jnp.bincount(cycles.reshape(-1), length=design.cycles + 1), slowest
-
     histogram, slowest = np.zeros(design.cycles + 1, np.int64), 0
     chunk = max(1, _CHUNK_VALUES // flat.shape[1])
     for start in range(0, len(flat), chunk):
-        counted, sweep = count(flat[start : start + chunk])
+        counted, sweep = _count(flat[start : start + chunk], design, all_zero)
         histogram += np.asarray(counted)
         slowest += int(np.asarray(sweep, np.int64).sum())
     sweep_groups = min(groups, design.groups)  # the first array is the fullest
-    return Skipping(name, histogram, design.cycles, slowest / len(flat), planes * design.cycles * sweep_groups)
+    return Skipping(
+        name, histogram, design.cycles, slowest / len(flat), planes * design.cycles * sweep_groups, len(flat)
+    )
+
+
+@partial(jax.jit, static_argnames=("design", "all_zero"))
+def _count(flat: Array, design: Design, all_zero: int) -> tuple[Array, Array]:
+    """Histogram of the fragments' cycles, and the cycles of the slowest array for each input."""
+    groups = ceil(flat.shape[1] / design.active_rows)
+    arrays = ceil(groups / design.groups)
+    sides = [jnp.maximum(flat, 0), jnp.maximum(-flat, 0)] if design.inputs == "sign_planes" else [flat]
+    cycles = jnp.stack([effective_cycles(side, design, all_zero) for side in sides])  # [planes, n, groups]
+    swept = jnp.pad(jnp.sum(cycles, axis=0), ((0, 0), (0, arrays * design.groups - groups)))
+    slowest = jnp.max(jnp.sum(swept.reshape(-1, arrays, design.groups), axis=2), axis=1)
+    return jnp.bincount(cycles.reshape(-1), length=design.cycles + 1), slowest
+
+
+def merge(parts: Sequence[Skipping]) -> Skipping:
+    """One layer's measurements on several lots of inputs (and of several groups of filters), as one.
+
+    Raises:
+      ValueError: there is none, or they are of different layers or designs.
+    """
+    if len({(p.name, p.full) for p in parts}) != 1:
+        raise ValueError(f"expected measurements of one layer on one design, got {[p.name for p in parts]}")
+    first, inputs = parts[0], sum(p.inputs for p in parts)
+    slowest = sum(p.mean_slowest * p.inputs for p in parts) / inputs
+    histogram = np.sum([p.histogram for p in parts], axis=0)
+    return Skipping(first.name, histogram, first.full, slowest, max(p.full_sweep for p in parts), inputs)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from compressx.crossbar import chips, cost, mapping
-from compressx.crossbar.presets import forms, isaac
+from compressx.crossbar.presets import forms, isaac, puma_like
 
 
 def test_forms_totals():
@@ -120,7 +120,40 @@ def test_factors_multiply_to_the_ratio():
     assert found["fps"] == pytest.approx(pa.fps / pb.fps)
     assert found["fps"] == pytest.approx(np.prod([v for k, v in found.items() if k != "fps"]))
     assert found["clock"] == pytest.approx(100 / chips.forms_chip().cycle_ns)
-    assert found["cycles"] == pytest.approx(16 / 256)
+    assert found["sweeps"] == pytest.approx(16 / 256) and found["skipping"] == 1
+    assert (found["prune"], found["bits"], found["signs"]) == (1, 2, 1)  # 16 bits with an offset against 8
+    skipped = cost.plan(mapping.map_network(_layers(), a), a, chips.forms_chip(), sweeps={"conv": 64.0, "fc": 64.0})
+    more = cost.compare(skipped, pb)
+    assert more["skipping"] == pytest.approx(4) and more["fps"] == pytest.approx(4 * found["fps"])
+    assert more["fps"] == pytest.approx(np.prod([v for k, v in more.items() if k != "fps"]))
+
+
+def test_frames_in_flight_let_a_small_network_fill_the_chip():
+    design, chip = isaac(), chips.isaac_chip()
+    mapped = mapping.map_network(_layers(), design)
+    one, many = cost.plan(mapped, design, chip), cost.plan(mapped, design, chip, frames=256)
+    work = sum(s.arrays * s.uses for s in one.stages) * 1600  # array-time of a frame
+    bound = 1e9 * chip.total_arrays / work
+    assert one.fps < 0.1 * bound and 0.9 * bound < many.fps <= bound
+    assert many.used_arrays <= chip.total_arrays and many.array_mj == pytest.approx(one.array_mj)
+
+
+def test_signed_inputs_take_two_passes_but_not_in_twos_complement():
+    design = forms(8)
+    mapped = mapping.map_network(_layers(), design)
+    plain = cost.plan(mapped, design, chips.forms_chip())
+    signed = cost.plan(mapped, design, chips.forms_chip(), signed=("conv",))
+    assert signed.stages[0].sweeps == 2 * plain.stages[0].sweeps and signed.stages[1] == plain.stages[1]
+    assert cost.compare(signed, plain)["sweeps"] < 1
+    wide = mapping.map_network(_layers(), isaac())
+    both = [cost.plan(wide, isaac(), chips.isaac_chip(), signed=s) for s in ((), ("conv",))]
+    assert both[0].stages == both[1].stages
+
+
+def test_puma_totals():
+    chip = chips.puma_chip()
+    assert chip.mw == pytest.approx(62500) and chip.mm2 == pytest.approx(90.6) and chip.tile_mw == pytest.approx(373.8)
+    assert cost.peak_gops(puma_like(), chip) == pytest.approx(52310, rel=1e-6)
 
 
 def test_refuses():

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx.crossbar import layers, zero_skip
+from compressx.crossbar import aware, layers, zero_skip
 from compressx.crossbar.design import Adc, Design
 from compressx.crossbar.noise import Variation
 
@@ -103,7 +103,7 @@ def test_noise_aware_training_follows_the_plain_gradient(case):
     @jax.jit
     def step(w, key):
         def loss(w):
-            y = layers.train_matmul(x, w, s, t, design, key, Variation(sigma=0.1))
+            y = aware.train_matmul(x, w, s, t, design, key, Variation(sigma=0.1))
             return jnp.mean((y - target) ** 2), y
 
         (value, y), g = jax.value_and_grad(loss, has_aux=True)(w)

@@ -1,0 +1,128 @@
+"""Noise-aware training: every step runs through a freshly drawn engine forwards, and plainly backwards."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from compressx.crossbar import layers
+from compressx.crossbar.cells import encode
+from compressx.crossbar.design import Design
+from compressx.crossbar.mvm import crossbar_matmul
+from compressx.crossbar.noise import Variation, perturb
+from compressx.crossbar.program import TABLE_ROWS, Programmed, worst_limb_cycles
+
+
+class Target(NamedTuple):
+    """What a layer is trained for.
+
+    Attributes:
+      design: the engine.
+      scale: step of the weights, `[]`; input_scale: of the inputs.
+      rows: order of the rows where signs are polarized (`program.rows_of`); None: all, in order.
+    """
+
+    design: Design
+    scale: float
+    input_scale: float
+    rows: np.ndarray | None = None
+
+
+def training_hardware(
+    targets: Mapping[str, Target], key: Array, variation: Variation | None = None
+) -> AbstractContextManager[None]:
+    """A context in which the named Dense and Conv layers compute `train_matmul`, each on devices of its own draw.
+
+    Args:
+      targets: by module path, as for `layers.hardware`.
+      key: of this step; a layer folds its path's checksum in.
+      variation: what is drawn; None: ideal devices, so that only the converters' errors are trained for.
+    """
+
+    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        path = "/".join(module.path)
+        if context.method_name != "__call__" or path not in targets:
+            return next_fun(*args, **kwargs)
+        return _call(module, args[0], path, targets[path], key, variation)
+
+    return nn.intercept_methods(intercept)
+
+
+def _call(module: nn.Module, x: Array, path: str, target: Target, key: Array, variation: Variation | None) -> Array:
+    if isinstance(module, nn.Conv):
+        if module.feature_group_count != 1:
+            raise ValueError(f"{path}: grouped convolutions cannot be trained through the simulator")
+        x = layers.patches(x, *layers.geometry(module, path))
+    elif not isinstance(module, nn.Dense):
+        raise ValueError(f"{path} is no Dense or Conv layer")
+    params = module.variables["params"]
+    w = params["kernel"].reshape(-1, params["kernel"].shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
+    if target.rows is not None:
+        flat, w = flat[:, target.rows], w[target.rows]
+    own = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+    steps = (jnp.asarray(target.scale, jnp.float32), jnp.asarray(target.input_scale, jnp.float32))
+    y = train_matmul(flat, w, *steps, target.design, own, variation).reshape(*x.shape[:-1], -1)
+    return y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,)) if module.use_bias else y
+
+
+def train_matmul(
+    x: Array,
+    w: Array,
+    scale: Array,
+    input_scale: Array,
+    design: Design,
+    key: Array | None = None,
+    variation: Variation | None = None,
+) -> Array:
+    """`x @ w` through a freshly drawn engine, for noise-aware training: forward simulated, backward plain.
+
+    Weights are rounded to integers inside the trace, so nothing is squeezed and nothing is proven. Polarized designs
+    need weights that are single-signed already, rows in order.
+
+    Args:
+      x: `[n, P]`; w: `[P, F]`; scale, input_scale: steps of both.
+      design: the engine.
+      key, variation: draw of devices; None: ideal ones.
+    """
+    low, high = design.weight_range
+    whole = jnp.clip(jnp.round(w / scale), low, high).astype(jnp.int32)
+    arrays = _traced(whole, design)
+    if variation is not None:
+        if key is None:
+            raise ValueError("a variation needs a key")
+        arrays = perturb(key, arrays, variation)
+    xs = layers.quantize_inputs(x, input_scale, design)
+    simulated = crossbar_matmul(lax.stop_gradient(xs), arrays, key) * (scale * input_scale)
+    plain = jnp.matmul(xs * input_scale, w)
+    return plain + lax.stop_gradient(simulated - plain)
+
+
+def _traced(w: Array, design: Design) -> Programmed:
+    rows, filters = w.shape
+    small = design.active_rows <= TABLE_ROWS and design.dac_bits == 1
+    return Programmed(
+        rows=jnp.arange(rows, dtype=jnp.int32),
+        limbs=w.astype(jnp.float32)[None],
+        cells=encode(w, design),
+        planes=None,
+        tables=None,
+        proven=jnp.zeros((0,), jnp.int32),
+        simulated=jnp.arange(filters, dtype=jnp.int32),
+        place=jnp.arange(filters, dtype=jnp.int32),
+        gain=None,
+        shift=None,
+        design=design,
+        inputs=rows,
+        filters=filters,
+        path="table" if small else "folded",
+        exact_rows=1,
+        limb_cycles=worst_limb_cycles(rows, design),
+    )

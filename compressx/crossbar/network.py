@@ -1,0 +1,280 @@
+"""A whole flax network on an engine: its layers from one traced call, its weights on the grid, its score.
+
+    layers = find_layers(model.apply, variables, image[None])            what has to be mapped
+    grid, scales = on_grid(variables, levels)                            weights on levels
+    deployed = deploy_network(grid, designs, scales, input_scales, rows) arrays, a layer each
+    score = make_scorer(model.apply, prepare)
+    correct = score(deployed, grid, images, labels)
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from compressx.constraints.quantization import Levels, decode, encode, fit
+from compressx.crossbar import layers as layer_calls
+from compressx.crossbar.design import Design
+from compressx.crossbar.layers import Deployed, deploy
+from compressx.crossbar.mapping import Layer
+from compressx.crossbar.mvm import saturation
+from compressx.crossbar.noise import Variation, perturb
+from compressx.crossbar.program import Programmed
+from compressx.crossbar.sot_mram import Operands, Planes
+from compressx.crossbar.zero_skip import Skipping, measure, merge
+
+
+def kernel(variables: Any, path: str) -> Any:
+    """The weight of the Dense or Conv layer at a module path."""
+    node = variables["params"]
+    for part in path.split("/"):
+        node = node[part]
+    return node["kernel"]
+
+
+def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> list[Layer]:
+    """Every Dense and Conv layer of a flax model in the order of its calls, named by module path.
+
+    Nothing is computed: shapes alone are traced. A layer that is called several times is used as often; calls inside
+    `nn.scan` or `nn.RNN` are traced once and count once (`mapping.recurrent_layers` takes the steps).
+
+    Args:
+      apply: `model.apply`.
+      variables: concrete; zeros of the kernels are what is not kept.
+      args, kwargs: of `apply` besides the variables, for one input (leading axis 1).
+
+    Raises:
+      ValueError: the leading axis of a layer's result is not 1.
+    """
+    uses: dict[str, int] = {}
+    groups: dict[str, int] = {}
+
+    def intercept(next_fun: Callable[..., Any], given: Any, named: Any, context: Any) -> Any:
+        y = next_fun(*given, **named)
+        module, path = context.module, "/".join(context.module.path)
+        if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.Conv)):
+            if y.ndim < 2 or y.shape[0] != 1:
+                raise ValueError(f"{path}: give one input with a leading axis of 1; the layer's result is {y.shape}")
+            uses[path] = uses.get(path, 0) + prod(y.shape[1:-1])
+            groups[path] = module.feature_group_count if isinstance(module, nn.Conv) else 1
+        return y
+
+    with nn.intercept_methods(intercept):
+        jax.eval_shape(lambda *a: apply(*a, **kwargs), variables, *args)
+    return [_layer(path, kernel(variables, path), groups[path], n) for path, n in uses.items()]
+
+
+def _layer(path: str, weight: Any, groups: int, uses: int) -> Layer:
+    kept = (np.asarray(weight) != 0).reshape(-1, groups, weight.shape[-1] // groups)
+    return Layer(path, np.moveaxis(kept, 1, 0), uses)
+
+
+def levels_of(design: Design | Operands) -> Levels:
+    """The levels that a design stores: magnitudes of `weight_bits` with the sign elsewhere, or a sign among the bits.
+
+    Weights may be rounded to 0: these are the levels for weights that were not trained on any.
+    """
+    if isinstance(design, Operands):
+        return Levels(design.w_bits, "uniform", zero_level=True)
+    if design.signs == "offset":
+        return Levels(design.weight_bits, "uniform", zero_level=True)
+    return Levels(design.weight_bits, "cells", zero_level=True, cell_bits=design.device.cell_bits)
+
+
+class Grid(NamedTuple):
+    """Variables with kernels on levels, and the step of each layer: `kernel = scale * integer`, exactly."""
+
+    variables: Any
+    scales: dict[str, float]
+
+
+def on_grid(variables: Any, levels: Mapping[str, Levels], scales: Mapping[str, float] | None = None) -> Grid:
+    """Every named kernel at its nearest levels; a step is chosen by least squares where `scales` gives none.
+
+    A kernel that lies on multiples of its given step within the levels is not changed.
+    """
+    known, found, out = dict(scales or {}), {}, variables
+    for path, level in levels.items():
+        w = jnp.asarray(kernel(variables, path))
+        step = jnp.asarray(known[path], w.dtype) if path in known else fit(w, level)
+        out = _with_kernel(out, path, np.asarray(decode(encode(w, step, level), step, level, w.dtype)))
+        found[path] = float(step)
+    return Grid(out, found)
+
+
+def _with_kernel(variables: Any, path: str, w: np.ndarray) -> Any:
+    def put(node: Any, parts: list[str]) -> Any:
+        return {**node, parts[0]: put(node[parts[0]], parts[1:])} if parts else w
+
+    return put(variables, ["params", *path.split("/"), "kernel"])
+
+
+def deploy_network(
+    grid: Grid,
+    designs: Mapping[str, Design | Operands],
+    input_scales: Mapping[str, float],
+    rows: Mapping[str, np.ndarray] | None = None,
+    groups: Mapping[str, int] | None = None,
+    **options: Any,
+) -> dict[str, Deployed]:
+    """Every named layer on its engine: crossbars for a `Design`, bit planes for `Operands`.
+
+    Args:
+      grid: weights on levels.
+      designs: by module path.
+      input_scales: of `layers.calibrate`.
+      rows: order of the rows where signs are polarized (`program.rows_of`).
+      groups: `feature_group_count` where it is not 1.
+      options: of `program` (path, prove).
+    """
+    out = {}
+    for path, design in designs.items():
+        w, step, n = kernel(grid.variables, path), grid.scales[path], (groups or {}).get(path, 1)
+        if isinstance(design, Operands):
+            whole = np.rint(np.asarray(w, np.float64) / step).astype(np.int32).reshape(-1, w.shape[-1])
+            parts = tuple(Planes(jnp.asarray(part), design) for part in np.split(whole, n, axis=1))
+            as_array = lambda v: jnp.asarray(v, jnp.float32)
+            out[path] = Deployed(parts, as_array(step), as_array(input_scales[path]))
+        else:
+            order = (rows or {}).get(path)
+            out[path] = deploy(w, step, design, input_scales[path], order, n, path, **options)
+    return out
+
+
+Scorer = Callable[[Any, Any, Array, Array], Array]
+
+
+def make_scorer(apply: Callable[..., Any], prepare: Callable[[Array], Array] = lambda x: x) -> Scorer:
+    """`score(deployed, variables, images, labels) -> correct predictions`, int32 []; jitted.
+
+    With nothing deployed it is the plain network's. A label of -1 never counts: it fills up a last batch.
+    """
+
+    @jax.jit
+    def score(deployed: Any, variables: Any, images: Array, labels: Array) -> Array:
+        with layer_calls.hardware(deployed):
+            logits = apply(variables, prepare(images), train=False)
+        return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+
+    return score
+
+
+def batches(images: np.ndarray, labels: np.ndarray, batch: int) -> list[tuple[Array, Array]]:
+    """Images and labels in lots of one size; the last is filled with images of label -1."""
+    if len(images) == 0 or batch < 1:
+        raise ValueError(f"nothing to score: {len(images)} images in batches of {batch}")
+    batch = min(batch, len(images))
+    spare = -len(images) % batch
+    images = np.concatenate([images, np.repeat(images[:1], spare, axis=0)])
+    labels = np.concatenate([labels, np.full(spare, -1, labels.dtype)])
+    cut = range(0, len(images), batch)
+    return [(jnp.asarray(images[i : i + batch]), jnp.asarray(labels[i : i + batch])) for i in cut]
+
+
+def accuracy(score: Scorer, deployed: Any, variables: Any, lots: list[tuple[Array, Array]]) -> float:
+    """Share of correct predictions over all lots."""
+    correct = sum(int(score(deployed, variables, x, y)) for x, y in lots)
+    return correct / sum(int(np.sum(np.asarray(y) >= 0)) for _, y in lots)
+
+
+def perturb_network(key: Array, deployed: Mapping[str, Deployed], variation: Variation) -> dict[str, Deployed]:
+    """All layers on one draw of devices (`noise.perturb`); they must be programmed with `prove=False`."""
+    out = {}
+    for number, (path, layer) in enumerate(deployed.items()):
+        own = jax.random.fold_in(key, number)
+        groups = tuple(perturb(jax.random.fold_in(own, g), _crossbar(a), variation) for g, a in enumerate(layer.groups))
+        out[path] = replace(layer, groups=groups, key=own if variation.read_noise else None)
+    return out
+
+
+def noisy_accuracy(
+    score: Scorer, deployed: Mapping[str, Deployed], variables: Any, lots: list[tuple[Array, Array]], v: Variation
+) -> Callable[[Array], Array]:
+    """The metric for `noise.monte_carlo`: a key's devices are drawn once, and all lots pass through them."""
+    images, labels = (jnp.stack(part) for part in zip(*lots, strict=True))
+    count = float(jnp.sum(labels >= 0))
+
+    def metric(key: Array) -> Array:
+        drawn = perturb_network(key, deployed, v)
+        correct = jax.lax.map(lambda lot: score(drawn, variables, *lot), (images, labels))
+        return jnp.sum(correct).astype(jnp.float32) / count
+
+    return metric
+
+
+Observer = Callable[[Any, Any, Array], dict[str, tuple[Array, ...]]]
+
+
+def make_observer(apply: Callable[..., Any], prepare: Callable[[Array], Array] = lambda x: x) -> Observer:
+    """`observe(deployed, variables, images) -> {path: inputs of each group}`: what the word lines of a network see.
+
+    Inputs are int32 `[n * uses, P]`, all rows in the order of the GEMM view; jitted.
+    """
+
+    @jax.jit
+    def observe(deployed: Any, variables: Any, images: Array) -> dict[str, tuple[Array, ...]]:
+        seen: dict[str, tuple[Array, ...]] = {}
+        with layer_calls.hardware(deployed, seen=seen):
+            apply(variables, prepare(images), train=False)
+        return seen
+
+    return observe
+
+
+def skipping(
+    observe: Observer,
+    deployed: Mapping[str, Deployed],
+    variables: Any,
+    lots: list[Array],
+    designs: Mapping[str, list[Design]],
+) -> dict[str, list[Skipping]]:
+    """Effective input cycles of every layer on real activations, for several designs at once.
+
+    Args:
+      observe: of `make_observer`.
+      deployed: the network; its row order is kept.
+      variables: its other parameters.
+      lots: images.
+      designs: by path, those to be measured (fragment sizes, say). Groups of a grouped layer count together.
+    """
+    parts: dict[str, list[list[Skipping]]] = {path: [[] for _ in d] for path, d in designs.items()}
+    for images in lots:
+        seen = observe(deployed, variables, images)
+        for path, wanted in designs.items():
+            for arrays, x in zip(deployed[path].groups, seen[path], strict=True):
+                used = x[:, _crossbar(arrays).rows]
+                for i, design in enumerate(wanted):
+                    parts[path][i].append(measure(used, design, path))
+    return {path: [merge(one) for one in each] for path, each in parts.items()}
+
+
+def saturated(
+    observe: Observer, deployed: Mapping[str, Deployed], variables: Any, images: Array
+) -> dict[str, tuple[int, int]]:
+    """Clipped conversions of every layer and all its conversions, on real activations."""
+    out = {}
+    for path, inputs in observe(deployed, variables, images).items():
+        arrays = [_crossbar(a) for a in deployed[path].groups]
+        counts = [saturation(x, a) for x, a in zip(inputs, arrays, strict=True)]
+        out[path] = (sum(int(c.clipped.sum()) for c in counts), sum(c.conversions for c in counts))
+    return out
+
+
+def proven_share(deployed: Mapping[str, Deployed]) -> float:
+    """Share of all kept filters of a network whose columns are proven not to clip."""
+    arrays = [_crossbar(a) for layer in deployed.values() for a in layer.groups]
+    proven = sum(a.proven.shape[0] for a in arrays)
+    kept = proven + sum(a.simulated.shape[0] for a in arrays)
+    return proven / kept if kept else 1.0
+
+
+def _crossbar(arrays: Programmed | Planes) -> Programmed:
+    if isinstance(arrays, Planes):
+        raise ValueError("SOT-MRAM planes are digital: they have no devices to draw, no ADC and no skipping")
+    return arrays

@@ -1,0 +1,186 @@
+"""The crossbar driver from its config to its files, on the data set that needs no download."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compressx import formats, models
+from compressx.report.summary import check_summary, read_summary
+from compressx.rules import resolve
+from compressx.training import ConfigError
+from configs import crossbar as configs
+from experiments import crossbar
+from experiments.crossbar_config import plan_phases
+from experiments.driver import Options
+
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}
+FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "checkpoints")
+PLOTS = (
+    *("mapping", "occupancy", "cycles", "saturation", "variation", "fps", "tile_mw", "tile_mm2"),
+    *("training", "residuals", "masks"),
+)
+
+
+def _config(variant="digits_tiny", **changes):
+    settings = configs.get_config(variant).unlock()
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        target = settings
+        for part in path:
+            target = target[part]
+        target[last] = value
+    return crossbar.read(settings)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished tiny run: its folder and its summary. Tests do not change it."""
+    folder = tmp_path_factory.mktemp("crossbar") / "run"
+    return folder, crossbar.run(_config(), Options(folder, command="python -m experiments.crossbar"))
+
+
+def test_it_leaves_everything_behind(done):
+    folder, summary = done
+    assert all((folder / name).exists() for name in (*FILES, *(f"{p}.png" for p in PLOTS)))
+    assert check_summary(summary) == read_summary(folder / "summary.json")
+    page = (folder / "report.html").read_text()
+    assert "Factors of the frame rate" in page and "Inconsistencies of the paper" in page
+
+
+def test_models_lie_in_their_sets_and_on_the_engine_as_on_paper(done):
+    _, s = done
+    assert s["violations"] == 0
+    found = s["crossbar"]["models"]
+    assert set(found) == {"dense", "pruned", "polarized", "signs_8", "full_8", "noise_aware"}
+    assert s["metric"]["compressed"] == found["full_8"]["hardware"]
+    for name in ("polarized", "signs_8", "full_8", "noise_aware"):
+        assert found[name]["single_signed"] == 1.0 and found[name]["signs"] == "polarized"
+    for name in ("dense", "pruned"):
+        assert found[name]["signs"] == "differential_digital"
+    assert all(m["proven_share"] == 1.0 for m in found.values())  # flipped columns never clip
+    assert found["full_8"]["on_levels"] == found["full_8"]["float"]  # trained on the levels, nothing to round
+    # c1 9 x 16, c2 144 x 32, f1 512 x 64, f2 64 x 10: four cells a weight, twice that in pairs
+    assert found["dense"]["arrays"] == 1 + 4 + 16 + 1 and found["polarized"]["arrays"] == 1 + 2 + 8 + 1
+    assert found["full_8"]["arrays"] == 4
+
+
+def test_reduction_and_frame_rates_are_products_of_their_factors(done):
+    _, s = done
+    r = s["crossbar"]["reduction"]
+    assert r["product"] == pytest.approx(r["prune"] * r["bits"] * r["signs"]) and (r["bits"], r["signs"]) == (4, 2)
+    assert r["measured"] == r["baseline_arrays"] / r["arrays"]
+    engines = s["crossbar"]["engines"]
+    rows = engines["rows"]
+    for row in rows.values():
+        for key in ("against_base", "against_peer"):
+            f = row[key]
+            assert f["fps"] == pytest.approx(np.prod([v for k, v in f.items() if k != "fps"]))
+    base = rows[engines["base"]]
+    assert base["against_base"]["fps"] == 1 and base["watts"] == pytest.approx(65.80808)
+    skipping = rows["FORMS-8, compressed"]["against_base"]["skipping"]
+    assert skipping > 1 == rows["FORMS-8, compressed, no skipping"]["against_base"]["skipping"]
+    assert rows["FORMS-8, compressed"]["fps"] > rows["FORMS-8, compressed, no skipping"]["fps"]
+
+
+def test_cycles_grow_with_the_fragment(done):
+    _, s = done
+    sizes = s["crossbar"]["skipping"]
+    means = [sizes[m]["mean"] for m in ("4", "8", "16", "128")]
+    assert means == sorted(means) and 0 < means[0] and means[-1] <= 16
+    assert all(sum(v["histogram"]) > 0 and len(v["histogram"]) == 17 for v in sizes.values())
+
+
+def test_variation_has_intervals(done):
+    _, s = done
+    for name in ("dense", "polarized", "pruned", "full_8", "noise_aware"):
+        found = s["crossbar"]["models"][name]["variation"]
+        assert [r["sigma"] for r in found["sweep"]] == [0.1, 0.3]
+        assert found["main"]["devices"] == 3
+        for r in found["sweep"]:
+            assert r["low"] <= r["mean"] <= r["high"]
+
+
+def test_evaluation_of_the_stored_model_gives_the_same(done, capsys):
+    folder, summary = done
+    assert formats.load_model(folder / "compressed.safetensors").model["name"] == "digits_cnn"
+    assert crossbar.run(_config(), Options(folder)) == summary
+    assert "is finished and left as it is" in capsys.readouterr().out
+    figures = crossbar.evaluate(_config(), Options(folder))
+    assert figures["metric"]["compressed"] == summary["metric"]["compressed"]
+    assert (folder / "eval" / "digits-test" / "summary.json").exists()
+
+
+def test_a_finished_run_can_be_taken(done, tmp_path):
+    folder, summary = done
+    config = _config("taken_tiny", take=str(folder), variation__models=())
+    taken = crossbar.run(config, Options(tmp_path / "t"))
+    ours, theirs = taken["crossbar"]["models"]["taken"], summary["crossbar"]["models"]["full_8"]
+    assert ours["hardware"] == theirs["hardware"] and ours["arrays"] == theirs["arrays"]
+    assert taken["crossbar"]["reduction"] == summary["crossbar"]["reduction"]
+    assert taken["metric"]["dense"] is None and taken["rate"] == summary["rate"]
+    with pytest.raises(ConfigError, match="name the work directory of a finished run"):
+        crossbar.run(_config("taken_tiny", take=str(tmp_path / "none")), Options(tmp_path / "u"))
+
+
+def test_sot_mram(tmp_path):
+    summary = crossbar.run(_config("digits_sot_tiny"), Options(tmp_path))
+    found = summary["crossbar"]
+    assert set(found["models"]) == {"dense", "pruned", "bits_8", "bits_4"}
+    dense, pruned, eight, four = (found["models"][n] for n in ("dense", "pruned", "bits_8", "bits_4"))
+    assert dense["ands"] > pruned["ands"] >= eight["ands"] == 2 * four["ands"]  # energy goes with kept x bits x bits
+    assert dense["uj"] > pruned["uj"] > four["uj"] and four["trained_bits"] == 4
+    assert four["on_levels"] == four["float"] and summary["metric"]["compressed"] == four["hardware"]
+    assert [r["ms"] for r in found["write_sensitivity"]] == sorted(r["ms"] for r in found["write_sensitivity"])
+    assert [r["bits"] for r in found["rounded"]["pruned"]] == [8, 7, 6, 5, 4]
+    assert summary["violations"] == 0 and json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert {"sot.png", "writes.png", "rounded.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("variant", [v for v in configs.VARIANTS if v != "taken"])
+def test_every_variant_fits_its_network(variant):
+    for name in (variant, f"{variant}_tiny"):
+        config = crossbar.read(configs.get_config(name))
+        model = models.build(config.model.name, classes=10, **config.model.options)
+        x = jax.ShapeDtypeStruct((1, *SHAPES[config.data.name]), jnp.float32)
+        params = {"params": jax.eval_shape(model.init, jax.random.key(0), x)["params"]}
+        todo = plan_phases(config)
+        assert len({p.name for p in todo}) == len(todo)
+        if name == variant:
+            for phase in todo:
+                if phase.rules is not None:
+                    resolve(phase.rules, params)
+        else:
+            assert sum(p.fit.epochs for p in todo) <= 2 * len(todo)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"main": "full_9"}, "main='full_9' is no branch; they are pruned"),
+        ({"hardware__fragment": 5}, "hardware.fragment=5 is impossible"),
+        ({"hardware__engine": "dram"}, "it must be forms or sot"),
+        ({"variation__seeds": 1}, "at least 2 devices"),
+        ({"variation__models": ("ful",)}, "variation.models names 'ful'"),
+        ({"take": "a", "init_from": "b"}, "both name a run"),
+        ({"noise_aware__start": "x"}, "noise_aware.start='x' is no branch"),
+    ],
+)
+def test_impossible_settings_are_named(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        _config(**changes)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mnist_lenet5_forms_tiny", "cifar_resnet20_forms_tiny", "cifar_resnet20_sot_tiny"])
+def test_papers_networks(variant, tmp_path, data_dir):
+    config = _config(variant, variation__models=())
+    summary = crossbar.run(config, Options(tmp_path, str(data_dir)))
+    assert summary["violations"] == 0
+    if config.hardware.engine == "forms":
+        rows = summary["crossbar"]["engines"]["rows"]
+        assert {f"FORMS-{m}, compressed" for m in (4, 8, 16)} <= set(rows)
+        assert all(m["proven_share"] == 1 for m in summary["crossbar"]["models"].values())
