@@ -1,6 +1,7 @@
 """What a network learns about speech: a unit for every frame, or a sequence of units by CTC.
 
-Batches are those of `speech.batches.pad`. Both give a `training.Task`; neither learns from a teacher.
+Batches are those of `speech.batches.pad`. Both give a `training.Task`; neither learns from a teacher. Training cuts a
+batch to the length of its bucket; scoring, forward only, does not.
 """
 
 from collections.abc import Callable
@@ -51,11 +52,8 @@ def frames(apply: Apply, sizes: tuple[int, ...]) -> Task:
         return total, (stats, found)
 
     def score(params: Any, stats: Any, batch: Batch, valid: Array) -> Sums:
-        def at(batch: Batch, params: Any) -> Sums:
-            logits = apply(params, batch["inputs"], train=False)
-            return sums(logits, jnp.where(valid[:, None], batch["labels"], -1))
-
-        return batches.at_length(at, sizes, batch, params)
+        logits = apply(params, batch["inputs"], train=False)
+        return sums(logits, jnp.where(valid[:, None], batch["labels"], -1))
 
     return Task(loss, score)
 
@@ -93,10 +91,7 @@ def ctc(apply: Apply, sizes: tuple[int, ...]) -> Task:
         return total, (stats, found)
 
     def score(params: Any, stats: Any, batch: Batch, valid: Array) -> Sums:
-        def at(batch: Batch, params: Any) -> Sums:
-            return sums(apply(params, batch["inputs"], train=False), batch, valid)
-
-        return batches.at_length(at, sizes, batch, params)
+        return sums(apply(params, batch["inputs"], train=False), batch, valid)
 
     return Task(loss, score)
 
