@@ -53,7 +53,7 @@ def base(variant: str) -> Settings:
             "rho": 0.01,
             "rho_final": 1.0,
             "every": 5,
-            "values": "float16",
+            "value_type": "float16",
         },
         "baselines": ("dense",),
         "fedprox_mu": 0.01,
@@ -105,7 +105,7 @@ def digits_topk(variant: str) -> Settings:
     """8x8 digits, Dirichlet clients, sparse updates by top-k with error feedback, eight bits a value."""
     c = digits(variant)
     c["split"] |= {"kind": "dirichlet"}
-    c["algorithm"] |= {"sparsify": "update", "values": "int8", "density": ((r"params/.*/kernel", 0.05),)}
+    c["algorithm"] |= {"sparsify": "update", "value_type": "int8", "density": ((r"params/.*/kernel", 0.05),)}
     c["baselines"] = ("dense",)
     return c
 

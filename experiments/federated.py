@@ -70,7 +70,8 @@ class Arm(NamedTuple):
 
 def arms(config: Config) -> dict[str, Algorithm]:
     """What is trained: the algorithm itself and, of the baselines, those that are another training."""
-    plain = with_sparsity(config.algorithm, sparsify="none", density=(), values="float32", prune_round=0, admm_rounds=0)
+    none = {"sparsify": "none", "density": (), "prune_round": 0, "admm_rounds": 0}
+    plain = with_sparsity(config.algorithm, value_type="float32", **none)
     out = {"sparse": config.algorithm}
     if "dense" in config.baselines or "secagg" in config.baselines:
         out["dense"] = plain
@@ -105,7 +106,9 @@ def run_arm(
         return score({"params": model["params"]}, {k: v for k, v in model.items() if k != "params"}, test)
 
     path = folder / f"{name}.npz"
-    now, ledger, done = simulation.start(), None, {"round": 0, "scores": {}, "pruning": {}, "seconds": 0.0}
+    now: SimState = simulation.start()
+    ledger: Ledger | None = None
+    done: dict[str, Any] = {"round": 0, "scores": {}, "pruning": {}, "seconds": 0.0}
     if path.exists():
         now, ledger, done = load(path, simulation)
     while (first := int(done["round"])) < alg.rounds:
@@ -159,7 +162,8 @@ def save(path: Path, now: SimState, ledger: Ledger, done: dict[str, Any]) -> Non
     arrays |= {f"mask{k}": np.asarray(m) for k, m in enumerate(now.masks) if m is not None}
     arrays |= {f"memory{k}": np.asarray(m) for k, m in enumerate(now.memory)}
     arrays |= {f"ledger_{k}": v for k, v in ledger._asdict().items()} | {"knows": now.knows_masks}
-    np.savez(out, done=np.frombuffer(json.dumps(done).encode(), np.uint8), **arrays)
+    arrays["done"] = np.frombuffer(json.dumps(done).encode(), np.uint8)
+    np.savez(out, allow_pickle=False, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, out.getvalue())
 
@@ -217,7 +221,8 @@ def seconds_of(
     layers = tuple(np.asarray(x).reshape(-1) for x in jax.device_get(arm.state.leaves))
     masks = tuple(None if m is None else np.asarray(m).reshape(-1) for m in jax.device_get(arm.state.masks))
     costs: dict[bool, timing.Costs] = {}
-    rows, met = [], set()
+    rows: list[list[float]] = []
+    met: set[int] = set()
     for r, who in enumerate(ids):
         pruned = plan.pruned(r)
         if pruned not in costs:

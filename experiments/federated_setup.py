@@ -167,7 +167,7 @@ def make_plan(config: Config, alg: Algorithm, setting: Setting, keys: Sequence[s
         rounds=alg.rounds,
         sparsify=alg.sparsify,
         prune_round=alg.prune_round,
-        values=alg.values,
+        value_type=alg.value_type,
         padded=config.padded,
         oblivious=config.oblivious,
         quorum=config.quorum,

@@ -57,7 +57,7 @@ class Algorithm:
       rho: ADMM's penalty in its first round.
       rho_final: in its last; geometric between.
       every: local steps between Z and U updates.
-      values: "float32", "float16" or "int8" on the wire.
+      value_type: "float32", "float16" or "int8" on the wire.
     """
 
     rounds: int = 20
@@ -75,7 +75,7 @@ class Algorithm:
     rho: float = 1e-2
     rho_final: float = 1.0
     every: int = 10
-    values: str = "float32"
+    value_type: str = "float32"
 
     def __post_init__(self) -> None:
         def need(ok: bool, key: str, allowed: str) -> None:
@@ -91,7 +91,7 @@ class Algorithm:
         need(0 <= self.momentum < 1, "momentum", "in [0, 1)")
         need(0 <= self.lr_final <= 1, "lr_final", "in [0, 1]")
         need(self.sparsify in rounds.SPARSIFY, "sparsify", f"one of {', '.join(rounds.SPARSIFY)}")
-        need(self.values in messages.VALUES, "values", f"one of {', '.join(messages.VALUES)}")
+        need(self.value_type in messages.VALUES, "value_type", f"one of {', '.join(messages.VALUES)}")
         need(bool(self.density) == (self.sparsify != "none"), "density", "given where something is made sparse")
         need(all(0 < d <= 1 for _, d in self.density), "density", "pairs (path pattern, share in (0, 1])")
         if self.pruning:
@@ -293,18 +293,18 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
             hard = masked(trained, masks)
             trained, more = run(hard, masks, data, rows, half, steps, lr, optax.trace(alg.momentum), key)
             sent = masked(trained, masks)
-            sent = tuple(quantise(x, alg.values) for x in sent)
+            sent = tuple(quantise(x, alg.value_type) for x in sent)
             return Upload(sent, masks, (), (loss + more) / steps.astype(jnp.float32))
         inside = masks if kind == MASKED else none
         trained, loss = run(leaves, inside, data, rows, 0, steps, lr, transform(rho), key)
         change = tuple(a - b for a, b in zip(trained, leaves, strict=True))
         if alg.sparsify != "update":
-            sent = tuple(quantise(x, alg.values) for x in change)
+            sent = tuple(quantise(x, alg.value_type) for x in change)
             return Upload(sent, inside, (), loss / steps.astype(jnp.float32))
         kept = iter(memory)
         whole = tuple(x + next(kept) if b else x for x, b in zip(change, budgets, strict=True))
         chosen = top_masks(whole, layers)
-        sent = tuple(quantise(x, alg.values) for x in masked(whole, chosen))
+        sent = tuple(quantise(x, alg.value_type) for x in masked(whole, chosen))
         left = tuple(a - b for a, b, k in zip(whole, sent, budgets, strict=True) if k)
         return Upload(sent, chosen, left, loss / steps.astype(jnp.float32))
 

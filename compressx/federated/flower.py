@@ -29,7 +29,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read by flwr when it is 
 
 import flwr.client
 import flwr.server
-import grpc
+import grpc  # type: ignore[import-untyped]
 from flwr.common import (
     Code,
     FitIns,

@@ -81,7 +81,7 @@ def _positions(masks: Sequence[Array | None]) -> Array:
 def message_bytes(
     layers: Sequence[Layer],
     values: int,
-    positions: Sequence[int] | None,
+    positions: Sequence[int] | NpArray | None,
     *,
     shared: bool = False,
     padded: bool = False,
@@ -225,7 +225,7 @@ class Simulation:
         def round_(carry: Any, x: Any, data: Any) -> Any:
             leaves, masks, memory = carry
             ids, rows, steps, weights, lr, rho, number = x
-            sent = tuple(algorithm.quantise(w, alg.values) for w in leaves)
+            sent = tuple(algorithm.quantise(w, alg.value_type) for w in leaves)
 
             def client(c: Array, rows: Array, steps: Array) -> Any:
                 mine = tuple(m[c] for m in memory)
@@ -282,7 +282,7 @@ class Simulation:
         density: NpArray,
     ) -> Ledger:
         """Message sizes from positions; marks who learns the common masks."""
-        alg, layers, values = self.alg, self.layers, messages.VALUES.index(self.alg.values)
+        alg, layers, values = self.alg, self.layers, messages.VALUES.index(self.alg.value_type)
         own, common = alg.sparsify == "client" and kind == MASKED, alg.sparsify == "common" and kind == MASKED
         sizes = np.zeros((2, *ids.shape), np.int64)
         for i, row in enumerate(ids):

@@ -21,10 +21,10 @@ VARIANTS = {
         "sparsify": "common",
         "density": world.DENSITY,
         "prune_round": 1,
-        "values": "float16",
+        "value_type": "float16",
         "participants": 2,
     },
-    "update int8": {"sparsify": "update", "density": world.DENSITY, "values": "int8"},
+    "update int8": {"sparsify": "update", "density": world.DENSITY, "value_type": "int8"},
 }
 
 
@@ -50,7 +50,7 @@ def test_both_engines_give_the_same_model_and_bytes(name: str, tmp_path) -> None
         assert up == ledger.up[number].sum()
     got = aggregator.release()
     for a, b in zip(got, jax.device_get(state.leaves), strict=True):
-        np.testing.assert_allclose(a, np.ravel(b), rtol=0, atol=2e-5 if w.alg.values == "float32" else 2e-3)
+        np.testing.assert_allclose(a, np.ravel(b), rtol=0, atol=2e-5 if w.alg.value_type == "float32" else 2e-3)
     if w.alg.pruning:
         for x, layer in zip(got, w.plan.layers, strict=True):
             assert np.count_nonzero(x) <= layer.budget

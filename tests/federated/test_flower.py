@@ -35,7 +35,7 @@ class Nodes:
         self.folder = folder
         self.flags = [
             "--config=configs/federated.py:digits_tiny", f"--workdir={folder}", f"--address=localhost:{free_port()}",
-            f"--config.split.clients={CLIENTS}", "--config.algorithm.values=float32", "--deadline=600",
+            f"--config.split.clients={CLIENTS}", "--config.algorithm.value_type=float32", "--deadline=600",
         ]  # fmt: skip
         self.environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)} | {
             "FLWR_TELEMETRY_ENABLED": "0",
@@ -43,9 +43,10 @@ class Nodes:
         }
 
     def start(self, *more: str) -> subprocess.Popen:
-        log = open(self.folder.parent / f"{'-'.join(m.strip('-').replace('=', '') for m in more)}.log", "ab")
+        path = self.folder.parent / f"{'-'.join(m.strip('-').replace('=', '') for m in more)}.log"
         command = [sys.executable, "-m", "experiments.federated_nodes", *self.flags, *more]
-        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        with open(path, "ab") as log:
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
 
     def journal(self) -> list[dict]:
         path = self.folder / "server" / "journal.jsonl"
@@ -90,7 +91,7 @@ def test_ten_processes_a_killed_server_and_a_killed_client(tmp_path) -> None:
     assert all(r["clients"] == list(range(CLIENTS)) for r in rounds)  # nobody lost, nobody twice
 
     config = configs.get_config("digits_tiny")
-    config.split.clients, config.algorithm.values = CLIENTS, "float32"
+    config.split.clients, config.algorithm.value_type = CLIENTS, "float32"
     frozen = setup.read(config)
     setting = setup.make(frozen, Options(tmp_path))
     simulation = Simulation(setting.task, frozen.algorithm, setting.model, setting.train, setting.split, frozen.seed)

@@ -98,7 +98,7 @@ def make(folder: Path, **changes: Any) -> World:
         rounds=alg.rounds,
         sparsify=alg.sparsify,
         prune_round=alg.prune_round,
-        values=alg.values,
+        value_type=alg.value_type,
         initial=rounds.model_hash(flat).hex(),
         **in_plan,
     )

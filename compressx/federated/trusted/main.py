@@ -16,7 +16,7 @@ import struct
 import sys
 import types
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 HELLO, MODEL, UPDATE, CLOSE, STATUS, RELEASE, LOADED = range(7)
 MAX_REQUEST = 2**30
@@ -31,7 +31,7 @@ def bare_packages() -> None:
         sys.modules.setdefault(name, module)
 
 
-def read_frame(stream: BinaryIO) -> tuple[int, bytes] | None:
+def read_frame(stream: IO[bytes]) -> tuple[int, bytes] | None:
     """Operation or status, and payload; None at the end of the stream."""
     head = stream.read(5)
     if len(head) < 5:
@@ -43,13 +43,13 @@ def read_frame(stream: BinaryIO) -> tuple[int, bytes] | None:
     return (kind, payload) if len(payload) == length else None
 
 
-def write_frame(stream: BinaryIO, kind: int, payload: bytes) -> None:
+def write_frame(stream: IO[bytes], kind: int, payload: bytes) -> None:
     """Inverse of `read_frame`."""
     stream.write(struct.pack("<IB", len(payload), kind) + payload)
     stream.flush()
 
 
-def lock(folder: Path) -> BinaryIO:
+def lock(folder: Path) -> IO[bytes]:
     """Waits until no other aggregator works in the folder: one whose host was killed may still be finishing a
     request."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class Plan:
       sparsify: "none"; "update": every update within the budgets; "common": one mask for all from `prune_round` on;
         "client": each client's model within the budgets from `prune_round` on.
       prune_round: first round of the pruned model.
-      values: "float32", "float16" or "int8" on the wire.
+      value_type: "float32", "float16" or "int8" on the wire.
       padded: messages are filled up to a size that is the same for all.
       oblivious: only codes that are added without data-dependent accesses.
       quorum: clients without which a round does not close.
@@ -53,7 +53,7 @@ class Plan:
     rounds: int
     sparsify: str = "none"
     prune_round: int = 0
-    values: str = "float32"
+    value_type: str = "float32"
     padded: bool = False
     oblivious: bool = False
     quorum: int = 1
@@ -62,10 +62,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         messages.check_layout(self.layers)
-        if self.sparsify not in SPARSIFY or self.values not in messages.VALUES:
-            raise ValueError(
-                f"sparsify={self.sparsify!r}, values={self.values!r}: need one of {SPARSIFY} and {messages.VALUES}"
-            )
+        if self.sparsify not in SPARSIFY or self.value_type not in messages.VALUES:
+            given = f"sparsify={self.sparsify!r}, value_type={self.value_type!r}"
+            raise ValueError(f"{given}: need one of {SPARSIFY} and {messages.VALUES}")
         if not 1 <= self.quorum <= len(self.roster):
             raise ValueError(f"quorum={self.quorum} is impossible with {len(self.roster)} clients")
         if any(examples < 1 for _, examples in self.roster.values()):
@@ -96,7 +95,7 @@ class Plan:
     @property
     def value_code(self) -> int:
         """`values` as messages know it."""
-        return messages.VALUES.index(self.values)
+        return messages.VALUES.index(self.value_type)
 
     def open_layout(self) -> tuple[Layer, ...]:
         """The layers without budgets."""
@@ -305,7 +304,8 @@ def unpack_state(data: bytes) -> State:
     """Inverse of `pack_state`; the bytes come out of a sealed record."""
     length = int.from_bytes(data[:4], "little")
     head, at = json.loads(data[4 : 4 + length]), 4 + length
-    layers, masks = [], []
+    layers: list[Array] = []
+    masks: list[Array | None] = []
     for size in head["sizes"]:
         layers.append(np.frombuffer(data, "<f4", size, at).astype(np.float32))
         at += 4 * size
