@@ -84,9 +84,8 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
 def tiny(c: Settings) -> Settings:
     """A few points on a handful of words: for tests."""
     language_model.tiny(c["base"])
-    keep = {("darb", c["at"]), ("row", c["at"]), ("dense", c["at"]), ("darb one-shot", c["at"])}
-    points = [p for p in c["points"] if (p["curve"], p["name"]) in keep or p["curve"] == "row"][:6]
-    c["points"] = tuple({**p, "seeds": (0,)} for p in points)
+    keep = {("row", "8x"), *((curve, c["at"]) for curve in ("darb", "row", "dense", "darb one-shot"))}
+    c["points"] = tuple({**p, "seeds": (0,)} for p in c["points"] if (p["curve"], p["name"]) in keep)
     return c
 
 

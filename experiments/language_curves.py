@@ -214,7 +214,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         for number, (r, s) in enumerate(done):
             writer.write(number, r.point.curve if r.point else "dense", run=r.name, rate=s["rate"], metric=s["metric"])
     dense = [s["metric"]["dense"] for r, s in done if r.point is None]
-    drawn, lone, controls = _curves(rows), [], {"dense": dense}
+    drawn, controls = _curves(rows), {"dense": dense}
     for row in rows:
         if row["method"] == "dense":
             controls[DENSE] = row["perplexity"]
@@ -224,9 +224,8 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
     text = "Mean over seeds with the sample standard deviation; every dot is a run. Same dense network, same epochs."
     (headline,) = [row for row in rows if (row["curve"], row["point"]) == (config.main, config.at)]
     equal = {c: rate_at([r for r in rows if r["curve"] == c], headline["mean"]) for c in drawn}
-    for c, (how, rate) in equal.items():
-        sign = {"at": "", "above": "above ", "below": "below "}[how]
-        lone.append((c, sign + fmt.rate(rate)))
+    sign = {"at": "", "above": "> ", "below": "< "}
+    words = {c: sign[how] + fmt.rate(rate) for c, (how, rate) in equal.items()}
     first, same = done[0][1], [row for row in rows if row["method"] == "dense"]
     one = [r for r in rows if r["method"] == "one_shot" and r["point"] == config.at and config.main in r["curve"]]
     summary = make_summary(
@@ -256,13 +255,17 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         paper=None,
         language_curves={
             "rows": rows,
-            "equal_perplexity": {c: {"how": how, "rate": rate} for c, (how, rate) in equal.items()},
+            "at": {_plain(r["curve"]): r["mean"] for r in rows if r["point"] == config.at},
+            "equal_perplexity": {
+                _plain(c): {"how": how, "rate": rate, "text": words[c]} for c, (how, rate) in equal.items()
+            },
             "spread": headline["spread"],
             "references": first["language_model"]["references"],
             "observations": first["language_model"].get("observations"),
             "run": run_record(options.command),
         },
     )
+    equals = html.Table(("structure", "rate"), list(words.items()), (False, True))
     level = f"{config.main} at {fmt.rate(headline['rate'])} reaches a perplexity of {headline['mean']:.2f}."
     page = html.Page(
         summary=summary,
@@ -270,7 +273,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         pictures=[html.Picture(path, "Perplexity against compression", text)],
         sections=[
             ("Runs", _html_table(rows)),
-            ("Rate at equal perplexity", [level, html.Table(("structure", "rate"), lone, (False, True))]),
+            ("Rate at equal perplexity", [level, equals]),
         ],
         links=[*artifacts.links(workdir), *((r.name, f"runs/{r.name}/report.html") for r, _ in done)],
     )

@@ -84,4 +84,7 @@ def kept_blocks(
         if high > 2:
             bar = fig.colorbar(ScalarMappable(norm, "viridis_r"), ax=axes.tolist(), fraction=0.03, pad=0.01)
             bar.set_label("block size")
+            powers = 2 ** np.arange(int(np.log2(high)) + 1)
+            bar.set_ticks(powers.tolist(), labels=[str(p) for p in powers])
+            bar.ax.minorticks_off()
     return Path(path)
