@@ -1,6 +1,9 @@
 // Sparse convolution over planes, with bias, activation and residual fused, and the moves into, out of and between planes,
 // as XLA FFI handlers. Everything that a packed array says is checked before it is followed.
 
+#include <malloc.h>
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -110,6 +113,18 @@ bool ListFits(const Conv& c, int64_t entries, int64_t cin) {
   return !entries || (low >= -c.in.margin && high + c.in.margin + c.in.segment <= cin * c.planes * c.in.plane());
 }
 
+// XLA takes fresh memory for every run of a program, and touching it costs a page fault for each 4 KiB; asked for in
+// time, the kernel gives 2 MiB at once. Advice only: it may be refused.
+void AskForHugePages(void* data, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096, kHuge = 2 << 20;
+  if (bytes < kHuge) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 struct Scratch {
   explicit Scratch(size_t floats) : data(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 127) / 64 * 64))) {}
   ~Scratch() { std::free(data); }
@@ -170,6 +185,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
     if (groups > kLarge / couts || ss.size != groups * couts + 1 || ps.size != ws.size || !ListFits(c, ws.size, cin))
       return Bad("the packed arrays do not fit each other or the input");
   }
+  AskForHugePages(c.y, ys.size * 4);
   // Tiles run down a column of the image, so that of three rows of inputs two are in the cache from the tile above.
   const int64_t high = columns ? (segment + row - 1) / row : 1;
   const int64_t reach = columns ? std::min(row, segment) : segment;
@@ -206,6 +222,7 @@ Error ToPlanesHandler(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Resu
   const float* from = x.typed_data();
   float* to = static_cast<float*>(y->untyped_data());
   const int64_t plane = (segment + 2 * margin) * s.lanes;
+  AskForHugePages(to, s.c * plane * 4);
   Parallel(pool, threads, s.c, [=](int64_t c) {
     float* p = to + c * plane;
     std::memset(p, 0, plane * 4);
@@ -281,6 +298,7 @@ Error ResampleHandler(ffi::ThreadPool pool, F32 x, F32 source, F32 valid, ffi::R
   for (int64_t i = 0; i < is.size; ++i)
     if (is.data[i] < 0 || is.data[i] >= usable * lanes) return Bad("a place lies outside the plane");
   float* out = static_cast<float*>(y->untyped_data());
+  AskForHugePages(out, channels * phases * out_plane * 4);
   const Grid grid{out_segment, out_margin, ms.data};
   Parallel(pool, threads, channels, [=](int64_t c) {
     Scratch scratch(rows * columns > 1 ? 2 * plane : 0);
@@ -297,6 +315,15 @@ Error ResampleHandler(ffi::ThreadPool pool, F32 x, F32 source, F32 valid, ffi::R
 }  // namespace compressx
 
 extern "C" int compressx_best_isa() { return compressx::BestIsa(); }
+
+// Freed memory stays with the process, so that the next run of a program finds it without page faults.
+extern "C" int compressx_keep_memory() {
+#ifdef M_MMAP_THRESHOLD
+  return mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#else
+  return 0;
+#endif
+}
 
 #define A(name) .Attr<int64_t>(name)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(

@@ -27,8 +27,8 @@ _BLOCKS = (32, 64, 128, 256)
 _GROUPS = (8, 16, 32, 64, 128)
 
 # Cycles, fitted by hand to timings of VGG-16's layers on a Zen 4 core (AVX-512, 32 KiB of L1 data cache).
-_MISS, _LOAD, _FMA, _KERNEL, _SPILL = 16.0, 0.6, 1.0, 1.5, 0.9
-_L1 = 32 * 1024
+_MISS, _LOAD, _FMA, _KERNEL, _SPILL, _LIST = 20.0, 0.6, 1.0, 2.5, 0.5, 1.3
+_L1, _L2 = 32 << 10, 1 << 20
 
 
 class Result(NamedTuple):
@@ -83,7 +83,9 @@ def predict(s: Sparse, geometry: Geometry, g: Grid, plan: Plan) -> float:
         reach = min(g.row, g.segment)
         tiles = -(-reach // f) * -(-g.segment // g.row)
     cout, taps = len(s.order), s.patterns.shape[1]
-    far = 1.0 if plan.columns or g.segment * s.shape[2] * g.lanes * 4 < 1 << 20 else 1.15
+    size = g.segment * s.shape[2] * geometry.groups * g.lanes * 4
+    far = 1.0 if size < _L2 else 1.05 if size < 8 * _L2 else 1.4  # of the input: beyond the second cache, the third
+    far *= 1.0 if plan.columns or size < _L2 else 1.15
     if plan.order == "lists":
         entries = int(np.count_nonzero(s.weight))
         groups = -(-s.shape[2] * geometry.groups // plan.channels)
@@ -91,7 +93,7 @@ def predict(s: Sparse, geometry: Geometry, g: Grid, plan: Plan) -> float:
         held = plan.channels * rows * (f + geometry.size[1] - 1) * g.lanes * 4
         load = 1.15 if held < _L1 else 1.9
         inner = entries * max(f * _FMA * load, 4.0 if f < 4 else 0) + entries
-        return tiles * far * (inner + groups * cout * (_MISS + 2 * f))
+        return tiles * far * _LIST * (inner + groups * cout * (_MISS + 2 * f))
     blocks = -(-cout // plan.filters)
     if plan.order == "kernels":
         parts = -(-taps // schedule.WIDEST)
