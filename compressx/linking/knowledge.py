@@ -105,7 +105,7 @@ def from_links(
       texts: title -> description, for those that have one.
       seed: of the factorisation.
     """
-    titles = ("", *sorted(types))
+    titles = ("", *sorted(types))  # sorted: the order of files says nothing
     number = {t: i for i, t in enumerate(titles)}
     pairs = sorted({(number[a], number[b]) for a, b in links if a in number and b in number and a != b})
     entities = vectors.from_links(len(titles), np.array(pairs, np.int64).reshape(-1, 2), dim, seed)

@@ -161,19 +161,23 @@ def limit_norms(params: Params, largest: float) -> Params:
     return {"params": inner | {name: jax.tree.map(limit, inner[name]) for name in ("hidden", "out")}}
 
 
-def make_task(linker: Linker, learning: Learning, facts: Facts) -> Task:
-    """Loss and score for `training.train`; what is counted is mentions, and the accuracy is in-KB."""
+def carried(facts: Facts) -> dict[str, Any]:
+    """The facts as they travel beside the weights (as constants of the program they would be compiled into it)."""
+    return {"facts": {name: x for name, x in facts._asdict().items() if x is not None}}
+
+
+def make_task(linker: Linker, learning: Learning) -> Task:
+    """Loss and score for `training.train`, with `carried(facts)` as batch_stats; what is counted is mentions."""
 
     def loss(params: Params, stats: Any, batch: Mapping[str, Array], key: Array, fit: Any, teacher: Any) -> Any:
         del fit, teacher
-        value, best = loss_and_decisions(linker, learning, params, facts, batch, key)
+        value, best = loss_and_decisions(linker, learning, params, Facts(**stats["facts"]), batch, key)
         seen = jnp.sum(batch["gold"] >= 0, dtype=jnp.int32)
         right = jnp.sum((best == batch["gold"]) & (batch["gold"] >= 0), dtype=jnp.int32)
         return value, (stats, Sums(value * seen.astype(jnp.float32), right, seen))
 
     def score(params: Params, stats: Any, batch: Mapping[str, Array], valid: Array) -> Sums:
-        del stats
-        out = decide(linker, params, facts, batch)
+        out = decide(linker, params, Facts(**stats["facts"]), batch)
         counted = batch["scored"] & valid[:, None]
         answerable = counted & (batch["gold"] >= 0)
         log_p = jax.nn.log_softmax(out.scores)

@@ -53,7 +53,7 @@ class Linker:
       hidden: units of the scoring network.
       dropout: part of them dropped in training.
       channels: of the convolutions.
-      train_vectors: whether the loss moves the vectors of entities and words; constraints always do.
+      train_vectors: whether the loss moves the vectors of entities and words where they are weights; constraints do.
       damping: share of a new message in "belief".
       iterations: of message passing in "belief".
     """
@@ -115,8 +115,12 @@ class Rollout(NamedTuple):
     scores: Array
 
 
-def init(linker: Linker, knowledge: Knowledge, key: Array) -> Params:
-    """First weights: `{"params": {...}}` with the vectors, and of the rest what the linker uses."""
+def init(linker: Linker, knowledge: Knowledge, key: Array, vectors: bool = True) -> Params:
+    """First weights, `{"params": {...}}`: of all tables and tensors those that the linker uses.
+
+    With `vectors` the tables of entities and words are weights, as compression needs them; without, they are read from
+    the facts, and no optimizer carries state for them.
+    """
     keys = iter(jax.random.split(key, 8))
     d, one = knowledge.dim, jnp.ones((knowledge.dim,), jnp.float32)
 
@@ -126,10 +130,11 @@ def init(linker: Linker, knowledge: Knowledge, key: Array) -> Params:
 
     width = len(linker.features)
     params: dict[str, Any] = {
-        "vectors": {"entities": jnp.asarray(knowledge.entities), "words": jnp.asarray(knowledge.word_vectors)},
         "hidden": {"kernel": uniform((width, linker.hidden), width), "bias": uniform((linker.hidden,), width)},
         "out": {"kernel": uniform((linker.hidden, 1), linker.hidden), "bias": uniform((1,), linker.hidden)},
     }
+    if vectors:
+        params["vectors"] = vectors_of(knowledge)
     if linker.uses_local and linker.local == "attention":
         params["local"] = {"attend": one, "score": one}
     if linker.uses_local and linker.local == "cnn":
@@ -152,9 +157,17 @@ def _keep(linker: Linker, few: int) -> tuple[int, bool]:
 # -- what does not depend on decisions ---------------------------------------------------------------------------------
 
 
-def _tables(linker: Linker, params: Params) -> tuple[Array, Array]:
-    tables = params["params"]["vectors"]
-    pair = tables["entities"], tables["words"]
+def vectors_of(knowledge: Knowledge) -> dict[str, Array]:
+    """The tables as weights."""
+    return {"entities": jnp.asarray(knowledge.entities), "words": jnp.asarray(knowledge.word_vectors)}
+
+
+def _tables(linker: Linker, params: Params, facts: "Facts") -> tuple[Array, Array]:
+    """Vectors of entities and words: the weights, or where they are none the facts."""
+    if "vectors" not in params["params"]:
+        assert facts.entities is not None and facts.words is not None
+        return facts.entities, facts.words
+    pair = params["params"]["vectors"]["entities"], params["params"]["vectors"]["words"]
     return pair if linker.train_vectors else lax.stop_gradient(pair)
 
 
@@ -188,7 +201,7 @@ def _local(linker: Linker, params: Params, words: Array, descriptions: Array, e:
 
 def static(linker: Linker, params: Params, facts: "Facts", batch: Batch) -> Static:
     """Everything about the mentions of a batch that no decision changes."""
-    entities, words = _tables(linker, params)
+    entities, words = _tables(linker, params, facts)
     e = entities[batch["candidates"]]
     features = {"prior": batch["log_prior"]}
     if linker.uses_local:
@@ -201,16 +214,22 @@ def static(linker: Linker, params: Params, facts: "Facts", batch: Batch) -> Stat
 
 
 class Facts(NamedTuple):
-    """The knowledge base's tables on the device: types `[E]`, inlinks `[E, L]`, descriptions `[E, D]`, all int32."""
+    """What scoring reads beside the weights: types `[E]`, inlinks `[E, L]`, descriptions `[E, D]`, all int32.
+
+    Vectors of entities `[E, d]` and words `[V, d]` stand here where they are no weights.
+    """
 
     types: Array
     inlinks: Array
     descriptions: Array
+    entities: Array | None = None
+    words: Array | None = None
 
 
-def facts_of(knowledge: Knowledge) -> Facts:
-    """The tables that scoring reads beside the weights."""
-    return Facts(jnp.asarray(knowledge.types), jnp.asarray(knowledge.inlinks), jnp.asarray(knowledge.descriptions))
+def facts_of(knowledge: Knowledge, vectors: bool = False) -> Facts:
+    """The knowledge base's tables on the device, with its vectors or without."""
+    ints = (jnp.asarray(x) for x in (knowledge.types, knowledge.inlinks, knowledge.descriptions))
+    return Facts(*ints, **(vectors_of(knowledge) if vectors else {}))
 
 
 def combine(linker: Linker, params: Params, features: Mapping[str, Array], mask: Array, keep: Array | None) -> Array:
@@ -290,7 +309,7 @@ def rollout(
         scores = combine(linker, params, fixed.features, batch["mask"], keep)
         slots = jnp.arange(scores.shape[1])
         return Rollout(jax.vmap(pick, in_axes=(1, 0), out_axes=1)(scores, slots), scores)
-    entities, words = _tables(linker, params)
+    entities, words = _tables(linker, params, facts)
     rows, slots, _ = batch["candidates"].shape
     inlinks = facts.inlinks if "words" in linker.features else facts.inlinks[:, :0]
     most, d = inlinks.shape[1], entities.shape[1]
@@ -385,7 +404,7 @@ def path_scores(
     fixed = static(linker, params, facts, batch)
     features, contexts = dict(fixed.features), {}
     if linker.dynamic:
-        entities, words = _tables(linker, params)
+        entities, words = _tables(linker, params, facts)
         rows, slots = choice.shape
         chosen, document = _chosen(batch["candidates"], choice), batch["document"]
         time = jnp.arange(slots)
