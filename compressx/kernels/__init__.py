@@ -2,18 +2,21 @@
 
     f = kernels.compile(load_model("compressed.safetensors"))        # whole networks; also compressx.compile
     conv = kernels.prepare(packed, (1, 56, 56, 256))                  # one convolution
+    cell = kernels.prepare_recurrent("gru_after", [uz, ur, uh])       # GRU or LSTM steps from BSPC, block-max, CSR
 
 `grid` (the layout between layers), `schedule` (weights in the order of execution), `tuning` (tiles and loop order),
 `native` and `pattern_conv.cc` (compiled code), `graph` and `network` (whole networks).
 """
 
-from compressx.kernels.native import active_path, available
+from compressx.kernels.native import active_path, available, keep_memory
 from compressx.kernels.network import Compiled, LayerReport, compile
 from compressx.kernels.pattern_conv import Convolution, prepare, reference, supports, xla
+from compressx.kernels.recurrent import Product, Recurrent, prepare_product, prepare_recurrent
 from compressx.kernels.schedule import Geometry, Plan, Sparse
 
 __all__ = [
     *("Compiled", "LayerReport", "compile"),
     *("Convolution", "Geometry", "Plan", "Sparse", "prepare", "reference", "supports", "xla"),
-    *("active_path", "available"),
+    *("Product", "Recurrent", "prepare_product", "prepare_recurrent"),
+    *("active_path", "available", "keep_memory"),
 ]
