@@ -5,7 +5,8 @@
     cell = kernels.prepare_recurrent("gru_after", [uz, ur, uh])       # GRU or LSTM steps from BSPC, block-max, CSR
 
 `grid` (the layout between layers), `schedule` (weights in the order of execution), `tuning` (tiles and loop order),
-`native` and `pattern_conv.cc` (compiled code), `graph` and `network` (whole networks).
+`native` and `pattern_conv.cc` (compiled code), `graph` and `network` (whole networks), `recurrent` and `recurrent.cc`,
+`unified` (sign sums, counted), `pallas` (block-sparse product and convolution for GPU and TPU).
 """
 
 from compressx.kernels.native import active_path, available, keep_memory
