@@ -177,7 +177,7 @@ def linker_of(config: Config, arm: Arm) -> tuple[linking.Linker, linking.Learnin
             raise ConfigError(f"arm {arm.name!r}: {error}") from None
     linker, learning = made
     if learning.method == "reinforce" and "belief" in linker.features:
-        raise ConfigError(f"arm {arm.name!r}: 'belief' decides all mentions at once, 'reinforce' needs one after another")
+        raise ConfigError(f"arm {arm.name!r}: 'belief' decides all mentions at once and cannot learn by 'reinforce'")
     return linker, learning
 
 

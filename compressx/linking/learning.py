@@ -151,6 +151,11 @@ def decide(linker: Linker, params: Params, facts: Facts, batch: Batch) -> model.
     return model.rollout(linker, params, facts, batch)
 
 
+def decide_along(linker: Linker, params: Params, facts: Facts, batch: Batch, context: Array) -> Array:
+    """The best decision int32 `[B, T]` of every mention where those before it are given, `context` int32 `[B, T]`."""
+    return _best(model.path_scores(linker, params, facts, batch, context).scores)
+
+
 def limit_norms(params: Params, largest: float) -> Params:
     """The tensors of the scoring network scaled to a norm of at most `largest`; all others as they are."""
 
