@@ -3,8 +3,8 @@
     python -m benchmarks.detector [--threads=2] [--rounds=9] [--width=0.125] [--size=96] [--batch=16] [--results=DIR]
 
 Both run the network's 107 blocks forward, a sum of squares of its heads, backward, and a step of plain SGD; the
-detection loss is left out of both, for it is small and PyTorch has none. Rounds are interleaved as in `benchmarks.training`.
-Needs torch (extra `benchmarks`).
+detection loss is left out of both, for it is small and PyTorch has none. Rounds are interleaved as in
+`benchmarks.training`. Needs torch (extra `benchmarks`).
 """
 
 import argparse

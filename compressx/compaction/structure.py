@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,8 @@ def amounts(
 
     A group of n channels keeps about c * n^power of them, a kernel of p positions about c * p^power: with a power below
     1, large layers, which hold nearly all weights, give more than small ones. c is found by bisection; what rounding
-    leaves over goes, one at a time, to whoever is furthest below its share.
+    leaves over goes, one at a time, to whoever is furthest below its share. With "combined" a kernel that is the only
+    reader of some channels keeps a position for each, as long as the rate allows: a channel that nobody reads is lost.
 
     Args:
       found: from `compaction.groups`.
@@ -132,33 +134,40 @@ def amounts(
     channels = list(sizes)
     if kind != "columns":
         goal = total / (rate if kind == "filters" else rate**share)
-        channels = _share_out(sizes, lambda k: count_weights(found, convolutions, k), goal, power, least)
+        floors = [least] * len(sizes)
+        channels = _share_out(sizes, lambda k: count_weights(found, convolutions, k), goal, power, floors)
     columns: dict[str, int | None] = {k.path: None for k in convolutions}
     if kind != "filters":
         extents = [_extent(k, found, channels) for k in convolutions]
-        kept = _share_out(
-            [p for p, _ in extents],
-            lambda c: sum(n * f for n, (_, f) in zip(c, extents, strict=True)),
-            total / rate,
-            power,
-            least,
-        )
+        floors = [least] * len(convolutions)
+        if kind == "combined":
+            readers = Counter(g for k in convolutions for g in k.reads)
+            for i, k in enumerate(convolutions):
+                if any(readers[g] == 1 for g in k.reads):
+                    floors[i] = max(least, extents[i][0] // (k.shape[0] * k.shape[1]))
+
+        def weigh(columns: Sequence[int]) -> int:
+            return sum(n * f for n, (_, f) in zip(columns, extents, strict=True))
+
+        if weigh([min(a, p) for a, (p, _) in zip(floors, extents, strict=True)]) > total / rate:
+            floors = [least] * len(convolutions)
+        kept = _share_out([p for p, _ in extents], weigh, total / rate, power, floors)
         columns = {k.path: c for k, c in zip(convolutions, kept, strict=True)}
     weights = count_weights(found, convolutions, channels, columns)
     return Amounts(tuple(channels), columns, weights, total)
 
 
 def _share_out(
-    sizes: Sequence[int], weigh: Callable[[Sequence[int]], int], goal: float, power: float, least: int
+    sizes: Sequence[int], weigh: Callable[[Sequence[int]], int], goal: float, power: float, floors: Sequence[int]
 ) -> list[int]:
-    """Integers near c * size^power, between `least` and size, of weight at most `goal` and nearly it."""
+    """Integers near c * size^power, between floor and size, of weight at most `goal` and nearly it."""
 
     def at(c: float) -> list[int]:
-        return [min(n, max(least, math.floor(c * n**power))) for n in sizes]
+        return [min(n, max(least, math.floor(c * n**power))) for n, least in zip(sizes, floors, strict=True)]
 
     low, high = 0.0, float(max(n ** (1 - power) for n in sizes)) + 1
     if weigh(at(low)) > goal:
-        raise ValueError(f"even {least} of each leaves {weigh(at(low))} weights, more than the {goal:.0f} wanted")
+        raise ValueError(f"even {min(floors)} of each leaves {weigh(at(low))} weights, more than the {goal:.0f} wanted")
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if weigh(at(middle)) <= goal else (low, middle)

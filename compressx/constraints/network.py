@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, ops
 
 from compressx.constraints.base import Constraint, support
 from compressx.constraints.coupled import expand
@@ -26,7 +26,8 @@ def network_structure(
 
         channels    the k_g of each group with the largest energy, summed over all weights that make them
         zeros       a weight that makes or reads a channel that is out (its filters, normalisation, input channels)
-        positions   of what is left of each kernel, the p_l positions (i, j, c) of largest energy
+        positions   of what is left of each kernel, the p_l positions (i, j, c) of largest energy; where they are at
+                    least as many as the channels that it reads, the best position of each of these comes first
 
     So the non-zeros of a kernel are exactly the matrix that compaction leaves. Each of the two selections is nearest
     given what came before it; together they are not the projection, which is a combinatorial problem: what a channel's
@@ -73,26 +74,39 @@ def network_structure(
             if m["columns"] is not None and not 1 <= m["columns"] <= w.size // w.shape[-1]:
                 raise ValueError(f"columns={m['columns']} is impossible for shape {w.shape}")
 
+    # Sums and masks of all leaves in one scatter and one gather: hundreds of small ones take long to compile.
+    made = np.concatenate([each["makes"] for each in units if each["makes"] is not None] or [np.zeros(0, int)])
+    touched = np.concatenate([ids for each in units for ids in each.values() if ids is not None] or [np.zeros(0, int)])
+
     def energy(leaves: tuple[Array, ...]) -> Array:
         check(leaves)
-        sums = jnp.zeros(total + 1, jnp.float32)  # the last one collects what is in no group
-        for w, m, each in zip(leaves, plain, units, strict=True):
-            if each["makes"] is not None:
-                e = squares(w, tuple(a for a in range(w.ndim) if a != m["makes"])).astype(jnp.float32)
-                sums = sums.at[np.where(each["makes"] < 0, total, each["makes"])].add(e)
-        return sums[:total]
+        parts = [jnp.zeros(0, jnp.float32)]
+        for w, m in zip(leaves, plain, strict=True):
+            if m["makes"] is not None:
+                parts.append(squares(w, tuple(a for a in range(w.ndim) if a != m["makes"])).astype(jnp.float32))
+        where = np.where(made < 0, total, made)  # the last one collects what is in no group
+        return ops.segment_sum(jnp.concatenate(parts), where, total + 1)[:total]
 
     def lines(chosen: Array, leaves: tuple[Array, ...]) -> list[Array]:
         """Per leaf the mask of what neither makes nor reads a channel that is out."""
-        masks = []
+        along = jnp.concatenate([chosen, jnp.ones(1, bool)])[np.where(touched < 0, total, touched)]
+        masks, start = [], 0
         for w, m, each in zip(leaves, plain, units, strict=True):
             mask = jnp.ones(w.shape, bool)
             for role, ids in each.items():
                 if ids is not None:
-                    along = jnp.where(ids < 0, True, chosen[np.maximum(ids, 0)])
-                    mask = mask & jnp.expand_dims(along, [a for a in range(w.ndim) if a != m[role]])
+                    mine = along[start : start + ids.size]
+                    mask = mask & jnp.expand_dims(mine, [a for a in range(w.ndim) if a != m[role]])
+                    start += ids.size
             masks.append(mask)
         return masks
+
+    kept_of = np.concatenate([np.full(size, keep / size) for _, size, keep in ends] or [np.zeros(0)])
+
+    def inputs(i: int, w: Array) -> int:
+        """How many input channels of a kernel stay, where it reads whole groups."""
+        ids = units[i]["reads"]
+        return w.shape[-2] if ids is None else round(kept_of[ids[ids >= 0]].sum()) + int((ids < 0).sum())
 
     def by_position(leaves: tuple[Array, ...], masks: list[Array]) -> list[Array]:
         """The masks with only the best positions of each kernel, all kernels ranked side by side."""
@@ -104,9 +118,14 @@ def network_structure(
             w, mask = leaves[i], masks[i]
             if selection == "random":
                 drawn = np.random.default_rng([seed, 1, i]).permutation(w.size // w.shape[-1]).astype(np.float32)
-                scores.append(jnp.where(mask.any(-1).ravel(), drawn + 1.0, 0.0))
+                e = jnp.where(mask.any(-1), drawn.reshape(w.shape[:-1]) + 1.0, 0.0)
             else:
-                scores.append(squares(jnp.where(mask, w, jnp.zeros((), w.dtype)), -1).astype(jnp.float32).ravel())
+                e = squares(jnp.where(mask, w, jnp.zeros((), w.dtype)), -1).astype(jnp.float32)
+            flat = e.reshape(-1, w.shape[-2])
+            if plain[i]["columns"] >= inputs(i, w):
+                first = jnp.arange(flat.shape[0])[:, None] == jnp.argmax(flat, 0)[None]
+                flat = jnp.where(first & (flat > 0), jnp.finfo(jnp.float32).max, flat)
+            scores.append(flat.ravel())
         kept = _side_by_side(scores, [plain[i]["columns"] for i in chosen])
         for i, k in zip(chosen, kept, strict=True):
             masks[i] = masks[i] & k.reshape(*leaves[i].shape[:-1], 1)

@@ -28,12 +28,14 @@ def _noise(rng: np.random.Generator, h: int, w: int) -> Array:
     total = np.zeros((h, w))
     for cells, weight in ((3, 1.0), (6, 0.6), (12, 0.35)):
         grid = rng.uniform(-1, 1, (cells + 1, cells + 1))
-        y, x = np.linspace(0, cells, h), np.linspace(0, cells, w)
-        i, j = np.minimum(y.astype(int), cells - 1), np.minimum(x.astype(int), cells - 1)
-        fy, fx = (y - i)[:, None], (x - j)[None]
-        corner = grid[i][:, j] * (1 - fy) * (1 - fx) + grid[i + 1][:, j] * fy * (1 - fx)
-        total += weight * (corner + grid[i][:, j + 1] * (1 - fy) * fx + grid[i + 1][:, j + 1] * fy * fx)
+        total += weight * (_between(h, cells) @ grid @ _between(w, cells).T)
     return total / 1.95
+
+
+def _between(n: int, cells: int) -> Array:
+    """Weights `[n, cells + 1]` of linear interpolation at n places among so many corners."""
+    place = np.linspace(0, cells, n)
+    return np.clip(1 - np.abs(place[:, None] - np.arange(cells + 1)), 0, None)
 
 
 def opacity(rng: np.random.Generator, image: Array, side: int) -> tuple[Array, Box]:

@@ -50,7 +50,7 @@ def boxes_on_images(path: PathLike, images: Sequence[np.ndarray], boxes: Mapping
             Rectangle((0, 0), 1, 1, fill=False, edgecolor=colours[k % 3], linestyle=_LINES[k % 3], linewidth=1.8)
             for k in range(len(boxes))
         ]
-        fig.legend(handles, list(boxes), loc="upper center", ncols=len(boxes), frameon=False)
+        fig.legend(handles, list(boxes), loc="outside upper center", ncols=len(boxes), frameon=False)
     return Path(path)
 
 

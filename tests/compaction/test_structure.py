@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +13,33 @@ from compressx.compaction import gathered, structure
 from compressx.constraints import from_spec, network_structure
 from compressx.formats import load_model, save_model
 from compressx.harden import harden
-from compressx.models import initial
+from compressx.models import initial, yolov3
 from compressx.rules import paths
 
 PATTERN = r"params/(conv_\d+/kernel|bn_\d+/.*)"
-MODEL = models.build("yolov3", classes=1, width=1 / 16, repeats=(1, 0, 0, 0, 0))
+
+
+def _conv(reads, features, size, stride=1, linear=False):
+    return yolov3.Block("conv", (reads,), features, size, stride, linear)
+
+
+BLOCKS = (
+    *(_conv(-1, 8, 3), _conv(0, 16, 3, 2), _conv(1, 8, 1), _conv(2, 16, 3), yolov3.Block("shortcut", (3, 1))),
+    *(_conv(4, 24, 3, 2), _conv(5, 12, 1), _conv(6, 24, 3), yolov3.Block("shortcut", (7, 5))),
+    *(_conv(8, 18, 1, linear=True), yolov3.Block("yolo", (9,)), _conv(8, 12, 1), yolov3.Block("upsample", (11,))),
+    *(yolov3.Block("route", (12, 4)), _conv(13, 20, 3), _conv(14, 18, 1, linear=True), yolov3.Block("yolo", (15,))),
+)
+
+
+class Short(nn.Module):
+    """Two stages with shortcuts, an upsampling, a route and two heads: all that YOLOv3 has, in ten convolutions."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return tuple(yolov3._run(BLOCKS, x, train)[0])
+
+
+MODEL = Short()
 X = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
 
 
@@ -87,14 +110,13 @@ def test_the_groups_are_those_of_the_configuration() -> None:
     assert all(by_path[f"params/conv_{i}/kernel"].makes == () for i in (81, 93, 105))
 
 
-@pytest.mark.parametrize("kind", structure.KINDS)
-def test_36x_is_reached_within_one_per_cent_over_all_convolutions(kind) -> None:
+def test_36x_is_reached_within_one_per_cent_over_all_convolutions() -> None:
     model = models.build("yolov3", classes=1)
     x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     found = compaction.groups(compaction.channels(model, variables, x))
     convolutions = compaction.kernels(found, variables)
-    for rate in (2.0, 8.0, 36.0):
+    for kind, rate in itertools.product(structure.KINDS, (2.0, 8.0, 36.0)):
         kept = compaction.amounts(found, convolutions, kind, rate)
         assert kept.total == 61_471_072
         assert rate <= kept.total / kept.weights < 1.01 * rate
@@ -112,7 +134,7 @@ def test_masked_is_compacted_and_its_size_is_as_planned(network, kind) -> None:
     kernels = [leaf for leaf in jax.tree.leaves(masked["params"]) if leaf.ndim == 4]
     assert sum(int((leaf != 0).sum()) for leaf in kernels) == kept.weights <= kept.total / 6
     # a channel that no kept position reads goes too
-    assert stored == kept.weights if kind == "filters" else 0 < stored <= kept.weights
+    assert stored == kept.weights if kind == "filters" else 0.5 * kept.weights < stored <= kept.weights
     assert kind == "filters" or positions  # columns are left
     x = jnp.asarray(np.random.default_rng(2).normal(size=(2, 32, 32, 1)), jnp.float32)
     want = jax.jit(lambda v: MODEL.apply(v, x))(masked)
@@ -234,10 +256,10 @@ def test_gather_and_scatter_are_inverse(rng) -> None:
 def test_costs_are_the_counts(network) -> None:
     variables, _, _ = network
     rows = compaction.costs(MODEL, variables, X)
-    assert len(rows) == sum(b.kind == "conv" for b in MODEL.layers)
+    assert len(rows) == sum(b.kind == "conv" for b in BLOCKS)
     first, head = rows[0], next(r for r in rows if r.shape[-1] == 18)
     assert (first.macs, first.weights) == (32 * 32 * 9 * first.shape[3], 9 * first.shape[3])
-    assert head.outputs == 1 and head.bytes == 4 * (head.weights + head.shape[2] + 18)
+    assert head.outputs == 64 and head.bytes == 4 * (head.weights + 64 * head.shape[2] + 64 * 18)
 
 
 def test_the_sheets_multiply_adds() -> None:

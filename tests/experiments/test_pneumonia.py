@@ -59,7 +59,8 @@ def test_every_variant_is_read(variant) -> None:
 @pytest.mark.parametrize("variant", ["opacities", "rsna"])
 def test_the_plan_reaches_the_rate_over_all_convolutions(variant) -> None:
     config = _config(variant)
-    task = pneumonia_data.Task(*[None] * 12)._replace(classes=1, shape=(64, 64, 1))
+    geometry = pneumonia_data.detection.Geometry((64, 64))
+    task = pneumonia_data.Task(*[None] * 12)._replace(classes=1, shape=(64, 64, 1), geometry=geometry)
     if variant == "rsna":  # shapes alone: the network at full width
         model = pneumonia.models.build("yolov3", classes=1)
         x = jax.ShapeDtypeStruct((1, 64, 64, 1), np.float32)
@@ -75,6 +76,7 @@ def test_the_plan_reaches_the_rate_over_all_convolutions(variant) -> None:
     kept = plan.amounts["combined_36x"]
     kernels = [leaf.size for leaf in jax.tree.leaves(plan.first.params) if leaf.ndim == 4]
     assert kept.total == sum(kernels) and 36 <= kept.total / kept.weights < 36 * 1.01
+    assert np.asarray(plan.first.params["params"]["conv_81"]["bias"]).reshape(3, 6)[:, 4].tolist() == [-4.0] * 3
     assert plan.phases[3].fit.epochs == plan.phases[1].fit.epochs + plan.phases[2].fit.epochs
 
 
