@@ -69,6 +69,15 @@ def keep_memory() -> bool:
     return library is not None and bool(library.compressx_keep_memory())
 
 
+def peak_gflops() -> float:
+    """10^9 multiplications and additions a second of one core, measured on registers alone; 0 without the library."""
+    library = _library()
+    if library is None:
+        return 0.0
+    library.compressx_peak.restype = ctypes.c_double
+    return float(library.compressx_peak())
+
+
 def call(target: str, shape: tuple[int, ...], *operands: Any, isa: str, **attributes: int) -> jax.Array:
     """One FFI call with a float32 result and int64 attributes."""
     if not available():

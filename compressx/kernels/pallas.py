@@ -1,10 +1,10 @@
 """Pallas kernels for GPU and TPU: a block-sparse matrix product, and a convolution that visits only live blocks.
 
-Matrix units want dense blocks, so sparsity is exploited block by block: a block of weights `[bk, bf]` that is all zero is
-neither stored nor multiplied. A convolution is the same with one more index, its tap: the pattern of a kernel decides at
-which taps a block of (input channels, filters) is alive. Reordering channels and filters so that zeros come together
-(structured pruning does) is what makes blocks empty; scattered 4-of-9 patterns leave none empty, and are for the CPU.
-
+Matrix units want dense blocks, so sparsity is exploited block by block: a block of weights `[bk, bf]` that is all zero
+is neither stored nor multiplied. A convolution is the same with one more index, its tap: the pattern of a kernel
+decides at which taps a block of (input channels, filters) is alive. Reordering channels and filters so that zeros
+come together (structured pruning does) is what makes blocks empty; scattered 4-of-9 patterns leave none empty, and
+are for the CPU.
 Neither has a gradient. `interpret=True` runs them anywhere, for tests.
 """
 

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -315,6 +316,23 @@ Error ResampleHandler(ffi::ThreadPool pool, F32 x, F32 source, F32 valid, ffi::R
 }  // namespace compressx
 
 extern "C" int compressx_best_isa() { return compressx::BestIsa(); }
+
+// Multiply-adds a second of one core with the best instruction set, in units of 10^9 operations; about 30 ms of work.
+extern "C" double compressx_peak() {
+  using namespace compressx;
+  const int isa = BestIsa();
+  const double each = isa == kAvx512 ? 2 * 16 * 16 : 2 * 10 * Lanes(isa);
+  double best = 0;
+  for (int i = 0; i < 8; ++i) {
+    constexpr int64_t kRounds = 500000;
+    const auto start = std::chrono::steady_clock::now();
+    volatile float sink = DISPATCH(isa, Peak(kRounds));
+    (void)sink;
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, each * kRounds / seconds.count() * 1e-9);
+  }
+  return best;
+}
 
 // Freed memory stays with the process, so that the next run of a program finds it without page faults.
 extern "C" int compressx_keep_memory() {

@@ -74,7 +74,7 @@ def xla(
     activation: str = "none",
     residual: jax.Array | None = None,
 ) -> jax.Array:
-    """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers, and the fallback."""
+    """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers; the fallback."""
     y = lax.conv_general_dilated(
         x,
         w,
@@ -150,8 +150,15 @@ def run(
         *(arrays[name] for name in names),
         extra,
         isa=native.isa_of(g),
-        **{"segment": g.segment, "margin": g.margin, "row": g.row, "planes": fixed.phases, "taps": fixed.taps},
-        **{"filters": fixed.filters, "width": fixed.width, "groups": fixed.groups, "columns": int(fixed.columns)},
+        segment=g.segment,
+        margin=g.margin,
+        row=g.row,
+        planes=fixed.phases,
+        taps=fixed.taps,
+        filters=fixed.filters,
+        width=fixed.width,
+        groups=fixed.groups,
+        columns=int(fixed.columns),
         activation=ACTIVATIONS.index(fixed.activation),
         threads=threads,
     )

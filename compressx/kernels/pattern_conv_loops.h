@@ -171,6 +171,20 @@ void Tile(const Conv& c, int64_t block, int64_t j, int width, float* sums) {
   }
 }
 
+// Multiply-adds on registers alone, n rounds of them: what the processor could do at most.
+NOINLINE float Peak(int64_t n) {
+  constexpr int kSums = kRegisters == 32 ? 16 : 10;
+  Vec s[kSums];
+  const Vec w = Splat(0.999f), v = Splat(1e-3f);
+  Each<kSums>([&](auto i) { s[i] = Splat((float)i); });
+  for (int64_t k = 0; k < n; ++k) Each<kSums>([&](auto i) { s[i] = s[i] * w + v; });
+  Vec total = {};
+  Each<kSums>([&](auto i) { total += s[i]; });
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += total[i];
+  return sum + (float)(2 * kSums * kLanes);
+}
+
 // The largest of the rows * columns window at every vector from which it fits, in `to`; `half` is scratch like `to`.
 const float* WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* half, float* to) {
   const int64_t wide = vectors - (columns - 1);

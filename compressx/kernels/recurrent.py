@@ -1,9 +1,9 @@
 """GRU and LSTM steps, and products of vectors, on matrices that are block-sparse (BSPC), block-max, CSR or dense.
 
-A matrix becomes tiles. BSPC's blocks are tiles whose outputs share one list of inputs: an input is loaded once for up to
-64 outputs (load elimination), and blocks of several gates with the same list become one. Of the other formats, outputs
-are sorted by length (matrix reorder) and taken a vector at a time, every lane with its own inputs. All gates of a step
-are one pass over one matrix; over the steps of a sequence the state stays in a scratch of a few kilobytes.
+A matrix becomes tiles. BSPC's blocks are tiles whose outputs share one list of inputs: an input is loaded once for up
+to 64 outputs (load elimination), and blocks of several gates with the same list become one. Of the other formats,
+outputs are sorted by length (matrix reorder) and taken a vector at a time, every lane with its own inputs. All gates
+of a step are one pass over one matrix; over the steps of a sequence the state stays in a scratch of a few kilobytes.
 
     cell = kernels.prepare_recurrent("gru_after", [uz, ur, uh])      # packed or dense, [hidden, hidden] each
     y, h = cell(x, h0, bias=bu)                                      # x: the input's part of the gates, all steps
@@ -94,7 +94,7 @@ class _Writer:
         self.ends = [0, 0, 0]
 
     def add(self, kind: int, outputs: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> None:
-        """One tile: `weights` `[n, outputs]`, `columns` `[n]` or `[n, outputs]`; short ones are padded to whole vectors."""
+        """One tile: `weights` `[n, outputs]`, `columns` `[n]` or `[n, outputs]`; padded to whole vectors."""
         vectors = -(-len(outputs) // self.lanes)
         short = vectors * self.lanes - len(outputs)
         if not short and (np.diff(outputs) == 1).all():

@@ -2,12 +2,12 @@
 
 Three orders, one of which a `Plan` names:
 
-- `kernels`: FKW as it is. Kernels are sorted by block of filters, input channel, pattern. A run of equal (block, channel,
-  pattern) is a visit: its inputs are loaded once into registers and serve every kernel of the run (load redundancy
-  elimination between filters), and each register serves all taps and output vectors that need it (within a kernel).
-- `chunks`: E consecutive (channel, tap) positions are a pattern of their own, across channels where they must be. For
-  layers that are dense or nearly so: unpruned 1x1, first layers, whole kernels.
-- `lists`: every weight by itself, a place and a value, filter after filter. For scattered weights: pruned 1x1, depthwise.
+- `kernels`: FKW as it is. Kernels are sorted by block of filters, input channel, pattern. A run of equal (block,
+  channel, pattern) is a visit: its inputs are loaded once into registers and serve every kernel of the run (load
+  redundancy elimination between filters), and each register serves all taps and output vectors that need it (within
+  a kernel). - `chunks`: E consecutive (channel, tap) positions are a pattern of their own, across channels where
+  they must be. For layers that are dense or nearly so: unpruned 1x1, first layers, whole kernels.
+- `lists`: every weight by itself, a place and a value, filter after filter. For scattered weights: pruned 1x1.
 
 Every kernel also knows its place: filters come in the order that FKW reorders them to (filter kernel reorder).
 """

@@ -137,6 +137,15 @@ def _measure(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     return best
 
 
+def compare(
+    s: Sparse, geometry: Geometry, g: Grid, plans: Sequence[Plan], *, rounds: int = 5, threads: int = 0
+) -> list[float]:
+    """Seconds of a layer by each plan, best of the rounds, interleaved."""
+    shape = (s.shape[2] * geometry.groups * len(geometry.phases()), g.plane, g.lanes)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+    return _measure([_runner(s, geometry, g, plan, x, threads) for plan in plans], rounds)
+
+
 def _neighbours(plan: Plan, pool: Sequence[Plan]) -> list[Plan]:
     """Plans of the same order that differ in one choice, by the next value of it."""
 
@@ -175,13 +184,11 @@ def search(
         raise ValueError(f"needs budget and rounds of at least 1 and start 'model' or 'random', got {start!r}")
     rng = np.random.default_rng(seed)
     pool = sorted(candidates(s, geometry, g), key=lambda plan: predict(s, geometry, g, plan))
-    shape = (s.shape[2] * geometry.groups * len(geometry.phases()), g.plane, g.lanes)
-    x = jnp.asarray(rng.standard_normal(shape, dtype=np.float32))
     tried: dict[Plan, float] = {}
 
     def evaluate(plans: Sequence[Plan]) -> None:
-        runs = [_runner(s, geometry, g, plan, x, threads) for plan in plans]
-        tried.update(zip(plans, _measure(runs, rounds), strict=True))
+        times = compare(s, geometry, g, plans, rounds=rounds, threads=threads)
+        tried.update(zip(plans, times, strict=True))
 
     if start == "random":
         chosen = rng.choice(len(pool), size=min(budget, len(pool)), replace=False)

@@ -1,8 +1,8 @@
 """Products with unified weights: signs are summed first, then one multiplication a block and output.
 
-In a unified block all weights have one magnitude a, so its part of output f is `a sum_p s_pf x_p` with s = +-1: additions
-and a single multiplication, where a free block takes a multiplication for every weight and a pruned one takes nothing.
-
+In a unified block all weights have one magnitude a, so its part of output f is `a sum_p s_pf x_p` with s = +-1:
+additions and a single multiplication, where a free block takes a multiplication for every weight and a pruned one
+takes nothing.
 That saves multiplications, which is worth circuits and energy in hardware made for it. A processor with fused
 multiply-add pays the same for either, so there is no native path: `counts` is the result here.
 

@@ -1,0 +1,476 @@
+"""Convolutions and whole networks in compressed form beside the fastest engines for dense ones, round by round.
+
+    python -m benchmarks.pattern_conv [--cases=vgg16,resnet50,64x224x64] [--rates=2.25,8.1,12] [--threads=1]
+        [--rounds=15] [--tune] [--ablation] [--search] [--model=FILE] [--results=docs/results]
+
+Each round runs every system once, in turn; ratios are taken within a round and their median is quoted, the ratio of
+best samples beside it. The process is pinned to `--threads` cores before anything starts. Peers are those that can be
+imported: jax (XLA, the same fused steps with the zeros in place), torch (channels last), onnxruntime, openvino, MNN;
+the others are named as absent. All get batch normalisation folded in, as ours do.
+
+Weights are random: each 3x3 kernel keeps one of eight patterns, and 1 of rate / 2.25 kernels stays (1x1: 1 of rate);
+the first layer keeps its patterns only. `--model` runs a saved model instead, with the weights it was trained to.
+A speedup is printed only where the native path is active.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import environment, record
+from benchmarks.training import measure, spread, table
+
+PATTERNS = (
+    (4, 5, 7, 8),
+    (3, 4, 6, 7),
+    (1, 2, 4, 5),
+    (0, 1, 3, 4),
+    (3, 4, 5, 7),
+    (1, 4, 5, 7),
+    (1, 3, 4, 7),
+    (1, 3, 4, 5),
+)
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+LAYERS = (
+    "64x224x64",
+    "64x112x128",
+    "128x112x128",
+    "128x56x256",
+    "256x56x256",
+    "256x28x512",
+    "512x28x512",
+    "512x14x512",
+)
+CASES = ("vgg16", "resnet50", *LAYERS)  # a layer: input channels x image x filters
+PEERS = ("jax", "torch", "onnxruntime", "openvino", "MNN", "ai_edge_litert", "tvm", "deepsparse")
+
+
+def sparse(shape: tuple[int, ...], rate: float, rng: Any) -> Any:
+    """A random kernel at a rate, scaled so that activations keep their size."""
+    import numpy as np
+
+    kh, kw, cin, cout = shape
+    w = rng.standard_normal(shape, dtype=np.float32)
+    keep = 1.0
+    if cin > 3:
+        keep = min(1.0, (2.25 if kh == 3 else 1.0) / rate)
+    alive = np.zeros(cin * cout, np.float32)
+    alive[rng.permutation(cin * cout)[: round(keep * cin * cout)]] = 1
+    w *= alive.reshape(cin, cout)
+    if kh == 3:
+        masks = np.zeros((8, 9), np.float32)
+        for row, taps in zip(masks, PATTERNS, strict=True):
+            row[list(taps)] = 1
+        w *= masks[rng.integers(0, 8, (cin, cout))].transpose(2, 0, 1).reshape(3, 3, cin, cout)
+    return w * np.float32(np.sqrt(2 / max(1.0, np.count_nonzero(w) / cout)))
+
+
+def network(case: str, rate: float) -> tuple[Any, Any, Any]:
+    """(function of variables and images, variables, images) of a case."""
+    import flax.linen as nn
+    import jax
+    import numpy as np
+
+    from compressx import models
+
+    rng = np.random.default_rng(0)
+    if case == "resnet50":
+        model = models.build("resnet50", classes=1000)
+        x = rng.standard_normal((1, 224, 224, 3), dtype=np.float32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), x)
+
+        def fill(leaf: Any) -> Any:
+            if len(leaf.shape) == 4:
+                return sparse(leaf.shape, rate if leaf.shape[2] > 3 else 1.0, rng)
+            return rng.uniform(0.2, 0.4, leaf.shape).astype(np.float32)
+
+        return lambda v, x: model.apply(v, x, train=False), jax.tree.map(fill, shapes), x
+    if case == "vgg16":
+        size, channels, stages = 224, 3, STAGES
+    else:
+        channels, size, filters = (int(part) for part in case.split("x"))
+        stages = ((filters,),)
+    kernels: list[Any] = []
+    cin = channels
+    for features in (f for stage in stages for f in stage):
+        kernels.append(sparse((3, 3, cin, features), rate, rng))
+        cin = features
+    variables = {"w": kernels, "b": [np.full(w.shape[3], 0.01, np.float32) for w in kernels]}
+
+    def forward(v: Any, x: Any) -> Any:
+        weights = iter(zip(v["w"], v["b"], strict=True))
+        for stage in stages:
+            for _ in stage:
+                w, b = next(weights)
+                numbers = ("NHWC", "HWIO", "NHWC")
+                y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+                x = nn.relu(y + b[None, None, None])
+            if case == "vgg16":
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        return x
+
+    return forward, variables, rng.standard_normal((1, size, size, channels), dtype=np.float32)
+
+
+# --- the same fused steps for the peers
+
+
+def _folded(s: Any) -> tuple[Any, Any]:
+    """Kernel `[cout, cin, kh, kw]` with its scale, and bias."""
+    import numpy as np
+
+    return np.ascontiguousarray((s.w * s.scale).transpose(3, 2, 0, 1)), s.bias
+
+
+def torch_step(steps: list[Any], head: tuple[Any, Any] | None, x: Any, start: int, threads: int) -> Callable[[], Any]:
+    """The steps in PyTorch, channels last, without gradients."""
+    import torch
+
+    from compressx.kernels.graph import Conv
+
+    torch.set_num_threads(threads)
+    last = torch.channels_last
+    weights = {i: tuple(torch.tensor(a) for a in _folded(s)) for i, s in enumerate(steps) if isinstance(s, Conv)}
+    weights = {i: (w.contiguous(memory_format=last), b) for i, (w, b) in weights.items()}
+    image = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=last)
+    dense = None if head is None else (torch.tensor(head[0]).T.contiguous(), torch.tensor(head[1]))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            values = {start: image}
+            for i, s in enumerate(steps):
+                if not isinstance(s, Conv):
+                    values[s.y] = torch.nn.functional.max_pool2d(values[s.x], s.window, s.strides, s.pads[0][0])
+                    continue
+                w, b = weights[i]
+                pads = (s.geometry.pads[0][0], s.geometry.pads[1][0])
+                y = torch.nn.functional.conv2d(values[s.x], w, b, s.geometry.strides, pads)
+                if s.residual >= 0:
+                    y += values[s.residual]
+                values[s.y] = torch.relu_(y) if s.activation == "relu" else y
+            y = values[steps[-1].y]
+            return y if dense is None else torch.nn.functional.linear(y.mean((2, 3)), *dense)
+
+    return run
+
+
+def onnx_bytes(steps: list[Any], head: tuple[Any, Any] | None, shape: tuple[int, ...], start: int) -> bytes:
+    """The steps as an ONNX model, NCHW, float32."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from compressx.kernels.graph import Conv
+
+    nodes, constants = [], []
+
+    def constant(name: str, a: Any) -> str:
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(a), name))
+        return name
+
+    for i, s in enumerate(steps):
+        if not isinstance(s, Conv):
+            pads = [s.pads[0][0], s.pads[1][0], s.pads[0][1], s.pads[1][1]]
+            options = {"kernel_shape": list(s.window), "strides": list(s.strides), "pads": pads}
+            nodes.append(helper.make_node("MaxPool", [f"v{s.x}"], [f"v{s.y}"], **options))
+            continue
+        w, b = _folded(s)
+        (t, bo), (le, r) = s.geometry.pads
+        names = [f"v{s.x}", constant(f"w{i}", w), constant(f"b{i}", b)]
+        steps_after = [name for name, used in (("add", s.residual >= 0), ("relu", s.activation == "relu")) if used]
+        out = f"v{s.y}" if not steps_after else f"c{i}"
+        options = {"pads": [t, le, bo, r], "strides": list(s.geometry.strides)}
+        nodes.append(helper.make_node("Conv", names, [out], **options))
+        for k, name in enumerate(steps_after):
+            inputs = [out] + ([f"v{s.residual}"] if name == "add" else [])
+            out = f"v{s.y}" if k + 1 == len(steps_after) else f"a{i}"
+            nodes.append(helper.make_node("Add" if name == "add" else "Relu", inputs, [out]))
+    result = f"v{steps[-1].y}"
+    if head is not None:
+        nodes.append(helper.make_node("GlobalAveragePool", [result], ["mean"]))
+        nodes.append(helper.make_node("Flatten", ["mean"], ["flat"]))
+        nodes.append(helper.make_node("Gemm", ["flat", constant("hw", head[0]), constant("hb", head[1])], ["out"]))
+        result = "out"
+    n, h, w_, c = shape
+    images = helper.make_tensor_value_info(f"v{start}", TensorProto.FLOAT, [n, c, h, w_])
+    outputs = helper.make_tensor_value_info(result, TensorProto.FLOAT, list("nchw"[: 4 if head is None else 2]))
+    graph = helper.make_graph(nodes, "network", [images], [outputs], constants)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(made)
+    serialized: bytes = made.SerializeToString()
+    return serialized
+
+
+def ort_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
+    """onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.transpose(0, 3, 1, 2).copy()}
+    return lambda: session.run(None, feed)[0]
+
+
+def openvino_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
+    """OpenVINO with its latency hint, in float32."""
+    import openvino
+
+    core = openvino.Core()
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
+    image = x.transpose(0, 3, 1, 2).copy()
+    return lambda: next(iter(request.infer([image], share_inputs=True, share_outputs=True).values()))
+
+
+def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
+    """MNN's session, converted from ONNX by its own tool, high precision."""
+    import MNN
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "m.onnx"), Path(folder, "m.mnn")
+        source.write_bytes(model)
+        tool = shutil.which("mnnconvert") or Path(sys.executable).with_name("mnnconvert")
+        command = [str(tool), "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target), "--bizCode", "x"]
+        subprocess.run(command, check=True, capture_output=True)
+        net = MNN.Interpreter(str(target))
+    session = net.createSession({"numThread": threads, "precision": "high", "backend": "CPU"})
+    given, image = net.getSessionInput(session), x.transpose(0, 3, 1, 2).copy()
+    host = MNN.Tensor(image.shape, MNN.Halide_Type_Float, image, MNN.Tensor_DimensionType_Caffe)
+
+    def run() -> Any:
+        given.copyFrom(host)
+        net.runSession(session)
+        out = net.getSessionOutput(session)
+        copy = MNN.Tensor(out.getShape(), MNN.Halide_Type_Float, MNN.Tensor_DimensionType_Caffe)
+        out.copyToHostTensor(copy)
+        return copy.getNumpyData()
+
+    return run
+
+
+def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """A callable for every system, ours first, checked against each other; and what was counted."""
+    import jax
+    import numpy as np
+
+    from compressx import kernels
+    from compressx.compaction.program import trace
+    from compressx.kernels import graph
+
+    forward, variables, x = network(case, rate)
+    ours = kernels.compile(forward, variables, threads=args.threads, tune=args.tune)
+    xla = kernels.compile(forward, variables, path="xla")
+    on_device = jax.device_put(x)
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: jax.block_until_ready(ours(on_device)),
+        "jax": lambda: jax.block_until_ready(xla(on_device)),
+    }
+    steps, _ = graph.steps(program := trace(forward, variables, x), variables)
+    start, fused = program.inputs[0], [s for s in steps if not isinstance(s, graph.Other)]
+    head = None
+    if case == "resnet50":
+        linear = variables["params"]["linear"]
+        head = (linear["kernel"], linear["bias"])
+    model = onnx_bytes(fused, head, x.shape, start) if _has("onnx") else b""
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {
+        "torch": lambda: torch_step(fused, head, x, start, args.threads),
+        "onnxruntime": lambda: ort_step(model, x, args.threads),
+        "openvino": lambda: openvino_step(model, x, args.threads),
+        "MNN": lambda: mnn_step(model, x, args.threads),
+    }
+    for name, make in makers.items():
+        if not _has(name) or (name != "torch" and not model):
+            continue
+        try:
+            runs[name] = make()
+        except Exception as e:  # a peer that does not run is reported, and does not end the run
+            print(f"{case}: {name} does not run: {type(e).__name__}: {str(e)[:200]}")
+    expected = np.asarray(runs["jax"]())
+    scale = np.abs(expected).max()
+    for name, run in runs.items():
+        y = np.asarray(run())
+        if y.ndim == 4 and name not in ("ours", "jax"):
+            y = y.transpose(0, 2, 3, 1)
+        error = float(np.abs(y - expected).max() / scale)
+        if not error < 1e-3:
+            raise RuntimeError(f"{case}: {name} differs from jax by {error:.1e} of the largest output")
+    layers = ours.layers(x)
+    dense = sum(round(r.macs / max(r.density, 1e-12)) for r in layers)
+    macs = sum(r.macs for r in layers)
+    weights = sum(int(np.prod(r.shape)) for r in layers)
+    kept = sum(r.density * np.prod(r.shape) for r in layers)
+    return runs, {
+        "path": ours.path,
+        "rate": rate,
+        "rate_counted": weights / kept,
+        "gflop": 2e-9 * macs,
+        "gflop_dense": 2e-9 * dense,
+        "weight_bytes": int(8 * kept),
+        "plans": [list(r.plan) if r.plan else None for r in layers],
+    }
+
+
+def _has(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def compare(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: milliseconds of each system, and each peer's time over ours."""
+    from compressx.kernels import native
+
+    runs, about = build(case, rate, args)
+    elapsed, processor = measure(runs, args.rounds)
+    row: dict[str, Any] = {"case": case, "threads": args.threads, **about}
+    for name, seconds in elapsed.items():
+        row[f"{name}_ms"] = spread([1e3 * t for t in seconds])
+        row[f"{name}_best_ms"] = 1e3 * min(seconds)
+        row[f"{name}_cpu_per_wall"] = sum(processor[name]) / sum(seconds)
+    active = str(about["path"]).startswith("native")
+    if active:
+        row["peak"] = native.peak_gflops() * args.threads
+        row["of_peak"] = about["gflop"] / min(elapsed["ours"]) / row["peak"]
+        for name in elapsed:
+            if name != "ours":
+                pairs = zip(elapsed[name], elapsed["ours"], strict=True)
+                row[f"{name}_over_ours"] = spread([a / b for a, b in pairs])
+                row[f"{name}_over_ours_best"] = min(elapsed[name]) / min(elapsed["ours"])
+    return row
+
+
+def ablation(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """One layer with the parts added one after the other, as in PatDNN's ablation, and the loads counted."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from compressx.kernels import native, pattern_conv, schedule, tuning
+
+    channels, size, filters = (int(part) for part in case.split("x"))
+    rng = np.random.default_rng(0)
+    w = sparse((3, 3, channels, filters), rate, rng)
+    geometry = schedule.Geometry((3, 3), (1, 1), ((1, 1), (1, 1)))
+    g = pattern_conv.layer_grid(geometry, (1, size, size), native.LANES[native.isa()])
+    plain, reordered = schedule.from_weight(w, reorder=False), schedule.from_weight(w)
+    lists = schedule.Plan("lists", 0, 64, 6, channels)
+    tuned = tuning.search(reordered, geometry, g, budget=16, threads=args.threads).plan
+    variants = {
+        "none": (plain, lists),
+        "fkr": (reordered, lists),
+        "fkr_lre": (reordered, schedule.Plan()),
+        "fkr_lre_tuned": (reordered, tuned),
+    }
+    x = jnp.asarray(rng.standard_normal((channels, g.plane, g.lanes), dtype=np.float32))
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, (s, plan) in variants.items():
+        ready = pattern_conv.layer(s, geometry, g, plan, activation="relu")
+        arrays = jax.tree.map(jnp.asarray, ready.arrays)
+        f = jax.jit(lambda a, x, fixed=ready.fixed: pattern_conv.run(fixed, a, x, None, args.threads))
+        runs[name] = lambda f=f, a=arrays: jax.block_until_ready(f(a, x))  # type: ignore[misc]
+    elapsed, _ = measure(runs, args.rounds)
+    row: dict[str, Any] = {"case": case, "rate": rate, "plan": list(tuned)}
+    row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in elapsed.items()}
+    return row | schedule.counts(reordered, geometry, size, size, schedule.Plan())
+
+
+def searches(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """The tuner against the default plan and random search, at equal evaluations: best times, measured together."""
+    import numpy as np
+
+    from compressx.kernels import native, pattern_conv, schedule, tuning
+
+    channels, size, filters = (int(part) for part in case.split("x"))
+    s = schedule.from_weight(sparse((3, 3, channels, filters), rate, np.random.default_rng(0)))
+    geometry = schedule.Geometry((3, 3), (1, 1), ((1, 1), (1, 1)))
+    g = pattern_conv.layer_grid(geometry, (1, size, size), native.LANES[native.isa()])
+    plans = {"default": schedule.Plan(), "model": tuning.guess(s, geometry, g)}
+    for start in ("model", "random"):
+        for seed in range(3):
+            found = tuning.search(s, geometry, g, seed=seed, budget=12, threads=args.threads, start=start)
+            plans[f"search_{start}_{seed}"] = found.plan
+    times = tuning.compare(s, geometry, g, list(plans.values()), rounds=args.rounds, threads=args.threads)
+    return {"case": case, "rate": rate} | {f"{n}_ms": 1e3 * t for n, t in zip(plans, times, strict=True)}
+
+
+def saved(file: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A saved model with the weights it was trained to: ours beside jax."""
+    import jax
+    import numpy as np
+
+    import compressx
+    from compressx import kernels
+
+    held = compressx.load_model(file)
+    shape = tuple(int(n) for n in args.shape.split(","))
+    x = jax.device_put(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+    ours, xla = (kernels.compile(held, threads=args.threads, tune=args.tune, path=p) for p in (None, "xla"))
+    runs = {n: lambda f=f: jax.block_until_ready(f(x)) for n, f in (("ours", ours), ("jax", xla))}
+    elapsed, _ = measure(runs, args.rounds)
+    row: dict[str, Any] = {"case": file.parent.name, "path": ours.path}
+    row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in elapsed.items()}
+    if ours.path != "xla":
+        row["jax_over_ours"] = spread([a / b for a, b in zip(elapsed["jax"], elapsed["ours"], strict=True)])
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="vgg16", help=f"comma-separated, of {', '.join(CASES)}; or 'all'")
+    parser.add_argument("--rates", default="8.1", help="comma-separated weight reductions, 2.25 and more")
+    parser.add_argument("--threads", type=int, default=1, help="cores for every system (default 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2")
+    parser.add_argument("--tune", action="store_true", help="measure plans of each layer first (kept in a cache)")
+    parser.add_argument("--ablation", action="store_true", help="layers part by part, ours alone")
+    parser.add_argument("--search", action="store_true", help="the tuner against default and random search")
+    parser.add_argument("--model", type=Path, help="a saved model instead of the cases")
+    parser.add_argument("--shape", default="1,32,32,3", help="images for --model")
+    parser.add_argument("--results", type=Path, help="folder for the summaries, docs/results")
+    args = parser.parse_args()
+    names = list(CASES) if args.cases == "all" else args.cases.split(",")
+    unknown = [case for case in names if case not in CASES]
+    if unknown:
+        parser.error(f"--cases: no case {', '.join(unknown)}; the cases are {', '.join(CASES)}")
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= args.threads <= len(cores):
+        parser.error(f"--threads={args.threads}: this process may use 1 to {len(cores)} cores")
+    rates = [float(rate) for rate in args.rates.split(",")]
+    if args.rounds < 2 or min(rates) < 2.25:
+        parser.error("--rounds of at least 2 and --rates of at least 2.25 are needed")
+    os.sched_setaffinity(0, cores[: args.threads])  # before jax sizes its thread pool
+
+    from compressx import kernels
+
+    kernels.keep_memory()  # for every system of this process alike
+    print(f"path: {kernels.active_path()}; absent peers: {', '.join(p for p in PEERS if not _has(p)) or 'none'}")
+    if args.model:
+        rows = {f"model-{args.model.parent.name}": saved(args.model, args)}
+    else:
+        single = args.ablation or args.search
+        what, tag = (
+            (ablation, "ablation-") if args.ablation else (searches, "search-") if args.search else (compare, "")
+        )
+        rows = {
+            f"{tag}{case}-{rate:g}x-{args.threads}t": what(case, rate, args)
+            for case in names
+            for rate in rates
+            if not (single and case in ("vgg16", "resnet50"))
+        }
+    shown = [{k: v for k, v in row.items() if k != "plans" and not k.endswith("cpu_per_wall")} for row in rows.values()]
+    for case, row in zip(rows, shown, strict=True):
+        print(f"\n{case}")
+        print(table([{"": key, "value": value} for key, value in row.items()]))
+    if args.results:
+        about = environment(("jax", "torch", "onnxruntime", "openvino", "MNN", "ai-edge-litert"))
+        record(args.results, "pattern_conv", rows, about)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
