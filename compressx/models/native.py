@@ -119,8 +119,8 @@ def _call(
 def _spread(ow: int, w: int, kw: int, cin: int, cout: int, stride: int, lanes: int = 16) -> bool:
     """True if spreading each cotangent's window costs fewer vector operations a row than gathering for each pixel.
 
-    Spreading reads and writes each sum in memory, about three operations, where gathering keeps it in a register; gathering
-    multiplies with the zeros around `g` and leaves lanes idle where `cin` is no multiple of the vector's.
+    Spreading reads and writes each sum in memory, about three operations, where gathering keeps it in a register;
+    gathering multiplies with the zeros around `g` and leaves lanes idle where `cin` is no multiple of the vector's.
     """
     gather = w * -(-kw // stride) * cout * -(-cin // lanes)
     return ow * -(-kw * cin // lanes) * (cout + 3) < gather
