@@ -19,7 +19,7 @@ _only_lax = False
 
 @contextlib.contextmanager
 def lax_only() -> Iterator[None]:
-    """Within it, a convolution or a pooling is traced as one operation of lax: for those who read the traced program."""
+    """Within it, convolutions and poolings are traced as one operation of lax each: for those who read the program."""
     global _only_lax
     before, _only_lax = _only_lax, True
     try:
