@@ -47,6 +47,7 @@ struct Conv {
   const uint8_t* index;
   const float* weight;
   const int *list_start, *places;
+  int64_t row, reach;  // of the image, and the farthest of three rows of inputs that are prefetched
 };
 
 #define COMPRESSX_LOOPS "pattern_conv_loops.h"
@@ -172,6 +173,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   c.bias = bs.data;
   c.residual = rs.size ? rs.data : nullptr;
   c.in = c.out = Grid{segment, margin, ms.data};
+  c.row = row, c.reach = row;
   c.planes = planes, c.couts = couts, c.filters = std::min(filters, couts), c.taps = taps;
   c.activation = activation, c.groups = groups;
   c.order = fs.data, c.visits = vs.data, c.offsets = os.data, c.index = is.data, c.weight = ws.data;
@@ -192,7 +194,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   const int64_t reach = columns ? std::min(row, segment) : segment;
   const int64_t tiles = (reach + width - 1) / width * high;
   const int64_t floats = c.filters * width * lanes;
-  const int64_t each = std::max<int64_t>(1, tiles * blocks / 64);  // tiles of a task
+  const int64_t each = std::max<int64_t>(1, tiles * blocks / 64);  // of a task
   Parallel(pool, threads, (tiles * blocks + each - 1) / each, [=](int64_t task) {
     Scratch sums(floats);
     for (int64_t i = task * each; i < std::min(tiles * blocks, (task + 1) * each); ++i) {
@@ -301,13 +303,16 @@ Error ResampleHandler(ffi::ThreadPool pool, F32 x, F32 source, F32 valid, ffi::R
   float* out = static_cast<float*>(y->untyped_data());
   AskForHugePages(out, channels * phases * out_plane * 4);
   const Grid grid{out_segment, out_margin, ms.data};
-  Parallel(pool, threads, channels, [=](int64_t c) {
+  const int64_t each = (channels + 15) / 16;  // of a task, which takes scratch once
+  Parallel(pool, threads, (channels + each - 1) / each, [=](int64_t task) {
     Scratch scratch(rows * columns > 1 ? 2 * plane : 0);
-    const float* from = xs.data + c * plane;
-    if (rows * columns > 1)
-      from = DISPATCH(isa, WindowMax(from, vectors, row, rows, columns, scratch.data, scratch.data + plane));
-    for (int64_t p = 0; p < phases; ++p)
-      DISPATCH(isa, Gather(grid, from, is.data + p * cells, out + (c * phases + p) * out_plane));
+    for (int64_t c = task * each; c < std::min(channels, (task + 1) * each); ++c) {
+      const float* from = xs.data + c * plane;
+      if (rows * columns > 1)
+        from = DISPATCH(isa, WindowMax(from, vectors, row, rows, columns, scratch.data, scratch.data + plane));
+      for (int64_t p = 0; p < phases; ++p)
+        DISPATCH(isa, Gather(grid, from, is.data + p * cells, out + (c * phases + p) * out_plane));
+    }
   });
   return Error::Success();
 }

@@ -83,11 +83,15 @@ NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
   const int64_t channel = c.planes * c.in.plane() * kLanes;
   const uint8_t* index = c.index + c.kernel_start[block];
   const float* weight = c.weight + (int64_t)c.kernel_start[block] * E;
+  int64_t ahead = -1;  // of the lines that the channel after the next one will read: one is asked for at every visit
   const uint32_t* end = c.visits + c.visit_start[block + 1];
   for (const uint32_t* visit = c.visits + c.visit_start[block]; visit < end; ++visit) {
     const uint32_t v = *visit;
     const float* at = base + (v >> 16) * channel;
     const int* offset = c.offsets + (v >> 8 & 255) * E;
+    const float* next = at + 2 * channel + (c.reach + ahead) * kLanes;
+    ahead = ahead == F ? -1 : ahead + 1;
+    for (int r = 0; r < 3; ++r) __builtin_prefetch(next - r * c.row * kLanes);
     Vec x[E * F];
     Each<E>([&](auto e) {
       const float* from = at + (int64_t)offset[e] * kLanes;

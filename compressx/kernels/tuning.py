@@ -109,7 +109,8 @@ def predict(s: Sparse, geometry: Geometry, g: Grid, plan: Plan) -> float:
         visits = -(-positions // e) * blocks
     held = min(plan.filters, cout) * f * g.lanes * 4
     spill = _SPILL if held > _L1 else 0.0
-    inner = kernels * (_KERNEL + e * f * _FMA + spill * f)
+    tight = 1.1 if g.lanes == 16 and e * f + f > 28 else 1.0  # registers
+    inner = kernels * (_KERNEL + e * f * _FMA * tight + spill * f)
     return float(tiles * far * (inner + visits * (_MISS + _LOAD * e * f) + cout * 3 * f))
 
 
