@@ -233,6 +233,7 @@ def openvino_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
 def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
     """MNN's session, converted from ONNX by its own tool, high precision."""
     import MNN
+    import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "m.onnx"), Path(folder, "m.mnn")
@@ -249,7 +250,8 @@ def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
         given.copyFrom(host)
         net.runSession(session)
         out = net.getSessionOutput(session)
-        copy = MNN.Tensor(out.getShape(), MNN.Halide_Type_Float, MNN.Tensor_DimensionType_Caffe)
+        empty = np.zeros(out.getShape(), np.float32)
+        copy = MNN.Tensor(out.getShape(), MNN.Halide_Type_Float, empty, MNN.Tensor_DimensionType_Caffe)
         out.copyToHostTensor(copy)
         return copy.getNumpyData()
 
@@ -295,13 +297,16 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
             print(f"{case}: {name} does not run: {type(e).__name__}: {str(e)[:200]}")
     expected = np.asarray(runs["jax"]())
     scale = np.abs(expected).max()
-    for name, run in runs.items():
+    for name, run in list(runs.items()):
         y = np.asarray(run())
         if y.ndim == 4 and name not in ("ours", "jax"):
             y = y.transpose(0, 2, 3, 1)
         error = float(np.abs(y - expected).max() / scale)
         if not error < 1e-3:
-            raise RuntimeError(f"{case}: {name} differs from jax by {error:.1e} of the largest output")
+            if name == "ours":
+                raise RuntimeError(f"{case}: ours differs from jax by {error:.1e} of the largest output")
+            print(f"{case}: {name} is left out: it differs from jax by {error:.1e} of the largest output")
+            del runs[name]
     layers = ours.layers(x)
     dense = sum(round(r.macs / max(r.density, 1e-12)) for r in layers)
     macs = sum(r.macs for r in layers)
@@ -310,7 +315,7 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
     return runs, {
         "path": ours.path,
         "rate": rate,
-        "rate_counted": weights / kept,
+        "rate_counted": float(weights / kept),
         "gflop": 2e-9 * macs,
         "gflop_dense": 2e-9 * dense,
         "weight_bytes": int(8 * kept),
