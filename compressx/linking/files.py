@@ -223,7 +223,7 @@ def _cached(facts: tuple[Any, ...], make: Any) -> Knowledge:
     path = cache_dir() / "linking" / f"{key}.npz"
     if path.is_file():
         try:
-            with np.load(path, allow_pickle=False) as z:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as z:
                 parts = {name: z[name] for name in z.files}
             text = {n: tuple(parts.pop(n).tobytes().decode("utf-8").split("\n")) for n in ("titles", "words")}
             return Knowledge(**text, **parts)

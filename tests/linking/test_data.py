@@ -351,7 +351,7 @@ def test_deep_ed_rows(tmp_path) -> None:
         ([*ROW, "5,x,Japan", "GT:", "-1,9,A"], "line 1: candidate '5,x,Japan'"),
         ([*ROW, "5,1.5,Japan", "GT:", "-1,9,A"], r"p in \[0, 1\]"),
         ([*ROW, "5,0.5,Japan", "GT:", "1,9,A"], "gold '1,9,A' is neither"),
-        (["", ""], "line 1: is no mention"),
+        (["a", "b"], "line 1: is no mention"),
     ],
 )
 def test_damaged_deep_ed_rows_are_named(tmp_path, row, words) -> None:
