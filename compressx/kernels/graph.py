@@ -85,10 +85,10 @@ def steps(program: Program, variables: Any) -> tuple[list[Step], dict[int, Any]]
                 close(conv.residual)
             open_convs[out] = conv._replace(y=out)
             continue
-        conv = _conv(op, known, program)
-        if conv is not None:
-            close(conv.x)
-            open_convs[out] = conv
+        fresh = _conv(op, known, program)
+        if fresh is not None:
+            close(fresh.x)
+            open_convs[out] = fresh
             continue
         for v in op.inputs:
             close(v)

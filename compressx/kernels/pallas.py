@@ -22,13 +22,13 @@ class Blocks(NamedTuple):
     """Live blocks of `[taps, K, F]`, by block of filters.
 
     Attributes:
-      count: int32 `[F / bf, 1]`, live blocks.
-      index: int32 `[F / bf, most]`, tap * (K / bk) + block of inputs.
+      live: int32 `[F / bf, 1]`, live blocks.
+      places: int32 `[F / bf, most]`, tap * (K / bk) + block of inputs.
       weight: float32 `[F / bf, most, bk, bf]`.
     """
 
-    count: Array
-    index: Array
+    live: Array
+    places: Array
     weight: Array
 
 
@@ -52,14 +52,14 @@ def blocks(w: np.ndarray, block: tuple[int, int]) -> Blocks:
     return Blocks(*map(jnp.asarray, (count.astype(np.int32), order.astype(np.int32), weight)))
 
 
-def _product_kernel(count, index, weight, x, y, *, bk):  # type: ignore[no-untyped-def]
+def _product_kernel(live, places, weight, x, y, *, bk):  # type: ignore[no-untyped-def]
     group = pl.program_id(1)
 
     def step(k, total):  # type: ignore[no-untyped-def]
-        start = pl.multiple_of(index[group, k] * bk, bk)
+        start = pl.multiple_of(places[group, k] * bk, bk)
         return total + jnp.dot(x[:, pl.ds(start, bk)], weight[0, k], preferred_element_type=jnp.float32)
 
-    y[:, :] = lax.fori_loop(0, count[group, 0], step, jnp.zeros(y.shape, jnp.float32))
+    y[:, :] = lax.fori_loop(0, live[group, 0], step, jnp.zeros(y.shape, jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "interpret"))
@@ -84,29 +84,29 @@ def block_sparse_matmul(x: Array, w: Blocks, *, rows: int = 128, interpret: bool
         out_shape=jax.ShapeDtypeStruct((n, groups * bf), jnp.float32),
         grid=(n // rows, groups),
         in_specs=[
-            pl.BlockSpec(w.count.shape, lambda i, j: (0, 0)),
-            pl.BlockSpec(w.index.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec(w.live.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec(w.places.shape, lambda i, j: (0, 0)),
             pl.BlockSpec((1, most, bk, bf), lambda i, j: (j, 0, 0, 0)),
             pl.BlockSpec((rows, k), lambda i, j: (i, 0)),
         ],
         out_specs=pl.BlockSpec((rows, bf), lambda i, j: (i, j)),
         interpret=interpret,
-    )(w.count, w.index, w.weight, x)
+    )(w.live, w.places, w.weight, x)
 
 
-def _conv_kernel(count, index, weight, x, y, *, bk, size, stride, parts):  # type: ignore[no-untyped-def]
+def _conv_kernel(live, places, weight, x, y, *, bk, size, stride, parts):  # type: ignore[no-untyped-def]
     _, oh, ow, bf = y.shape
     group = pl.program_id(1)
 
     def step(k, total):  # type: ignore[no-untyped-def]
-        tap, part = index[group, k] // parts, index[group, k] % parts
+        tap, part = places[group, k] // parts, places[group, k] % parts
         i, j = tap // size[1], tap % size[1]
         rows, columns = (oh - 1) * stride + 1, (ow - 1) * stride + 1
         window = x[0, pl.ds(i, rows), pl.ds(j, columns), pl.ds(pl.multiple_of(part * bk, bk), bk)]
         window = window[::stride, ::stride].reshape(oh * ow, bk)
         return total + jnp.dot(window, weight[0, k], preferred_element_type=jnp.float32)
 
-    total = lax.fori_loop(0, count[group, 0], step, jnp.zeros((oh * ow, bf), jnp.float32))
+    total = lax.fori_loop(0, live[group, 0], step, jnp.zeros((oh * ow, bf), jnp.float32))
     y[0] = total.reshape(oh, ow, bf)
 
 
@@ -140,11 +140,11 @@ def block_sparse_conv(
         out_shape=jax.ShapeDtypeStruct((n, oh, ow, groups * bf), jnp.float32),
         grid=(n, groups),
         in_specs=[
-            pl.BlockSpec(w.count.shape, lambda i, j: (0, 0)),
-            pl.BlockSpec(w.index.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec(w.live.shape, lambda i, j: (0, 0)),
+            pl.BlockSpec(w.places.shape, lambda i, j: (0, 0)),
             pl.BlockSpec((1, most, bk, bf), lambda i, j: (j, 0, 0, 0)),
             pl.BlockSpec((1, *x.shape[1:]), lambda i, j: (i, 0, 0, 0)),
         ],
         out_specs=pl.BlockSpec((1, oh, ow, bf), lambda i, j: (i, 0, 0, j)),
         interpret=interpret,
-    )(w.count, w.index, w.weight, x)
+    )(w.live, w.places, w.weight, x)

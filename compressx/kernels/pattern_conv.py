@@ -122,7 +122,9 @@ def layer(
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
     t = schedule.stream(s, geometry, grid, plan)
-    arrays = {name: getattr(t, name) for name in ("weight", "index", "visits", "starts", "offsets", "places", "order")}
+    arrays = {
+        name: getattr(t, name) for name in ("weight", "members", "visits", "starts", "offsets", "places", "order")
+    }
     couts = len(s.order)
     arrays["bias"] = np.zeros(couts, np.float32) if bias is None else np.asarray(bias, np.float32)
     arrays["valid"] = valid(grid)
@@ -141,7 +143,7 @@ def run(
     corrupted one is an error (XlaRuntimeError), never an access outside the buffers.
     """
     g = fixed.grid
-    names = ("weight", "index", "visits", "starts", "offsets", "places", "order", "bias", "valid")
+    names = ("weight", "members", "visits", "starts", "offsets", "places", "order", "bias", "valid")
     extra = jnp.zeros(0, jnp.float32) if residual is None else residual
     return native.call(
         "compressx_pattern_conv",

@@ -127,7 +127,8 @@ def from_fkw(packed: Packed) -> Sparse:
         raise CompressedFileError(f"{packed.format}: not fkw")
     formats.unpack(packed)
     a = packed.arrays
-    counts = np.diff(a["stride"].astype(np.int64), axis=1)
+    stride: np.ndarray = a["stride"].astype(np.int64)
+    counts = stride[:, 1:] - stride[:, :-1]
     place = np.repeat(np.arange(len(counts)), counts.sum(axis=1))
     pattern = np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.reshape(-1))
     patterns = np.array(packed.meta["patterns"], np.int64)
@@ -174,7 +175,7 @@ class Stream(NamedTuple):
     """What the native loops read; see `pattern_conv.cc`. `taps` = 0 means lists."""
 
     weight: np.ndarray
-    index: np.ndarray
+    members: np.ndarray
     visits: np.ndarray
     starts: np.ndarray
     offsets: np.ndarray
@@ -263,7 +264,7 @@ def _visits(
     kernel_start = np.searchsorted(block, np.arange(blocks + 1))
     return Stream(
         weight=np.ascontiguousarray(weight[sort], np.float32),
-        index=(place % filters).astype(np.uint8),
+        members=(place % filters).astype(np.uint8),
         visits=visits.astype(np.uint32),
         starts=np.concatenate([visit_start, kernel_start]).astype(np.int32),
         offsets=_int32(offsets),
@@ -322,7 +323,7 @@ def _lists(s: Sparse, offsets: np.ndarray, channel: np.ndarray, step: int, plan:
     start = np.searchsorted((group * cout + place)[sort], np.arange(groups * cout + 1))
     return Stream(
         weight=np.ascontiguousarray(value[sort], np.float32),
-        index=np.zeros(0, np.uint8),
+        members=np.zeros(0, np.uint8),
         visits=np.zeros(0, np.uint32),
         starts=start.astype(np.int32),
         offsets=np.zeros(0, np.int32),

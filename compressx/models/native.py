@@ -7,21 +7,15 @@ callers use XLA.
 """
 
 import contextlib
-import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from compressx import compiled
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -30,63 +24,15 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 _enabled = True
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(root) / "compressx"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="compressx-"))  # nobody else's library is ever loaded
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def _compile(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = hashlib.sha256(_SOURCE.read_bytes() + version + repr((_FLAGS, _processor(), jax.__version__)).encode())
-    library = _cache_folder() / f"conv-{key.hexdigest()[:24]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built = os.path.join(scratch, "conv.so")
-            command = [compiler, *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", built]
-            subprocess.run(command, capture_output=True, check=True, timeout=600)
-            os.replace(built, library)  # atomic: processes that start together each see a whole file or none
-    return library
-
-
 @functools.cache
 def available() -> bool:
     """True if the kernel runs here; compiles it at the first call, which takes some seconds once per machine."""
-    if os.environ.get("COMPRESSX_NATIVE", "on") == "off":
-        return False
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return False
-    try:
-        library = ctypes.CDLL(str(_compile(compiler)))
-        targets = {
-            "compressx_conv": "CompressxConv",
-            "compressx_conv_grad": "CompressxConvGrad",
-            "compressx_conv_spread": "CompressxConvSpread",
-        }
-        for name, symbol in targets.items():
-            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    except (OSError, subprocess.SubprocessError, AttributeError) as e:
-        detail = getattr(e, "stderr", None)
-        text = detail.decode(errors="replace")[-500:] if isinstance(detail, bytes) else str(e)
-        warnings.warn(f"the convolution kernel cannot be used, XLA's is slower: {text}", RuntimeWarning, stacklevel=2)
-        return False
-    return True
+    targets = {
+        "compressx_conv": "CompressxConv",
+        "compressx_conv_grad": "CompressxConvGrad",
+        "compressx_conv_spread": "CompressxConvSpread",
+    }
+    return compiled.load(_SOURCE, targets, _FLAGS) is not None
 
 
 @contextlib.contextmanager

