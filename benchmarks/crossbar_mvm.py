@@ -1,19 +1,21 @@
 """Crossbar products against a float32 matrix product of the same shape in the same process, and against peers.
 
-    python -m benchmarks.crossbar_mvm [--rounds=15] [--shape=1152,256] [--batch=256] [--threads=2] [--out=FILE]
+    python -m benchmarks.crossbar_mvm [--rounds=15] [--shape=1152,256] [--batch=256] [--threads=2] [--results=DIR]
     python -m benchmarks.crossbar_mvm --small      # a few seconds, to see that it works; its numbers mean nothing
+    python -m benchmarks.crossbar_mvm --paths      # every formulation on this device (on a GPU: what `tune` picks from)
+    python -m benchmarks.crossbar_mvm --network    # ResNet-18 found, mapped and programmed: seconds and peak memory
 
 The layer: 8-bit weights in four 2-bit slices, 8 input bits, 128 rows, 8-bit ADC. Weights are programmed before
 timing. Every round times each case in turn, so that other work on the machine meets all alike; the ratio is taken
 within a round, and the median of rounds is printed with its quartiles. Each case is checked once, on a few inputs and
-filters, against the integer definition; a case that differs stops the program. Peers run where they are installed
-(aihwkit-lightning: one conversion a tile instead of one a bit, slice and tile, so it is no like for like).
+filters, against the integer definition; a case that differs stops the program. aihwkit-lightning runs where it is
+installed (pip install --no-deps aihwkit-lightning, beside the torch of the extra `benchmarks`): one conversion a tile
+instead of one a bit, slice and tile, so it is no like for like.
 """
 
 import argparse
-import json
 import os
-import statistics
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.record import environment, record
+from benchmarks.training import interleave, spread, table
 
 GOALS = {"ideal": 8.0, "lossless": 1.5, "polarized": 8.0, "conductances": 45.0}  # x the float32 product
 
@@ -42,7 +47,7 @@ def cases(w: np.ndarray, polar: np.ndarray, x: np.ndarray) -> dict[str, tuple[Ca
     everything = np.arange(len(w))
     matrices = {
         "ideal": (w, program(w, base, rows=everything, prove=False)),
-        "ideal, lsb 3/2": (w, program(w, base.but(adc=Adc(8, Fraction(3, 2))), rows=everything, prove=False)),
+        "ideal_lsb_3_2": (w, program(w, base.but(adc=Adc(8, Fraction(3, 2))), rows=everything, prove=False)),
         "lossless": (w, program(w, base.but(adc_bits=9), rows=everything)),
         "polarized": (polar, program(polar, fragment, rows=everything, prove=False)),
         "conductances": (w, None),
@@ -99,76 +104,109 @@ def lightning(w: np.ndarray, x: np.ndarray, threads: int) -> Callable[[], Any] |
     return run
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round, in turn; one warm-up each."""
-    for run in runs.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
+def paths(rows: int, filters: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of every formulation that can run three designs on this device, and the fastest."""
+    from compressx.crossbar import Adc, Design, isaac
+    from compressx.crossbar.tune import measure_paths
+
+    base = Design(adc=Adc(8))
+    designs = {"128 rows": base, "8 rows": base.but(active_rows=8, adc=Adc(4), signs="polarized"), "ISAAC": isaac()}
+    found = []
+    for name, design in designs.items():
+        times = measure_paths(design, rows, filters, batch, rounds)
+        row = {path: f"{1e3 * t:.3g} ms" for path, t in times.items()}
+        found.append({"design": name, **row, "fastest": min(times, key=lambda path: times[path])})
+    return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--shape", default="1152,256")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args(argv)
-    if args.small:
-        args.rounds, args.shape, args.batch = 2, "144,16", 8
-    rows, filters = (int(n) for n in args.shape.split(","))
-    if hasattr(os, "sched_setaffinity"):
-        cpus = sorted(os.sched_getaffinity(0))[: args.threads]
-        os.sched_setaffinity(0, cpus)  # before jax starts its threads
+def network(width: float) -> dict[str, Any]:
+    """Seconds to find ResNet-18's layers, map them and programme them on FORMS-8, and the process's peak memory."""
+    import jax
+    import jax.numpy as jnp
 
+    from compressx import models
+    from compressx.crossbar import forms, map_network
+    from compressx.crossbar.network import deploy_network, find_layers, levels_of, on_grid
+
+    model, x = models.build("resnet18", classes=1000, width=width), jnp.zeros((1, 224, 224, 3), jnp.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    design = forms(8).but(signs="differential_digital")  # random weights are not polarized
+    marks = [time.perf_counter()]
+    found = find_layers(model.apply, variables, x, train=False)
+    mapped = map_network(found, design)
+    marks.append(time.perf_counter())
+    names = [layer.name for layer in found]
+    grid = on_grid(variables, dict.fromkeys(names, levels_of(design)))
+    marks.append(time.perf_counter())
+    deploy_network(grid, dict.fromkeys(names, design), dict.fromkeys(names, 1.0))
+    marks.append(time.perf_counter())
+    steps = dict(zip(("map_s", "levels_s", "programme_s"), np.diff(marks).tolist(), strict=True))
+    return {
+        "weights": sum(int(layer.kept.size) for layer in found),
+        "arrays": sum(m.arrays for m in mapped),
+        **steps,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def compare(rows: int, filters: int, batch: int, threads: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Milliseconds of every case and its ratio to the float32 product, per round."""
     rng = np.random.default_rng(0)
     w = np.clip(np.rint(rng.normal(0, 30, (rows, filters))), -128, 127).astype(np.int32)
     signs = np.repeat(rng.choice([-1, 1], (-(-rows // 8), filters)), 8, axis=0)[:rows]
-    polar = np.abs(w) * signs
-    x = rng.integers(0, 256, (args.batch, rows))
-
-    made = cases(w, polar, x)
-    runs: dict[str, Callable[[], Any]] = {"float32 product": unit(w, x), **{k: v[0] for k, v in made.items()}}
-    peer = lightning(w, x, args.threads)
-    if peer is not None:
-        runs["aihwkit-lightning"] = peer
-    times = measure(runs, args.rounds)
-
-    base = times["float32 product"]
-    results = []
-    for name, spent in times.items():
-        ratios = sorted(t / b for t, b in zip(spent, base, strict=True))
-        quarter = len(ratios) // 4
-        results.append(
-            {
-                "case": name,
-                "ms": statistics.median(spent) * 1e3,
-                "x float32 product": statistics.median(ratios),
-                "quartiles": [ratios[quarter], ratios[-1 - quarter]],
-                "goal": GOALS.get(name),
-                "conversions": made[name][1] if name in made else None,
-            }
-        )
-        shown = results[-1]
-        goal = f"   goal {shown['goal']}x" if shown["goal"] else ""
-        print(
-            f"{name:20s} {shown['ms']:9.2f} ms {shown['x float32 product']:8.1f}x "
-            f"({ratios[quarter]:.1f}..{ratios[-1 - quarter]:.1f}){goal}"
-        )
+    x = rng.integers(0, 256, (batch, rows))
+    made = cases(w, np.abs(w) * signs, x)
+    runs: dict[str, Callable[[], Any]] = {"float32": unit(w, x), **{k: v[0] for k, v in made.items()}}
+    peer = lightning(w, x, threads)
     if peer is None:
         print("aihwkit-lightning is not installed", file=sys.stderr)
-    if args.out:
-        load = os.getloadavg() if hasattr(os, "getloadavg") else None
-        args.out.write_text(json.dumps({"settings": vars(args) | {"out": None}, "load": load, "results": results}))
+    else:
+        runs["aihwkit_lightning"] = peer
+    times = interleave(runs, rounds)
+    return {
+        name: {
+            "ms": spread([1e3 * t for t in spent]),
+            "ratio": spread([t / unit for t, unit in zip(spent, times["float32"], strict=True)]),
+            "conversions": made[name][1] if name in made else None,
+            "goal": GOALS.get(name),
+        }
+        for name, spent in times.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2 (default 15)")
+    parser.add_argument("--shape", default="1152,256", help="rows and filters of the layer")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2, help="cores for every system (default 2)")
+    parser.add_argument("--small", action="store_true", help="a tiny layer (with --network: a narrow network)")
+    parser.add_argument("--paths", action="store_true", help="time every formulation instead")
+    parser.add_argument("--network", action="store_true", help="map and programme ResNet-18 instead")
+    parser.add_argument("--results", type=Path, help="folder for the summaries that the tables are built from")
+    args = parser.parse_args(argv)
+    if args.small:
+        args.rounds, args.shape, args.batch = 2, "144,16", 8
+    try:
+        rows, filters = (int(n) for n in args.shape.split(","))
+    except ValueError:
+        parser.error(f"--shape={args.shape} must be two numbers, as 1152,256")
+    if args.rounds < 2:
+        parser.error(f"--rounds={args.rounds}: needs at least 2")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # before jax starts its threads
+    if args.paths:
+        print(table(paths(rows, filters, args.batch, args.rounds)))
+        return 0
+    found = {"resnet18": network(0.125 if args.small else 1.0)} if args.network else None
+    found = found or compare(rows, filters, args.batch, args.threads, args.rounds)
+    print(table([{"case": name, **row} for name, row in found.items()]))
+    if args.results:
+        about = environment(("jax", "torch", "aihwkit-lightning")) | {"threads": args.threads, "shape": args.shape}
+        record(args.results, "crossbar_mvm", found, about)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

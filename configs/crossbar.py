@@ -147,7 +147,7 @@ def digits_base(variant: str) -> Settings:
     c = base(variant)
     c["data"]["shift"] = 1
     c["batch"], c["dense"] = 32, fit(25, 2e-3)
-    c["hardware"]["pooled"] = ("c2",)
+    c["hardware"] |= {"pooled": ("c2",), "frames": 1024}  # with fewer, a chip has an array for every product
     return c
 
 

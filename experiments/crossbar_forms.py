@@ -111,7 +111,7 @@ def measure(
         "signed_inputs": list(chosen.signed),
         "layers": _layer_rows(chosen, clipped),
         "occupancy": {layer.name: _occupancy(layer, chosen.designs[layer.name]) for layer in chosen.layers},
-        "skipping": {str(m): _skip_rows(skips[m], chosen.designs) for m in SIZES},
+        "skipping": {str(m): _skip_rows(skips[m], chosen) for m in SIZES},
         "reduction": _reduction(chosen),
         "engines": _engines(placed, chosen, skips, observe, lots, hardware),
         "inconsistencies": [vars(i) for i in chips.known_inconsistencies()],
@@ -200,10 +200,15 @@ def _skipping(
     return {m: {path: each[i] for path, each in found.items()} for i, m in enumerate(sizes)}
 
 
-def _skip_rows(skips: Mapping[str, Skipping], designs: Mapping[str, Design]) -> dict[str, Any]:
+def _skip_rows(skips: Mapping[str, Skipping], p: Placed) -> dict[str, Any]:
+    """Of all layers: the histogram of fragments, and the mean with each layer weighted by its inputs (rows x uses).
+
+    Weighted by fragments instead, layers would count differently at every size, and sizes would not compare.
+    """
     histogram = np.sum([s.histogram for s in skips.values()], axis=0)
-    full = next(iter(designs.values())).cycles
-    mean = float((histogram * np.arange(len(histogram))).sum() / histogram.sum())
+    full = next(iter(p.designs.values())).cycles
+    rows = {layer.name: int(layer.kept.any(axis=2).sum()) * layer.uses for layer in p.layers}
+    mean = sum(rows[path] * s.mean for path, s in skips.items()) / max(1, sum(rows[path] for path in skips))
     return {
         "histogram": [int(n) for n in histogram],
         "mean": mean,
@@ -271,7 +276,7 @@ def _engines(
         "ISAAC, dense, 32 bit, split": run(dense, wide, chip["isaac"]),
         "ISAAC, dense, 16 bit": run(dense, isaac, chip["isaac"]),
         "PUMA-like, dense, 16 bit": run(dense, puma, chip["puma"]),
-        "PRIME-like, dense, 8 bit, 6-bit inputs": run(dense, prime, chip["prime_like"]),
+        "PRIME-like, dense, 6-bit inputs": run(dense, prime, chip["prime_like"]),
         "FORMS-8, dense, no skipping": run(dense, flat, chip["forms"]),
         "ISAAC, compressed": run(main.layers, isaac.but(**eight), chip["isaac"]),
         "PUMA-like, compressed": run(main.layers, puma.but(**eight), chip["puma"]),

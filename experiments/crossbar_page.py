@@ -47,9 +47,10 @@ def _forms_pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
     path = draw.occupancy(workdir / "occupancy.png", found["occupancy"])
     text = "Every square is an array, its number the share of cells of non-zero weights in per cent."
     out.append(Picture(path, "Occupancy", text))
-    sizes = {f"{m} rows": s["histogram"] for m, s in found["skipping"].items()}
+    sizes = {f"{m} rows: mean {s['mean']:.1f}": s["histogram"] for m, s in found["skipping"].items()}
     path = draw.cycles(workdir / "cycles.png", sizes)
     text = f"All layers, {found['skip_images']} test images. A fragment whose inputs are all zero takes no cycle."
+    text += " Means: layers weighted by their inputs."
     out.append(Picture(path, "Effective input cycles", text))
     path = plots.bars(
         workdir / "saturation.png",
@@ -73,8 +74,8 @@ def _forms_pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
         workdir / "fps.png",
         list(engines),
         {"FPS": [r["against_base"]["fps"] for r in engines.values()]},
-        title="Frames per second, against dense 32-bit weights in split arrays on ISAAC",
-        xlabel="ratio",
+        title="Frames per second",
+        xlabel="ratio to dense 32-bit weights in split arrays on ISAAC",
         log=True,
     )
     out.append(Picture(path, "Throughput", "One chip each, as many copies of the network as fit; factors below."))
@@ -129,7 +130,7 @@ def _forms_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
                 fmt.percent(v["ideal"]),
                 fmt.percent(r["mean"]),
                 f"{fmt.percent(r['low'])} to {fmt.percent(r['high'])}",
-                f"{100 * (v['ideal'] - r['mean']):.2f}",
+                f"{round(100 * (v['ideal'] - r['mean']), 2) + 0.0:.2f}",
             )
             for name, v in drawn.items()
             for r in v["sweep"]
@@ -176,7 +177,10 @@ def _skips(found: Mapping[str, Any]) -> list[str | Table]:
     cells = lambda each: [x for s in each for x in (f"{s['mean']:.2f}", fmt.percent(s["saved"], 1))]
     rows = [("all", *cells(sizes.values())), *((n, *cells(s["layers"][n] for s in sizes.values())) for n in layers)]
     head = ("layer", *(x for m in sizes for x in (f"{m} rows: mean cycles", "saved")))
-    text = "Effective input cycles on real activations. All-zero fragments count 0 cycles; outputs do not change."
+    text = (
+        "Effective input cycles on real activations. All-zero fragments count 0 cycles; outputs do not change. In the "
+        "mean over all, layers are weighted by their inputs (rows x uses)."
+    )
     return [text, Table(head, rows, (False, *[True] * (2 * len(sizes))))]
 
 

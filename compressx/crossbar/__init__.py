@@ -6,6 +6,7 @@ reference         the definition of an engine's product, one conversion at a tim
 cells, adc        weights as cells; sums as codes
 program           weights laid on arrays (`program.program`); what cannot clip is proven
 kernels, mvm      the product's formulations, and the one call that picks
+tune              which formulation is fastest on this device
 layers, network   dense and convolution layers; whole flax models on simulated hardware
 aware             noise-aware training
 zero_skip         effective input cycles

@@ -218,6 +218,13 @@ def known_inconsistencies() -> tuple[Inconsistency, ...]:
             "0.00024 mm2 used",
         ),
         Inconsistency(
+            "table IV, area of FORMS' tile",
+            "0.39 mm2, and 66.27 for 168 tiles",
+            f"MCUs and digital unit as stated are 0.152 + 0.25 = 0.402; 168 tiles {168 * forms.tile_mm2:.2f}, "
+            f"chip {forms.mm2:.2f} instead of 89.15",
+            "sum of the parts used",
+        ),
+        Inconsistency(
             "table III, ISAAC's arrays",
             "2.43 mW",
             f"12 MCUs would take {printed:.2f} mW; with ISAAC's 2.40 mW {isaac.mcus_mw:.2f}, as table IV says",

@@ -4,6 +4,7 @@
     popcount  ideal cells: bit planes of inputs and cells, AND + population count
     table     groups of up to 8 rows, 1-bit DAC: all input patterns of a group converted once, then looked up
     folded    any conductances: one float32 product per group for all cycles and slices
+    integer   ideal cells: the same as an int8 product summed in int32, for devices that have units for it
 
 Each but `exact` scans over the groups of rows, so memory does not grow with them. int32 throughout; sums wrap, and
 `program` proves that no result does. Shapes: n inputs, B groups of R rows, K columns of a weight, F filters, T cycles.
@@ -174,11 +175,13 @@ def folded(
     gain: Array | None = None,
     shift: Array | None = None,
     read_noise: tuple[Array, float] | None = None,
+    integer: bool = False,
 ) -> Array:
     """The product for any conductances: x int32 `[n, B, R]`, cells `[B, R, K, F]`, integer or float32 in cell units.
 
-    Integer cells are converted in integers, so results are exact. Gain and shift are of each column's ADC, `[B, K, F]`;
-    read noise is (key, standard deviation of a column's sum in cell units), drawn for every conversion.
+    Integer cells are converted in integers, so results are exact; `integer` also multiplies them as such. Gain and
+    shift are of each column's ADC, `[B, K, F]`; read noise is (key, standard deviation of a column's sum in cell
+    units), drawn for every conversion.
 
     Returns:
       int32 `[n, F]` in units of 1/den, the offset not yet subtracted.
@@ -190,10 +193,14 @@ def folded(
     def group(total: Array, step: tuple[Array, Cells, Array | None, Array | None, Array]) -> tuple[Array, None]:
         block, cell, gains, shifts, index = step
         cut = digits(block, design, cycles)
-        flat = cell.cells.astype(jnp.float32).reshape(rows, columns * filters)
-        sums = jnp.matmul(
-            cut.reshape(cycles * n, rows).astype(jnp.float32), flat, precision=lax.Precision.HIGHEST
-        ).reshape(cycles, n, columns, filters)
+        left, right = cut.reshape(cycles * n, rows), cell.cells.reshape(rows, columns * filters)
+        if integer:
+            numbers = (((1,), (0,)), ((), ()))
+            product = lax.dot_general(left.astype(jnp.int8), right, numbers, preferred_element_type=jnp.int32)
+        else:
+            wide = (left.astype(jnp.float32), right.astype(jnp.float32))
+            product = jnp.matmul(*wide, precision=lax.Precision.HIGHEST)
+        sums = product.reshape(cycles, n, columns, filters)
         dtype = cell.cells.dtype
         if read_noise is not None:
             key, sigma = read_noise

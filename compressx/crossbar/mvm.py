@@ -88,7 +88,7 @@ def _parts(x: Array, programmed: Programmed, key: Array | None) -> list[tuple[in
 def _bounded(x: Array, programmed: Programmed, powers: tuple[int, ...], key: Array | None) -> Array:
     """`_product` over as many inputs at a time as memory allows."""
     per_input = programmed.cells.cells.shape[3] * (
-        len(powers) * len(programmed.design.column_weights) if programmed.path == "folded" else 1
+        len(powers) * len(programmed.design.column_weights) if programmed.path in ("folded", "integer") else 1
     )
     chunk = max(1, _CHUNK_VALUES // max(1, per_input, x.shape[1]))
     if len(x) <= chunk:
@@ -136,6 +136,8 @@ def _simulate(x: Array, programmed: Programmed, powers: tuple[int, ...], key: Ar
             return kernels.table(blocks, programmed.tables, design, powers)
         errors = () if programmed.gain is None or programmed.shift is None else (programmed.gain, programmed.shift)
         return kernels.table(blocks, cells, design, powers, *errors)
+    if programmed.path == "integer":
+        return kernels.folded(blocks, cells, design, powers, integer=True)
     reads = (key, programmed.read_noise) if noisy and key is not None else None
     return kernels.folded(blocks, cells, design, powers, programmed.gain, programmed.shift, reads)
 

@@ -15,7 +15,7 @@ from compressx.crossbar import kernels
 from compressx.crossbar.cells import Cells, encode, mixed_groups
 from compressx.crossbar.design import Design
 
-PATHS = ("popcount", "table", "folded")
+PATHS = ("popcount", "table", "folded", "integer")
 TABLE_BYTES = 2**28  # larger look-up tables are built group by group, in every call
 TABLE_ROWS = 8
 
@@ -39,7 +39,7 @@ class Programmed:
       gain, shift: float32 `[B, K, S]`, errors of each column's ADC (gain factor; offset in cell units), or None.
       design: the engine.
       inputs, filters: P and F of the matrix.
-      path: "popcount", "table" or "folded", for the simulated filters.
+      path: one of `PATHS`, for the simulated filters.
       exact_rows: rows that `kernels.exact` may sum.
       limb_cycles: input cycles whose result fits in int32, whatever the inputs; lower than `design.cycles` means that
         a product is made in several parts.
@@ -86,8 +86,8 @@ def program(
       design: the engine.
       rows: the inputs whose weights are stored, in the order in which they lie on the word lines (`rows_of` takes it
         from a polarized structure); all others must be zero. None: rows with a non-zero weight, in order.
-      path: how to run what is not proven; None picks "table" for groups of up to 8 rows and a 1-bit DAC, else
-        "popcount" on a CPU and "folded" elsewhere.
+      path: how to run what is not proven; None picks: on a CPU by what was measured there ("table" for groups of up
+        to 8 rows and a 1-bit DAC, else "popcount"), elsewhere by measuring once (`tune.fastest_path`).
       prove: False simulates every column, also those that cannot clip.
       name: of the weights, for messages.
 
@@ -134,8 +134,11 @@ def program(
     path = path or pick_path(design)
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
-    if path == "table" and (design.active_rows > TABLE_ROWS or design.dac_bits != 1):
-        raise ValueError(f"{name}: path 'table' needs at most {TABLE_ROWS} active rows and a 1-bit DAC")
+    if path not in paths_for(design):
+        raise ValueError(
+            f"{name}: path 'table' needs at most {TABLE_ROWS} active rows and a 1-bit DAC, path 'integer' a DAC of at "
+            f"most 7 bits; design {design.name} has {design.active_rows} rows and {design.dac_bits} bits"
+        )
     limbs = _limbs(small)
     as_device = lambda tree: jax.tree.map(jnp.asarray, tree)
     made = as_device(rest)
@@ -160,10 +163,18 @@ def program(
 
 
 def pick_path(design: Design) -> str:
-    """The formulation for ideal cells: as measured on a CPU; elsewhere the matrix units are put to work, unmeasured."""
-    if design.active_rows <= TABLE_ROWS and design.dac_bits == 1:
-        return "table"
-    return "popcount" if jax.default_backend() == "cpu" else "folded"
+    """The formulation for ideal cells: on a CPU as measured there; elsewhere measured once for each design."""
+    if jax.default_backend() != "cpu":
+        from compressx.crossbar.tune import fastest_path  # it programs arrays itself
+
+        return fastest_path(design)
+    return "table" if "table" in paths_for(design) else "popcount"
+
+
+def paths_for(design: Design) -> tuple[str, ...]:
+    """The formulations that can run a design."""
+    small = design.active_rows <= TABLE_ROWS and design.dac_bits == 1
+    return tuple(p for p in PATHS if (p != "table" or small) and (p != "integer" or design.dac_bits <= 7))
 
 
 def rows_of(order: Any, w: Any) -> np.ndarray:

@@ -90,14 +90,13 @@ def cycles(path: PathLike, histograms: Mapping[str, Sequence[int]]) -> Path:
         ax = fig.add_subplot()
         for i, (label, counts) in enumerate(histograms.items()):
             share = np.asarray(counts, np.float64) / max(1, int(np.sum(counts)))
-            mean = float((share * np.arange(len(share))).sum())
             ax.plot(
                 np.arange(len(share)),
                 share,
                 drawstyle="steps-mid",
                 color=style.colour_of(i, len(histograms)),
                 linestyle=style.DASHES[i % len(style.DASHES)],
-                label=f"{label}: mean {mean:.1f}",
+                label=label,
             )
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}"))
         ax.set_ylim(bottom=0)

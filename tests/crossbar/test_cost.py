@@ -46,7 +46,7 @@ def test_forms_polarization_only_from_first_principles(fragment, per_area, per_w
 
 def test_inconsistencies_are_recomputed():
     found = {i.where: i for i in chips.known_inconsistencies()}
-    assert len(found) == 10
+    assert len(found) == 11 and "0.402" in found["table IV, area of FORMS' tile"].recomputed
     assert "289.32 mW" in found["table III, ISAAC's arrays"].recomputed
     assert "+0.84 %" in found["text, chip power against ISAAC"].recomputed
     assert "+4.77 %" in found["text, chip area against ISAAC"].recomputed
@@ -134,7 +134,7 @@ def test_frames_in_flight_let_a_small_network_fill_the_chip():
     one, many = cost.plan(mapped, design, chip), cost.plan(mapped, design, chip, frames=256)
     work = sum(s.arrays * s.uses for s in one.stages) * 1600  # array-time of a frame
     bound = 1e9 * chip.total_arrays / work
-    assert one.fps < 0.1 * bound and 0.9 * bound < many.fps <= bound
+    assert one.fps < 0.1 * bound and 0.8 * bound < many.fps <= bound
     assert many.used_arrays <= chip.total_arrays and many.array_mj == pytest.approx(one.array_mj)
 
 

@@ -51,7 +51,7 @@ def _inputs(rng, design, n, rows):
 
 
 def _paths(design):
-    return ["folded", "popcount"] + (["table"] if design.active_rows <= 8 and design.dac_bits == 1 else [])
+    return ["folded", "integer", "popcount"] + (["table"] if design.active_rows <= 8 and design.dac_bits == 1 else [])
 
 
 @pytest.mark.parametrize("name", DESIGNS)
