@@ -142,7 +142,7 @@ def darb(variant: str) -> Settings:
     """DARB beside irregular, block-max, bank-balanced, block and row pruning, at 4x and 8x."""
     points: list[tuple[str, str, Settings]] = []
     for rate in (4, 8):
-        specs = {
+        specs: dict[str, Settings] = {
             "irregular": {"kind": "unstructured", "density": 1 / rate},
             "block-max": {"kind": "block_max", "size": rate},
             "DARB": {"kind": "darb", "density": 1 / rate},

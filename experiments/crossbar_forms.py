@@ -93,7 +93,8 @@ def measure(
 ) -> dict[str, Any]:
     """Everything about all models, as plain numbers for the summary."""
     placed = {s.name: place(s, scene, hardware) for s in subjects}
-    score, observe = (make(scene.apply, scene.prepare) for make in (network.make_scorer, network.make_observer))
+    score = network.make_scorer(scene.apply, scene.prepare)
+    observe = network.make_observer(scene.apply, scene.prepare)
     models = {}
     for name, p in placed.items():
         models[name] = {**_about(p), **_scores(p, scene, hardware, score)}

@@ -32,7 +32,7 @@ def sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _forms_pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
     out = []
-    rows = found["layers"]
+    rows: list[Any] = found["layers"]
     names = [r["layer"] for r in rows]
     dense, kept = (sum(r[key] for r in rows) for key in ("arrays dense", "arrays"))
     path = draw.pairs(
@@ -98,7 +98,17 @@ def _largest(parts: Mapping[str, float], keep: int = 6) -> dict[str, float]:
 
 def _forms_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     models = found["models"]
-    head = ("model", "fragment", "order", "single-signed", "float", "on levels", "engine", "saturating", "same images")
+    head: tuple[str, ...] = (
+        "model",
+        "fragment",
+        "order",
+        "single-signed",
+        "float",
+        "on levels",
+        "engine",
+        "saturating",
+        "same images",
+    )
     accuracy = Table(
         head,
         [
@@ -122,7 +132,7 @@ def _forms_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     out: list[tuple[str, Any]] = [("Accuracy through the engine", [note, accuracy])]
     drawn = {name: m["variation"] for name, m in models.items() if "variation" in m}
     if drawn:
-        rows = [
+        rows: list[Any] = [
             (
                 name,
                 f"{r['sigma']:g}",
@@ -139,7 +149,7 @@ def _forms_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         out.append(("Device variation", Table(head, rows, (False, *[True] * 6))))
     out.append(("Reduction of arrays", _reduction(found["reduction"])))
     keys = ("matrix", "kept rows", "kept columns", "uses", "arrays dense", "arrays")
-    body = [
+    body: list[Any] = [
         (
             r["layer"],
             *(fmt.text(r[k]) for k in keys),
@@ -165,7 +175,7 @@ def _reduction(r: Mapping[str, float]) -> list[str | Table]:
         "From a dense network of 32-bit weights in positive and negative arrays. Weights x bits x signs is how the "
         "paper counts; whole arrays are what a chip has."
     )
-    head = ("prune", "bits", "signs", "product", "whole arrays before", "after", "in whole arrays")
+    head: tuple[str, ...] = ("prune", "bits", "signs", "product", "whole arrays before", "after", "in whole arrays")
     names = ("prune", "bits", "signs", "product")
     row = [fmt.rate(r[k]) for k in names] + [fmt.count(r["baseline_arrays"]), fmt.count(r["arrays"])]
     return [text, Table(head, [(*row, fmt.rate(r["measured"]))], [True] * 7)]
@@ -175,8 +185,11 @@ def _skips(found: Mapping[str, Any]) -> list[str | Table]:
     sizes = found["skipping"]
     layers = list(next(iter(sizes.values()))["layers"])
     cells = lambda each: [x for s in each for x in (f"{s['mean']:.2f}", fmt.percent(s["saved"], 1))]
-    rows = [("all", *cells(sizes.values())), *((n, *cells(s["layers"][n] for s in sizes.values())) for n in layers)]
-    head = ("layer", *(x for m in sizes for x in (f"{m} rows: mean cycles", "saved")))
+    rows: list[Any] = [
+        ("all", *cells(sizes.values())),
+        *((n, *cells(s["layers"][n] for s in sizes.values())) for n in layers),
+    ]
+    head: tuple[str, ...] = ("layer", *(x for m in sizes for x in (f"{m} rows: mean cycles", "saved")))
     text = (
         "Effective input cycles on real activations. All-zero fragments count 0 cycles; outputs do not change. In the "
         "mean over all, layers are weighted by their inputs (rows x uses)."
@@ -185,7 +198,7 @@ def _skips(found: Mapping[str, Any]) -> list[str | Table]:
 
 
 def _engine_tables(engines: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    rows = [
+    rows: list[Any] = [
         (
             name,
             fmt.count(r["arrays"]),
@@ -200,7 +213,18 @@ def _engine_tables(engines: Mapping[str, Any]) -> list[tuple[str, Any]]:
         )
         for name, r in engines["rows"].items()
     ]
-    head = ("engine", "arrays", "chips", "mm²", "W", "FPS", "µJ a frame", "GOPS/W", "GOPS/mm²", "FPS ratio")
+    head: tuple[str, ...] = (
+        "engine",
+        "arrays",
+        "chips",
+        "mm²",
+        "W",
+        "FPS",
+        "µJ a frame",
+        "GOPS/W",
+        "GOPS/mm²",
+        "FPS ratio",
+    )
     text = "Operations are those of the dense network. The ratio is against the first row."
     out: list[tuple[str, Any]] = [("Engines", [text, Table(head, rows, (False, *[True] * 9))])]
     for key, title in (("against_base", engines["base"]), ("against_peer", engines["peer"])):
@@ -232,7 +256,7 @@ def _sot_pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
         workdir / "sot.png", list(models), values, title="Energy and latency of an inference", xlabel="µJ, ms", log=True
     )
     out = [Picture(path, "SOT-MRAM engine", "Writes of activations and leakage are included.")]
-    rows = found["write_sensitivity"]
+    rows: list[Any] = found["write_sensitivity"]
     at = [r["write_ns"] for r in rows]
     curves = {"latency, ms": (at, [r["ms"] for r in rows]), "energy, µJ": (at, [r["uj"] for r in rows])}
     path = plots.lines(
@@ -262,7 +286,7 @@ def _sot_pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
 def _sot_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     models = found["models"]
     dense = next(iter(models.values()))
-    rows = [
+    rows: list[Any] = [
         (
             name,
             fmt.count(m["weights"]),
@@ -278,11 +302,26 @@ def _sot_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         )
         for name, m in models.items()
     ]
-    head = ("model", "weights", "bits", "float", "engine", "sub-arrays", "ANDs", "writes", "ms", "µJ", "FPS", "energy")
+    head: tuple[str, ...] = (
+        "model",
+        "weights",
+        "bits",
+        "float",
+        "engine",
+        "sub-arrays",
+        "ANDs",
+        "writes",
+        "ms",
+        "µJ",
+        "FPS",
+        "energy",
+    )
     text = f"{found['images']} test images through bit planes, AND and population count, exactly; 8-bit inputs."
     out: list[tuple[str, Any]] = [("SOT-MRAM engine", [text, Table(head, rows, (False, *[True] * 11))])]
     keys = list(found["layers"][0])
-    body = [tuple(f"{r[k]:.4g}" if isinstance(r[k], float) else fmt.text(r[k]) for k in keys) for r in found["layers"]]
+    body: list[Any] = [
+        tuple(f"{r[k]:.4g}" if isinstance(r[k], float) else fmt.text(r[k]) for k in keys) for r in found["layers"]
+    ]
     out.append(("Layers of the main model", Table(keys, body, (False, *[True] * (len(keys) - 1)))))
     body = [tuple(f"{v:.4g}" for v in r.values()) for r in found["write_sensitivity"]]
     head = ("factor", "write, ns", "ms", "µJ", "FPS")

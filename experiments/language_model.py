@@ -172,7 +172,8 @@ def load_corpus(data: Data, data_dir: str | None, words: tuple[str, ...] | None 
         if not (wanted == 0 or 2 <= wanted <= have):
             raise ConfigError(f"data.{part}={wanted} is impossible; it must be 0 or 2 to {have}, the words there are")
         cut[part] = corpus.part(part)[: wanted or have]
-    return dataclasses.replace(corpus, **cut, best=corpus.best if not data.test else None)
+    parts: dict[str, Any] = cut
+    return dataclasses.replace(corpus, **parts, best=corpus.best if not data.test else None)
 
 
 def build_model(model: Model, classes: int) -> lstm.LanguageModel:

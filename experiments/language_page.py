@@ -22,7 +22,7 @@ from compressx.training import Phase, Weights
 from compressx.training.language import language
 from experiments import artifacts
 
-FORMATS = ("block-max", "bitmask", "csr32", "csr16", "coo-delta", "bspc", "dense")
+FORMATS = ("block-max", "bitmask", "csr", "csr16", "coo-delta", "bspc", "dense")
 STRUCTURES = {"block_max": "block maxima", "random_place": "a random place", "block": "8x8 blocks", "row": "rows"}
 
 
@@ -157,10 +157,11 @@ def _storage(scene: Scene) -> dict[str, Any]:
 def _decoding(scene: Scene) -> dict[str, Any]:
     """Decoder work a non-zero, over all constrained leaves; block-max where the rules cut rows into blocks."""
     assert scene.rules is not None
-    sizes, total = _sizes(scene), {}
+    sizes = _sizes(scene)
+    total: dict[str, list[Any]] = {}
     for path, w in _matrices(scene.result.params, scene.rules).items():
-        for name, work in decoding.work(w, sizes.get(path)).items():
-            total.setdefault(name, []).append(work)
+        for name, done in decoding.work(w, sizes.get(path)).items():
+            total.setdefault(name, []).append(done)
     whole = len(_matrices(scene.result.params, scene.rules))
     out = {}
     for name, each in total.items():
@@ -216,17 +217,17 @@ def sections(scene: Scene, found: Mapping[str, Any]) -> list[tuple[str, html.Con
                   "non-zeros")  # fmt: skip
         out.append(("Block sizes", html.Table(header, rows, (False, False, True, True, True, True))))
     if found.get("storage"):
-        rows = [(n, fmt.size(s["bytes"]), f"{s['index_bits']:.2f}") for n, s in found["storage"].items()]
-        table = html.Table(("format", "constrained weights", "bits beside each value"), rows, (False, True, True))
+        stored = [(n, fmt.size(s["bytes"]), f"{s['index_bits']:.2f}") for n, s in found["storage"].items()]
+        table = html.Table(("format", "constrained weights", "bits beside each value"), stored, (False, True, True))
         note = "From the arrays themselves, block-size codes, padding and stored zeros included. Values are float32."
         out.append(("Storage", [note, table]))
     if found.get("decoding"):
-        rows = [
+        decoded = [
             (n, *(f"{d[k]:.3f}" for k in ("reads", "additions", "products"))) for n, d in found["decoding"].items()
         ]
-        header = ("format", "indices read", "dependent additions", "products")
+        heads = ("format", "indices read", "dependent additions", "products")
         note = "A decoder's work per non-zero weight, as compressx.formats.decoding counts it."
-        out.append(("Decoding", [note, html.Table(header, rows, (False, True, True, True))]))
+        out.append(("Decoding", [note, html.Table(heads, decoded, (False, True, True, True))]))
     return out
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from compressx import compaction, models, training
 from compressx.compaction import structure
-from compressx.models import darknet, initial
+from compressx.models import darknet, initial, yolov3
 from compressx.report import console, html
 from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, read_summary, write_summary
@@ -154,6 +154,7 @@ def make_plan(config: Config, task: Task, data_dir: str | None) -> Plan:
         from compressx.data import find_file
 
         path = find_file(config.model.checkpoint, data_dir)
+        assert isinstance(model, yolov3.YOLOv3)  # the config refuses a checkpoint for others
         variables, _ = darknet.load_darknet(path, model, task.shape[-1], variables)
     params, rest = {"params": variables["params"]}, {k: v for k, v in variables.items() if k != "params"}
     found = compaction.groups(compaction.channels(model, variables, x))
@@ -168,7 +169,7 @@ def make_plan(config: Config, task: Task, data_dir: str | None) -> Plan:
             )
         except ValueError as error:
             raise ConfigError(f"point {point.name}: {error}") from None
-        drawn = {"selection": "random", "seed": config.seed} if point.method == "random" else {}
+        drawn: dict[str, Any] = {"selection": "random", "seed": config.seed} if point.method == "random" else {}
         rules = tuple(compaction.structure_rules(found, params, kept, pattern=pattern, **drawn))
         amounts[point.name] = kept
         if point.method == "admm":

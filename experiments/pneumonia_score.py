@@ -1,5 +1,6 @@
 """How good and how large the networks of `experiments.pneumonia` are: scores, compaction, times."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -47,7 +48,8 @@ class Judge:
         variables = jax.tree.map(jnp.asarray, variables)
         judged = self.task.judged["test"]
         if self.task.geometry is None:
-            probability, out = self._probabilities(variables, self.task.test), {"threshold": 0.5}
+            probability = self._probabilities(variables, self.task.test)
+            out: dict[str, Any] = {"threshold": 0.5}
             out["accuracy"] = float(((probability >= 0.5) == judged.positive.astype(bool)).mean())
         else:
             if threshold is None:
@@ -213,7 +215,7 @@ def times(model: Any, dense: Any, size: Size, task: Task, rounds: int) -> Times:
     if not all_used:
         del ways["gathered"]
     compiled = {name: (jax.jit(f), v) for name, (f, v) in ways.items()}
-    got = interleaved({name: (lambda f=f, v=v: f(v, x)) for name, (f, v) in compiled.items()}, rounds)
+    got = interleaved({name: functools.partial(f, v, x) for name, (f, v) in compiled.items()}, rounds)
     best = min((name for name in got if name != "dense"), key=got.__getitem__)
     facts = {"milliseconds": got, "best": best, "gathered_layers": len(used), "rounds": rounds, "batch": 1}
     return Times(got["dense"], got[best], rows, facts)

@@ -126,7 +126,7 @@ def part_of(patient: str, parts: Mapping[str, float]) -> str:
         edge += share
         if place < edge:
             return name
-    return next(reversed(parts))
+    return next(reversed(list(parts)))
 
 
 def check_patients(splits: Mapping[str, Sequence[str]], where: str) -> None:

@@ -37,7 +37,7 @@ class Reliability(NamedTuple):
 
     predicted: Array
     observed: Array
-    count: npt.NDArray[np.int64]
+    count: npt.NDArray[np.int64]  # type: ignore[assignment]  # a tuple has a method of that name
     error: float
 
 

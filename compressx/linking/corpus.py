@@ -6,7 +6,7 @@ documents and leaves each document's own counts out, so that no feature of a men
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -110,7 +110,7 @@ def coreference(document: Document, is_person: Callable[[str], bool]) -> Documen
         longer = [c for t, c in persons if len(t) > len(text) and inside.search(t)]
         if not longer:
             return m
-        total: Counter[str] = Counter()
+        total: defaultdict[str, float] = defaultdict(float)
         for candidates in longer:
             for c in candidates:
                 total[c.title] += c.prior / len(longer)

@@ -5,7 +5,7 @@ tells them apart, so that nothing passes from one to another.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -87,7 +87,8 @@ def encode(
     """
     if slots < 1 or candidates < 1 or context < 0:
         raise ValueError(f"slots={slots} and candidates={candidates} must be 1 or more, context={context} 0 or more")
-    places, pieces = [], []
+    places: list[Any] = []
+    pieces: list[Any] = []
     for number, document in enumerate(documents):
         mine = []
         for i in ordered(document, order, seed):

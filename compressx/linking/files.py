@@ -224,9 +224,10 @@ def _cached(facts: tuple[Any, ...], make: Any) -> Knowledge:
     if path.is_file():
         try:
             with path.open("rb") as handle, np.load(handle, allow_pickle=False) as z:
-                parts = {name: z[name] for name in z.files}
-            text = {n: tuple(parts.pop(n).tobytes().decode("utf-8").split("\n")) for n in ("titles", "words")}
-            return Knowledge(**text, **parts)
+                parts: dict[str, Any] = {name: z[name] for name in z.files}
+            for name in ("titles", "words"):
+                parts[name] = tuple(parts[name].tobytes().decode("utf-8").split("\n"))
+            return Knowledge(**parts)
         except Exception:  # NumPy and zip raise many kinds for a damaged file
             path.unlink(missing_ok=True)
     made: Knowledge = make()

@@ -307,8 +307,8 @@ def rollout(
     fixed = static(linker, params, facts, batch)
     if not linker.dynamic:
         scores = combine(linker, params, fixed.features, batch["mask"], keep)
-        slots = jnp.arange(scores.shape[1])
-        return Rollout(jax.vmap(pick, in_axes=(1, 0), out_axes=1)(scores, slots), scores)
+        order = jnp.arange(scores.shape[1])
+        return Rollout(jax.vmap(pick, in_axes=(1, 0), out_axes=1)(scores, order), scores)
     entities, words = _tables(linker, params, facts)
     rows, slots, _ = batch["candidates"].shape
     inlinks = facts.inlinks if "words" in linker.features else facts.inlinks[:, :0]
