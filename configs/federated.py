@@ -83,9 +83,11 @@ def digits(variant: str) -> Settings:
     """
     c = base(variant)
     c["algorithm"] |= {
-        "rounds": 40,
-        "prune_round": 8,
-        "admm_rounds": 4,
+        "rounds": 50,
+        "prune_round": 20,
+        "admm_rounds": 6,
+        "rho": 0.1,
+        "rho_final": 10.0,  # few steps a round: the pull must act within them
         "batch": 16,
         "density": ((r"params/.*/kernel", 0.15),),
     }
@@ -97,7 +99,7 @@ def digits_shards(variant: str) -> Settings:
     """8x8 digits, ten clients of two shards each: non-IID."""
     c = digits(variant)
     c["split"] |= {"kind": "shards"}
-    c["algorithm"] |= {"rounds": 60, "prune_round": 12, "local_epochs": 0.5, "lr": 0.03}
+    c["algorithm"] |= {"rounds": 60, "prune_round": 24, "admm_rounds": 8, "local_epochs": 0.5}
     return c
 
 
@@ -123,7 +125,7 @@ def hundred(variant: str) -> Settings:
     """A hundred clients for a hundred rounds on the digits, all of them in every round."""
     c = digits(variant)
     c["split"] |= {"kind": "dirichlet", "clients": 100, "alpha": 1.0, "least": 4}
-    c["algorithm"] |= {"rounds": 100, "prune_round": 12, "admm_rounds": 6, "batch": 8, "lr": 0.1}
+    c["algorithm"] |= {"rounds": 100, "prune_round": 20, "admm_rounds": 12, "batch": 8, "lr": 0.1}
     c["baselines"] = ("dense",)
     c["eval_every"] = 10
     return c
@@ -148,6 +150,7 @@ def mnist(variant: str) -> Settings:
         "prune_round": 6,
         "admm_rounds": 4,
         "every": 10,
+        "rho_final": 3.0,
     }
     c["paper"] = {"accuracy": 0.9878, "saving": 0.3485, "speedup": 1.8, "what": "LeNet-5, IID"}
     return c
@@ -166,6 +169,7 @@ def mnist_shards(variant: str) -> Settings:
         "lr": 0.03,
         "prune_round": 24,
         "admm_rounds": 16,
+        "rho_final": 10.0,
         "lr_final": 0.02,
     }
     c["eval_every"] = 4

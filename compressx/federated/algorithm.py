@@ -54,7 +54,7 @@ class Algorithm:
       density: pairs (path pattern, share of weights kept) of the layers that are made sparse; first match wins.
       prune_round: first round of the pruned model, for "common" and "client".
       admm_rounds: rounds with ADMM's pull before `prune_round`.
-      rho: ADMM's penalty in its first round.
+      rho: ADMM's penalty in its first round; a step moves a weight by lr * rho of its distance, momentum apart.
       rho_final: in its last; geometric between.
       every: local steps between Z and U updates.
       value_type: "float32", "float16" or "int8" on the wire.
@@ -244,7 +244,8 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
             make = (lambda k: unstructured(keep=k)) if own else held_support
             rules = [(re.escape(x.name), make(b)) for x, b in zip(layers, budgets, strict=True) if b]
             pull = [admm(rules, rho=rho, every=every)]
-        return optax.chain(*pull, optax.trace(alg.momentum))
+        # The pull comes after the momentum, with which a strong one would overshoot; stable for lr * rho < 2.
+        return optax.chain(optax.trace(alg.momentum), *pull)
 
     def run(
         leaves: Any, masks: Any, data: Any, rows: Array, first: Any, last: Any, lr: Any, tx: Any, key: Array
