@@ -244,16 +244,16 @@ def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
         net = MNN.Interpreter(str(target))
     session = net.createSession({"numThread": threads, "precision": "high", "backend": "CPU"})
     given, image = net.getSessionInput(session), x.transpose(0, 3, 1, 2).copy()
-    host = MNN.Tensor(image.shape, MNN.Halide_Type_Float, image, MNN.Tensor_DimensionType_Caffe)
 
     def run() -> Any:
+        host = MNN.Tensor(image.shape, MNN.Halide_Type_Float, image, MNN.Tensor_DimensionType_Caffe)  # keeps no image
         given.copyFrom(host)
         net.runSession(session)
         out = net.getSessionOutput(session)
         empty = np.zeros(out.getShape(), np.float32)
         copy = MNN.Tensor(out.getShape(), MNN.Halide_Type_Float, empty, MNN.Tensor_DimensionType_Caffe)
         out.copyToHostTensor(copy)
-        return copy.getNumpyData()
+        return np.array(copy.getNumpyData())  # it is only a view
 
     return run
 
