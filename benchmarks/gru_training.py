@@ -81,7 +81,7 @@ def torch_step(units: int, weights: Any, x: Any, y: Any) -> Callable[[], float]:
         loss = F.cross_entropy(output(gru(inputs)[0]).reshape(-1, OUTPUTS), labels)
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return run
 

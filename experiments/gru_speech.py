@@ -131,7 +131,8 @@ def _widened(heard: Heard, longest: int) -> dict[str, np.ndarray]:
 
 def shapes(config: Config) -> dict[str, tuple[int, int]]:
     """The gate matrices by path; the paper's twelve for 39 features and 2 x 1024 units."""
-    hidden, out = config.model.hidden, {}
+    hidden = config.model.hidden
+    out: dict[str, tuple[int, int]] = {}
     for i in range(config.model.layers):
         for kind in "wu":
             inputs = config.features.size if (i, kind) == (0, "w") else hidden
@@ -153,6 +154,7 @@ def plan_phases(config: Config) -> dict[str, tuple[Phase, ...]]:
             rules = rates.rules(arm.structure, shapes(config), keep, config.strips, config.block)
         except ValueError as error:
             raise ConfigError(f"arm {arm.name!r}: {error}") from None
+        stages: tuple[Stage, ...]
         if len(rules) == 2:
             stages = (
                 Stage(rules[0], config.column, config.column_retrain),

@@ -108,7 +108,8 @@ def _strings(speaker: str, recordings: list[tuple[int, np.ndarray]]) -> list[Utt
     seed = int.from_bytes(speaker.encode()[:8].ljust(8, b"\0"), "little")
     order = [recordings[int(i)] for i in epoch_order(seed, 0, len(recordings))]
     lengths = epoch_order(seed, 1, 5040) % LONGEST + 1
-    out, at = [], 0
+    out: list[Utterance] = []
+    at = 0
     while at < len(order):
         part = order[at : at + int(lengths[len(out) % 5040])]
         at += len(part)

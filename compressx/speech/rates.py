@@ -43,7 +43,8 @@ class Keep(NamedTuple):
 def budgets(shapes: Shapes, rate: float, row_rate: float) -> dict[str, Keep]:
     """Columns and rows of every matrix so that all keep at most floor(weights / rate) together, and nearly as many.
 
-    Rows are out / row_rate, columns what the rate then leaves, each at least 1. What rounding leaves of the budget goes
+    Rows are out / row_rate, columns what the rate then leaves, each at least 1; where row_rate is the whole rate all
+    columns stay, and BSP has only its second step. What rounding leaves of the budget goes
     column by column (row by row where all columns are kept) to the matrix of lowest density that it fits.
 
     Raises:
@@ -58,8 +59,11 @@ def budgets(shapes: Shapes, rate: float, row_rate: float) -> dict[str, Keep]:
         )
     keep = {}
     for name, (inputs, outputs) in shapes.items():
-        rows = max(1, math.floor(outputs / row_rate + 0.5))
-        keep[name] = Keep(min(inputs, max(1, math.floor(inputs * outputs / (rate * rows)))), rows)
+        if row_rate == rate:
+            keep[name] = Keep(inputs, max(1, math.floor(outputs / rate)))
+        else:
+            rows = max(1, math.floor(outputs / row_rate + 0.5))
+            keep[name] = Keep(min(inputs, max(1, math.floor(inputs * outputs / (rate * rows)))), rows)
     while (spent := sum(k.weights for k in keep.values())) > limit:  # small matrices at high rates: one column is much
         dense = max((n for n in keep if keep[n].rows > 1), key=lambda n: keep[n].weights / math.prod(shapes[n]))
         keep[dense] = keep[dense]._replace(rows=keep[dense].rows - 1)

@@ -104,8 +104,8 @@ def prepare(packed: Mapping[str, Packed], product: str, hidden_layers: int) -> N
         prefix = f"params/gru_{i}/"
         leaves = {name.removeprefix(prefix): p for name, p in packed.items() if name.startswith(prefix)}
         layers.append({n: matrix(p) if n in matrices else unpack(p) for n, p in leaves.items()})
-    kernel, bias = (unpack(packed[f"params/output/{n}"]) for n in ("kernel", "bias"))
-    return jax.tree.map(jnp.asarray, Network(tuple(layers), kernel, bias))
+    kernel, bias = (jnp.asarray(unpack(packed[f"params/output/{n}"])) for n in ("kernel", "bias"))
+    return Network(tuple(jax.tree.map(jnp.asarray, layers)), kernel, bias)
 
 
 def make_step(product: str, reset: str = "before") -> Callable[[Network, Array, Array], tuple[Array, Array]]:
