@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from compressx.models import native
+from compressx.models.layers import lax_only
 
 Apply = Callable[[Array], Array]
 
@@ -84,7 +85,7 @@ def portable(module: nn.Module, variables: Any) -> Apply:
         return next_fun(*args, **kwargs)
 
     def apply(x: Array) -> Array:
-        with nn.intercept_methods(plain):
+        with lax_only(), nn.intercept_methods(plain):
             return module.apply(variables, x)  # type: ignore[return-value]
 
     return apply

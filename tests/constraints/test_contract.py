@@ -32,6 +32,16 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
         cx.coupled_filters([(3, [(0, 6)]), (1, [(1, 4), (-1, 1)])], 0.5),
         ((3, 3, 4, 6), (6, 5)),
     ),
+    "network_structure": (
+        cx.constraints.KINDS["network_structure"](
+            [
+                {"makes": 3, "makes_units": [[0, 6]], "reads": None, "reads_units": None, "columns": 20},
+                {"makes": None, "makes_units": None, "reads": 0, "reads_units": [[0, 6]], "columns": None},
+            ],
+            [[0, 6, 3]],
+        ),
+        ((3, 3, 4, 6), (6, 5)),
+    ),
     "pattern natural": (cx.pattern(k=8), (3, 3, 6, 8)),
     "pattern aligned": (cx.pattern("elog", aligned=4), (3, 3, 5, 10)),
     "pattern network": (cx.pattern("all", k=8, scope="network", shrink=0.5), ((3, 3, 4, 6), (3, 3, 6, 4))),
@@ -66,7 +76,7 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
 table = pytest.mark.parametrize("name", list(EXAMPLES))
 
 # Sequences of projections and greedy choices: feasible, not claimed to be nearest.
-NOT_NEAREST = ("filters_and_columns", "bsp", "balanced_block_max", "crossbar_aware", "unify_and_prune")
+NOT_NEAREST = ("filters_and_columns", "network_structure", "bsp", "balanced_block_max", "crossbar_aware", "unify_and_prune")
 
 
 def draw(constraint: cx.Constraint, shape: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:

@@ -41,7 +41,7 @@ def test_what_is_read_is_what_was_written() -> None:
         ({"dense": 3}, r"config\.dense=3 must be a mapping"),
         ({"method": "magic"}, r"method='magic' is impossible; it must be one of admm, one_shot"),
         ({"baselines": "one_shot"}, r"config\.baselines='one_shot' must be a list"),
-        ({"stages": []}, r"stages=\(\) is impossible; it must be at least one"),
+        ({"stages": [], "method": "one_shot"}, r"stages=\(\) is impossible; it must be given for another method"),
         ({"stages": [{"rules": []}]}, r"config\.stages\[0\]: rules=\(\) is impossible"),
         ({"stages": [{"rules": [["a"]]}]}, r"config\.stages\[0\]\.rules\[0\]=.* must have 2 entries"),
         ({"dense": {"distill": 0.5}}, "there is no teacher yet"),

@@ -167,7 +167,7 @@ def test_the_gradient_of_the_loss_is_clipped_and_the_pull_is_not(params) -> None
     tx = training.loop.phase_optimizer("plain_sgd", phase, 20, 10, None, 2.0)
     update, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
     free = training.loop.phase_optimizer("plain_sgd", phase, 20, 10, None)
-    clipped = jax.tree.map(lambda g: g * (2.0 / optax.global_norm(gradient)), gradient)
+    clipped = jax.tree.map(lambda g: g * (2.0 / optax.tree.norm(gradient)), gradient)
     want, _ = jax.jit(free.update)(clipped, free.init(params), params)
     for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)
