@@ -76,7 +76,10 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
 table = pytest.mark.parametrize("name", list(EXAMPLES))
 
 # Sequences of projections and greedy choices: feasible, not claimed to be nearest.
-NOT_NEAREST = ("filters_and_columns", "network_structure", "bsp", "balanced_block_max", "crossbar_aware", "unify_and_prune")
+NOT_NEAREST = (
+    "filters_and_columns", "network_structure", "bsp",
+    "balanced_block_max", "crossbar_aware", "unify_and_prune",
+)
 
 
 def draw(constraint: cx.Constraint, shape: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:
