@@ -47,6 +47,7 @@ def test_every_point_starts_from_its_seeds_dense_network_with_the_same_budget(tm
     assert {c for c, n in seeds if n == "8x"} >= controls
 
 
+@pytest.mark.slow
 def test_the_structures_keep_the_same_number_of_weights() -> None:
     """On the shape of a matrix of the War and Peace network, before any training."""
     w = jax.random.normal(jax.random.key(0), (128, 512), jnp.float32)

@@ -106,6 +106,7 @@ def test_evaluation_of_the_file_on_other_parts(done, capsys) -> None:
         language_model.evaluate(config, Options(folder / "nowhere"))
 
 
+@pytest.mark.slow
 def test_another_text_is_read_with_the_networks_own_words(done, tmp_path) -> None:
     folder, _ = done
     (tmp_path / "ptb").mkdir()

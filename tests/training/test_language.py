@@ -137,6 +137,7 @@ class _Stop(training.Display):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_broken_off_ends_with_the_same_bits_carry_and_all(tmp_path) -> None:
     todo = phases.plan(PLAN)
     whole = training.train(_job(), todo, tmp_path / "a", training.Display(1, quiet=True))
