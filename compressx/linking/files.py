@@ -122,10 +122,11 @@ def _finish(
     plain, training = found, found["train"]
     if counts:
         found = {s: corpus.with_counts(ds, training, strength) for s, ds in found.items()}
-    typed: dict[str, list[Document]] = {}
-    for split, documents in found.items():
-        first, others = mention_types.with_types(found["train"], [] if split == "train" else documents, types)
-        typed[split] = first if split == "train" else others
+    others = [s for s in found if s != "train"]
+    first, rest = mention_types.with_types(found["train"], [d for s in others for d in found[s]], types)
+    typed = {"train": first}
+    for s in others:
+        typed[s], rest = rest[: len(found[s])], rest[len(found[s]) :]
     return Corpora(typed, plain, known, source, stand_in)
 
 

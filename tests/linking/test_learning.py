@@ -104,7 +104,7 @@ def test_reinforce_gradient_is_the_exact_expectation_on_a_toy_document(baseline)
     drawn = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 8192))
     mean, spread = (part(jax.tree.map(lambda w, f=f: f(np.asarray(w), 0), drawn)) for f in (np.mean, np.std))
     error = spread / np.sqrt(8192)
-    assert np.abs(exact).max() > 20 * error.max()
+    assert (np.abs(exact) > 15 * error).sum() >= 3  # the draws are many enough to tell
     assert (np.abs(mean - exact) < 5 * error + 1e-6).all()
 
 
@@ -131,22 +131,27 @@ def test_teacher_forcing_and_own_decisions_train_on_different_contexts() -> None
     losses = {}
     for share in (0.0, 1.0):
         learns = Learning(own_decisions=share, margin=1.0)
-        losses[share], _ = learning.loss_and_decisions(linker, learns, params, FACTS, batch, jax.random.key(0))
-    gold = model.path_scores(linker, params, FACTS, batch, batch["gold"]).scores
-    want = learning.multi_margin(gold, batch["gold"], batch["mask"], 1.0)
-    np.testing.assert_allclose(losses[0.0], want.sum() / (batch["gold"] >= 0).sum(), rtol=1e-5)
+        run = jax.jit(lambda p, k, learns=learns: learning.loss_and_decisions(linker, learns, p, FACTS, batch, k)[0])
+        losses[share] = float(run(params, jax.random.key(0)))
+    scores = np.asarray(
+        jax.jit(model.path_scores, static_argnums=0)(linker, params, FACTS, batch, batch["gold"]).scores
+    )
+    gold, mask = np.asarray(batch["gold"]), np.asarray(batch["mask"])
+    want = _margin_loop(scores, gold, mask, 1.0).sum() / (gold >= 0).sum()
+    assert losses[0.0] == pytest.approx(want, rel=1e-4)
     assert losses[0.0] != losses[1.0]
 
 
 def test_norms_are_limited_in_the_scoring_network_alone() -> None:
     linker = Linker(hidden=5)
     params = jax.tree.map(lambda w: 10 * w, toy.weights(linker, KNOWN))
-    after = learning.limit_norms(params, 4.0)["params"]
+    after = jax.jit(learning.limit_norms)(params, 4.0)["params"]
     for name in ("hidden", "out"):
         for k, w in params["params"][name].items():
             want = np.asarray(w) * min(1.0, 4.0 / np.linalg.norm(w))
             np.testing.assert_allclose(after[name][k], want, rtol=1e-5)
-    assert after["vectors"] is params["params"]["vectors"]
+    for a, b in zip(*map(jax.tree.leaves, (after["vectors"], params["params"]["vectors"])), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_score_counts_a_gold_outside_the_candidates_as_wrong_and_reads_no_padding() -> None:
@@ -158,10 +163,11 @@ def test_score_counts_a_gold_outside_the_candidates_as_wrong_and_reads_no_paddin
     batch["scored"] = batch["scored"].at[:, 3].set(False)
     task = learning.make_task(linker, Learning())
     carried = learning.carried(FACTS)
-    sums = task.score(params, carried, batch, jnp.array([True, False]))
-    choice = model.rollout(linker, params, FACTS, batch).choice[0]
+    sums = jax.jit(task.score)(params, carried, batch, jnp.array([True, False]))
+    choice = np.asarray(jax.jit(model.rollout, static_argnums=0)(linker, params, FACTS, batch).choice)[0]
+    gold = np.asarray(batch["gold"])[0]
     assert int(sums.seen) == 3
-    assert int(sums.correct) == int((choice[1:3] == batch["gold"][0, 1:3]).sum() - (batch["gold"][0, 2] < 0))
+    assert int(sums.correct) == sum(choice[t] == gold[t] >= 0 for t in (1, 2))
 
 
 @pytest.mark.parametrize("settings", [{"method": "sl"}, {"baseline": "mean"}, {"margin": 0.0}, {"own_decisions": 1.5}])
