@@ -31,7 +31,7 @@ def _config(variant: str = "generated_tiny", **changes):
 def done(tmp_path_factory):
     """A finished tiny run: its folder and its summary. Tests do not change it."""
     folder = tmp_path_factory.mktemp("linking") / "run"
-    config = _config(arms=[configs.arm("local", configs.LOCAL)], plan__baselines=())
+    config = _config(arms=[configs.arm("local", ("prior",))], plan__baselines=())
     return config, folder, entity_linking.train_and_evaluate(config, Options(folder, command="python -m x"))
 
 
