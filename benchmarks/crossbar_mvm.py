@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def cases(w: np.ndarray, polar: np.ndarray, x: np.ndarray) -> dict[str, tuple[Ca
     matrices["conductances"] = (w, perturb(jax.random.key(0), ideal, Variation(sigma=0.1)))
     given = jnp.asarray(x, jnp.int32)
     made: dict[str, tuple[Callable[[], Any], int]] = {}
+    run = jax.jit(crossbar_matmul)
     for name, (ints, programmed) in matrices.items():
         assert programmed is not None
-        run = jax.jit(lambda v, p: crossbar_matmul(v, p))
         if name != "conductances":
             few = np.asarray(run(given, programmed))[:2, :2]
             expected = reference(x[:2], ints[:, :2], programmed.design).y
@@ -67,8 +68,12 @@ def cases(w: np.ndarray, polar: np.ndarray, x: np.ndarray) -> dict[str, tuple[Ca
         design = programmed.design
         groups = -(-len(w) // design.active_rows)
         conversions = len(x) * design.cycles * groups * design.columns_per_weight * w.shape[1]
-        made[name] = (lambda run=run, p=programmed: run(given, p).block_until_ready(), conversions)
+        made[name] = (partial(_finish, run, given, programmed), conversions)
     return made
+
+
+def _finish(run: Callable[..., Any], *args: Any) -> None:
+    run(*args).block_until_ready()
 
 
 def unit(w: np.ndarray, x: np.ndarray) -> Callable[[], Any]:
@@ -134,7 +139,8 @@ def network(width: float) -> dict[str, Any]:
     from compressx.crossbar.network import deploy_network, find_layers, levels_of, on_grid
 
     model, x = models.build("resnet18", classes=1000, width=width), jnp.zeros((1, 224, 224, 3), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda v: rng.standard_normal(v.shape, np.float32), shapes)
     design = forms(8).but(signs="differential_digital")  # random weights are not polarized
     marks = [time.perf_counter()]
     found = find_layers(model.apply, variables, x, train=False)
