@@ -5,7 +5,7 @@
 Both read the same random document of T mentions with n = 8 candidates and vectors of 300 numbers; weights are random,
 for the time does not depend on them. DCA's row is as long as its chunk: a longer document is cut, as the authors' code
 does it at 100 mentions, so that the buffers of context are of one size. "whole" is DCA without cutting.
-Measured in turns; per T the median and quartiles, and the exponent of T that fits the medians (1: linear, 2: quadratic).
+Measured in turns; per T the median and quartiles, and the exponent of T that fits the medians (1 is linear).
 """
 
 import argparse

@@ -58,9 +58,12 @@ def base(variant: str) -> Settings:
 
 
 def ramp(epochs: int) -> Settings:
-    """ADMM with one update an epoch, rho growing smoothly from 1e-3 to 0.3."""
-    factor = (0.3 / 1e-3) ** (1 / max(epochs - 1, 1))
-    return admm(epochs, 1e-3, 1e-3, final=0.1, rho_factor=round(factor, 4), rho_stages=epochs)
+    """ADMM with one update an epoch, rho growing smoothly from 0.3 to 100.
+
+    Decoupled: the detection loss is a sum over hundreds of boxes, and a plain rho would have to grow with it.
+    """
+    factor = (100 / 0.3) ** (1 / max(epochs - 1, 1))
+    return admm(epochs, 1e-3, 0.3, final=0.3, rho_factor=round(factor, 4), rho_stages=epochs, decoupled=True)
 
 
 def opacities(variant: str) -> Settings:

@@ -22,6 +22,7 @@ from compressx.crossbar.cells import Cells
 from compressx.crossbar.design import Design
 
 _WORD = 32
+_UNROLL = 4  # cycles that one turn of the popcount loop holds: as fast as all of them, and quicker to compile
 
 
 def digits(x: Array, design: Design, cycles: int) -> Array:
@@ -118,7 +119,7 @@ def popcount(x: Array, planes: Array, cells: Cells, design: Design, cycle_weight
                 value = value + read * design.column_weights[k]
             return acc + value * power, None
 
-        part, _ = lax.scan(cycle, jnp.zeros((n, filters), jnp.int32), (packed, ones, powers))
+        part, _ = lax.scan(cycle, jnp.zeros((n, filters), jnp.int32), (packed, ones, powers), unroll=_UNROLL)
         return total + _signed(part, negative), None
 
     steps = (x.transpose(1, 0, 2), planes, cells.flip, cells.negative)
