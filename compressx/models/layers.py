@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from compressx.models import native
+from compressx.models import native, native_depthwise
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -80,7 +80,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: P
 
 
 def formulation(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads: Pads, groups: int, plain: bool) -> str:
-    """Names the fastest way to convolve these shapes here: `native`, `im2col`, `depthwise` or `lax`.
+    """Names the fastest way to convolve: `native`, `native_depthwise`, `im2col`, `depthwise` or `lax`.
 
     On GPU and TPU, and wherever dilation or grouping is general, it is XLA's convolution. On the CPU
     `benchmarks/training.py --layers` measures the choices.
@@ -88,12 +88,13 @@ def formulation(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads:
     kh, kw, cin, cout = kernel.shape
     if _only_lax or jax.default_backend() != "cpu" or not plain:
         return "lax"
+    ours = x.dtype == kernel.dtype == jnp.float32 and strides[0] == strides[1]
     if groups == cout == x.shape[-1] and cin == 1:
-        return "depthwise"
+        return "native_depthwise" if ours and native_depthwise.enabled() else "depthwise"
     if groups != 1:
         return "lax"
     short_pads = max(pads[0]) < kh and max(pads[1]) < kw
-    if x.dtype == kernel.dtype == jnp.float32 and strides[0] == strides[1] and short_pads and native.enabled():
+    if ours and short_pads and native.enabled():
         if kernel.size <= 1 << 20:  # beyond, a kernel no longer stays in the cache, and XLA's blocks win
             return "native"
     return "lax" if (kh, kw) == (3, 3) and cin >= 16 else "im2col"
@@ -146,6 +147,8 @@ def convolve(
         how = formulation(lhs, rhs, strides, pads, feature_group_count, fits)
     if how == "native":
         return native.conv(lhs, rhs, strides[0], pads)
+    if how == "native_depthwise":
+        return native_depthwise.conv(lhs, rhs, strides[0], pads)
     if how == "im2col":
         return im2col(lhs, rhs, strides, pads, precision)
     if how == "depthwise":

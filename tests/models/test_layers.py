@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from compressx.models import layers, native
+from compressx.models import layers, native, native_depthwise
 
 # images, (h, w), cin, cout, (kh, kw), stride, pads: odd sizes, partial vectors of channels, stride 2, uneven padding
 SHAPES = [
@@ -49,7 +49,7 @@ def assert_same_with_gradients(f, g, x, kernel):
 
 
 def needs_kernel():
-    if jax.default_backend() != "cpu" or not native.available():
+    if jax.default_backend() != "cpu" or not (native.available() and native_depthwise.available()):
         pytest.skip("the compiled kernel needs a CPU and a C++ compiler")
 
 
@@ -70,6 +70,32 @@ def test_native_is_lax(shape, spread, monkeypatch):
     x, kernel = operands(n, size, cin, cout, window)
     f = lambda x, k: native.conv(x, k, stride, pads)
     assert_same_with_gradients(f, lambda x, k: reference(x, k, stride, pads), x, kernel)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_depthwise_is_lax(shape):
+    needs_kernel()
+    n, size, _, channels, window, stride, pads = shape
+    x, kernel = operands(n, size, channels, channels, window)[0], operands(1, (1, 1), 1, channels, window, seed=2)[1]
+    f = lambda x, k: native_depthwise.conv(x, k, stride, pads)
+    assert_same_with_gradients(f, lambda x, k: reference(x, k, stride, pads, channels), x, kernel)
+    gradient = jax.jit(jax.grad(lambda k: jnp.sin(f(x, k)).sum()))
+    np.testing.assert_array_equal(gradient(kernel), gradient(kernel))
+
+
+def test_native_depthwise_second_derivatives_are_those_of_lax():
+    needs_kernel()
+    x, kernel = operands(2, (5, 5), 3, 3, (3, 3))[0], operands(1, (1, 1), 1, 3, (3, 3), seed=2)[1]
+    pads = ((1, 1), (1, 1))
+
+    def curvature(conv):
+        norm = lambda x, k: sum(jnp.square(g).sum() for g in jax.grad(lambda x, k: jnp.sin(conv(x, k)).sum(), (0, 1))(x, k))
+        return jax.grad(norm, argnums=(0, 1))(x, kernel)
+
+    ours = curvature(lambda x, k: native_depthwise.conv(x, k, 1, pads))
+    theirs = curvature(lambda x, k: reference(x, k, 1, pads, 3))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 def test_native_second_derivatives_are_those_of_lax():
@@ -131,9 +157,13 @@ def test_formulation_by_shape(monkeypatch):
     assert how(16, 16, (3, 3)) == how(1, 20, (5, 5)) == how(64, 32, (1, 1)) == "native"
     assert how(512, 512, (3, 3)) == "lax"
     assert how(16, 16, (3, 3), stride=(1, 2)) == how(16, 16, (3, 3), dtype=jnp.bfloat16) == "lax"
-    assert how(8, 8, (3, 3), groups=8) == "depthwise"
+    monkeypatch.setattr(native_depthwise, "enabled", lambda: True)
+    assert how(8, 8, (3, 3), groups=8) == "native_depthwise"
+    assert how(8, 8, (3, 3), stride=(1, 2), groups=8) == how(8, 8, (3, 3), groups=8, dtype=jnp.bfloat16) == "depthwise"
     assert how(8, 8, (3, 3), groups=2) == how(8, 8, (3, 3), plain=False) == "lax"
     monkeypatch.setattr(native, "enabled", lambda: False)
+    monkeypatch.setattr(native_depthwise, "enabled", lambda: False)
+    assert how(8, 8, (3, 3), groups=8) == "depthwise"
     assert how(16, 16, (3, 3)) == "lax"
     assert how(3, 16, (3, 3)) == how(20, 50, (5, 5)) == how(64, 32, (1, 1)) == "im2col"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
