@@ -83,13 +83,14 @@ def digits(variant: str) -> Settings:
     """
     c = base(variant)
     c["algorithm"] |= {
-        "rounds": 50,
-        "prune_round": 20,
-        "admm_rounds": 6,
+        "rounds": 60,
+        "prune_round": 16,
+        "admm_rounds": 12,
         "rho": 0.1,
-        "rho_final": 10.0,  # few steps a round: the pull must act within them
+        "rho_final": 3.0,
         "batch": 16,
-        "density": ((r"params/.*/kernel", 0.15),),
+        "lr": 0.1,
+        "density": ((r"params/(c1|f2)/kernel", 0.6), (r"params/c2/kernel", 0.3), (r"params/f1/kernel", 0.1)),
     }
     c["baselines"] = ("dense", "fedprox", "secagg")
     return c
@@ -99,7 +100,7 @@ def digits_shards(variant: str) -> Settings:
     """8x8 digits, ten clients of two shards each: non-IID."""
     c = digits(variant)
     c["split"] |= {"kind": "shards"}
-    c["algorithm"] |= {"rounds": 60, "prune_round": 24, "admm_rounds": 8, "local_epochs": 0.5}
+    c["algorithm"] |= {"prune_round": 20, "local_epochs": 0.5, "lr": 0.05, "rho_final": 10.0}
     return c
 
 
@@ -125,54 +126,46 @@ def hundred(variant: str) -> Settings:
     """A hundred clients for a hundred rounds on the digits, all of them in every round."""
     c = digits(variant)
     c["split"] |= {"kind": "dirichlet", "clients": 100, "alpha": 1.0, "least": 4}
-    c["algorithm"] |= {"rounds": 100, "prune_round": 20, "admm_rounds": 12, "batch": 8, "lr": 0.1}
+    # Two steps a client and round: the pull must act within them.
+    c["algorithm"] |= {"rounds": 100, "prune_round": 24, "admm_rounds": 16, "batch": 8, "rho_final": 10.0}
     c["baselines"] = ("dense",)
     c["eval_every"] = 10
     return c
 
 
 def mnist(variant: str) -> Settings:
-    """LeNet-5 (20-50-500, 431,080 weights and biases) on all of MNIST, ten clients, IID.
+    """LeNet-5 (20-50-500, 431,080 weights and biases) on all of MNIST, ten clients, IID, a quarter epoch a round.
 
-    Paper: 98.78 %, 34.85 % of the communication saved, 1.8x faster; wanted: 99.0 %, 80 %, 1.8x. Cost: about 60 epochs
-      of
-    LeNet-5 with its dense baseline.
+    Paper: 98.78 %, 34.85 % of the communication saved, 1.8x faster; wanted: 99.0 %, 80 %, 1.8x. Cost: 16 epochs of
+    LeNet-5 for each arm, about 4 minutes on one core.
     """
     c = base(variant)
     c["data"] |= {"name": "mnist", "shift": 0}
     c["model"] |= {"name": "lenet5_caffe", "options": {"conv_relu": True}}
-    kernels = ((r"params/c1/kernel", 0.5), (r"params/(c2|f2)/kernel", 0.15), (r"params/f1/kernel", 0.04))
     c["algorithm"] |= {
-        "rounds": 30,
-        "batch": 64,
-        "lr": 0.05,
-        "density": kernels,
-        "prune_round": 6,
-        "admm_rounds": 4,
-        "every": 10,
+        "rounds": 64,
+        "local_epochs": 0.25,
+        "density": ((r"params/c1/kernel", 0.5), (r"params/(c2|f2)/kernel", 0.2), (r"params/f1/kernel", 0.05)),
+        "prune_round": 16,
+        "admm_rounds": 10,
+        "rho": 0.03,
         "rho_final": 3.0,
+        "every": 10,
     }
+    c["eval_every"] = 4
     c["paper"] = {"accuracy": 0.9878, "saving": 0.3485, "speedup": 1.8, "what": "LeNet-5, IID"}
     return c
 
 
 def mnist_shards(variant: str) -> Settings:
-    """The same with two label-sorted shards a client.
+    """The same with two label-sorted shards a client, a tenth of an epoch a round.
 
     Paper: 97.60 %; wanted: 98.5 %. Short local rounds keep clients with two digits each from drifting apart.
     """
     c = mnist(variant)
     c["split"] |= {"kind": "shards"}
-    c["algorithm"] |= {
-        "rounds": 120,
-        "local_epochs": 0.25,
-        "lr": 0.03,
-        "prune_round": 24,
-        "admm_rounds": 16,
-        "rho_final": 10.0,
-        "lr_final": 0.02,
-    }
-    c["eval_every"] = 4
+    c["algorithm"] |= {"rounds": 160, "local_epochs": 0.1, "prune_round": 36, "admm_rounds": 24, "every": 5}
+    c["eval_every"] = 8
     c["paper"] = {"accuracy": 0.9760, "saving": 0.3485, "speedup": 1.8, "what": "LeNet-5, non-IID"}
     return c
 

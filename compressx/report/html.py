@@ -57,7 +57,10 @@ class Page:
       config: the run's configuration, nested dicts.
       layers: rows of the per-layer table.
       pictures: the plots, in order.
-      sections: a driver's own, `(title, content)`, shown after the plots.
+      first: a driver's own sections, `(title, content)`, shown right after the headline.
+      sections: likewise, shown after the plots.
+      badge: a word that must not be missed, such as SIMULATED; stands beside the title.
+      notice: the sentence that explains it.
       links: files beside the page, `(name, relative path)`.
     """
 
@@ -65,7 +68,10 @@ class Page:
     config: Mapping[str, Any]
     layers: Sequence[Layer] = ()
     pictures: Sequence[Picture] = ()
+    first: Sequence[tuple[str, Content]] = ()
     sections: Sequence[tuple[str, Content]] = ()
+    badge: str = ""
+    notice: str = ""
     links: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
 
@@ -84,6 +90,7 @@ def render(page: Page) -> str:
     summary = check_summary(page.summary)
     run = run_of(summary)
     sections: list[tuple[str, str]] = [("Headline", _headline(summary))]
+    sections += [(name, _content(content)) for name, content in page.first]
     if summary["paper"]["value"] is not None:
         sections.append(("Against the paper", _paper(summary)))
     if page.layers:
@@ -100,6 +107,8 @@ def render(page: Page) -> str:
     )
     links = "".join(f'<a href="#s{i}">{_text(name)}</a>' for i, (name, _) in enumerate(sections))
     files = ", ".join(f'<a href="{_text(_relative(where))}">{_text(name)}</a>' for name, where in page.links)
+    badge = f' <span class="badge">{_text(page.badge)}</span>' if page.badge else ""
+    notice = f"<p>{_text(page.notice)}</p>\n" if page.notice else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -113,8 +122,8 @@ def render(page: Page) -> str:
 <body>
 <main>
 <header>
-<h1>{_text(title)}</h1>
-{_subtitle(summary, run)}
+<h1>{_text(title)}{badge}</h1>
+{notice}{_subtitle(summary, run)}
 <nav>{links}</nav>
 </header>
 {body}

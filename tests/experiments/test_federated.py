@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from compressx.federated import algorithm
+from compressx.federated.simulate import Simulation
 from compressx.report.summary import read_summary
 from compressx.training import ConfigError
 from configs import federated as configs
-from experiments import artifacts, federated
+from experiments import artifacts, federated, federated_arms, federated_costs
 from experiments import federated_setup as setup
 from experiments.driver import Options
 
@@ -63,6 +64,7 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
     assert block["enclave"] == "SIMULATED" and read_summary(whole.workdir / "summary.json") == summary
     page = (whole.workdir / "report.html").read_text()
     assert "SIMULATED: no SGX hardware was used" in page and page.count("data:image/png") == 5
+    assert "<h1>federated / digits_tiny, seed 0 <span class=\"badge\">SIMULATED enclave</span></h1>" in page
     counts = block["bytes"]
     assert counts["encrypted sparse"]["total"] < counts["plain dense"]["total"] < counts["encrypted dense"]["total"]
     assert counts["secagg dense"]["total"] > counts["plain dense"]["total"]
@@ -72,9 +74,11 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
     assert block["secagg_audit"]["dropped"] == 1 and block["secagg_audit"]["largest_error"] < 1e-6
     assert summary["violations"] == 0 and summary["rate"]["constrained_weights"] > 6
     assert set(block["pruning"]) == {"before", "after"}
+    gains = [x["speedup"] for x in block["links"]]
+    assert gains == sorted(gains, reverse=True) and gains[0] > 1  # the slower the link, the more sparsity gains
 
     # killed after the second round of the first arm, and started again
-    saved, calls = federated.save, []
+    saved, calls = federated_arms.save, []
 
     def save(*args) -> None:
         saved(*args)
@@ -82,11 +86,11 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(federated, "save", save)
+    monkeypatch.setattr(federated_arms, "save", save)
     parts = Options(tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
         federated.train_and_evaluate(config, parts)
-    monkeypatch.setattr(federated, "save", saved)
+    monkeypatch.setattr(federated_arms, "save", saved)
     again = federated.train_and_evaluate(config, parts)
     assert again["federated"]["accuracy"] == block["accuracy"] and again["federated"]["bytes"] == counts
     assert (whole.workdir / "metrics.jsonl").read_bytes() == (parts.workdir / "metrics.jsonl").read_bytes()
@@ -95,6 +99,19 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     evaluated = federated.evaluate(config, whole)
     assert evaluated["metric"]["compressed"] == pytest.approx(summary["metric"]["compressed"])
+
+
+def test_dense_messages_are_counted_as_training_counts_them(tmp_path) -> None:
+    config = frozen("digits_tiny", model__name="lenet_300_100", model__options={"width": 0.1}, padded=True)
+    setting = setup.make(config, Options(tmp_path))
+    for value_type in ("float32", "int8"):
+        alg = federated_arms.dense(config.algorithm, value_type)
+        trained = Simulation(setting.task, alg, setting.model, setting.train, setting.split, 0, padded=True)
+        ledger = trained.run(trained.start(), 0, 1)[1]
+        like = federated_costs.Sent(config.algorithm, ledger.down, ledger.up, (), ())
+        counted = federated_costs.dense_messages(config, setting, like, value_type)
+        np.testing.assert_array_equal(counted.down, ledger.down)
+        np.testing.assert_array_equal(counted.up, ledger.up)
 
 
 def test_setup_of_real_processes_leaves_secrets_to_their_owners(tmp_path) -> None:

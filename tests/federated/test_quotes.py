@@ -215,3 +215,7 @@ def test_gramine_files_are_used_as_gramine_wants_them(machine, tmp_path) -> None
     ).read_bytes() == DATA
     assert attester.measurement() == MEASUREMENT and attester.sealing_key() == b"k" * 16
     assert "dcap" in attest.mode(tmp_path)
+
+
+def test_every_simulated_machine_has_quotes_of_one_size() -> None:
+    assert len({len(attest.SimulatedAttester(bytes(32), bytes(32)).quote(bytes(64))) for _ in range(6)}) == 1
