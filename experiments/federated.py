@@ -99,6 +99,7 @@ def conclude(config: Config, options: Options, setting: Setting, finished: dict[
         "bytes": compared.bytes,
         "bytes_counted": "payload, frame header, tag, hash, hello, offer with quote; not gRPC's and TLS's framing",
         "saving": compared.saving,
+        "saving_same_values": compared.saving_same_values,
         "speedup": compared.speedup,
         "links": compared.links,
         "seconds": {

@@ -50,15 +50,17 @@ class Comparison(NamedTuple):
       bytes: run -> bytes by purpose, and "total".
       seconds: run -> modelled seconds `[rounds, stages]`.
       saving: share of encrypted dense FedAvg's bytes that was saved, both ways, everything counted.
+      saving_same_values: the same beside dense FedAvg with values of this run's type: what sparsity alone saves.
       speedup: encrypted dense FedAvg's elapsed time over this run's.
-      links: the speed-up over other links: `{"up_mbit", "down_mbit", "speedup"}`.
+      links: the speed-up over other links, by "up/down" in megabit a second.
     """
 
     bytes: dict[str, dict[str, int]]
     seconds: dict[str, NpArray]
     saving: float
+    saving_same_values: float
     speedup: float
-    links: list[dict[str, float]]
+    links: dict[str, float]
 
 
 def compare(config: Config, setting: Setting, sparse: Arm) -> Comparison:
@@ -70,8 +72,10 @@ def compare(config: Config, setting: Setting, sparse: Arm) -> Comparison:
     ours = Sent(alg, sparse.ledger.down, sparse.ledger.up, layers, masks)
     plain = dense_messages(config, setting, ours, "float32")
     runs = {"encrypted sparse": (ours, True), "encrypted dense": (plain, True), "plain dense": (plain, False)}
+    same = "encrypted dense"
     if alg.value_type != "float32":
-        runs[f"encrypted dense, {alg.value_type}"] = (dense_messages(config, setting, ours, alg.value_type), True)
+        same = f"encrypted dense, {alg.value_type}"
+        runs[same] = (dense_messages(config, setting, ours, alg.value_type), True)
     counts = {name: totals(sent, encrypted, ids) for name, (sent, encrypted) in runs.items()}
     costs = {name: measure(config, sent, setting) for name, (sent, _) in runs.items()}
 
@@ -80,17 +84,18 @@ def compare(config: Config, setting: Setting, sparse: Arm) -> Comparison:
         return elapsed(config.seed, network, sent, setting, costs[name], encrypted, ids)
 
     times = {name: seconds(name, config.network) for name in runs}
-    links = []
+    links = {}
     for up, down in LINKS:
         network = dataclasses.replace(config.network, up_mbit=up, down_mbit=down)
         gain = seconds("encrypted dense", network).sum() / seconds("encrypted sparse", network).sum()
-        links.append({"up_mbit": up, "down_mbit": down, "speedup": float(gain)})
+        links[f"{up:g}/{down:g}"] = float(gain)
     if "secagg" in config.baselines:
         counts["secagg dense"] = {"total": secagg_bytes(plain)}
     return Comparison(
         counts,
         times,
         1 - counts["encrypted sparse"]["total"] / counts["encrypted dense"]["total"],
+        1 - counts["encrypted sparse"]["total"] / counts[same]["total"],
         float(times["encrypted dense"].sum() / times["encrypted sparse"].sum()),
         links,
     )

@@ -3,8 +3,8 @@
     F="--config=configs/federated.py:digits --workdir=runs/nodes"
     python -m experiments.federated_nodes $F --role=setup            keys, certificates and the plan, once
     python -m experiments.federated_nodes $F --role=server           on the server
-    python -m experiments.federated_nodes $F --role=client --number=3    on each client, in any order, again after a
-    crash python -m experiments.federated_nodes $F --role=local            all of it on this machine
+    python -m experiments.federated_nodes $F --role=client --number=3    on each client, in any order; again if it died
+    python -m experiments.federated_nodes $F --role=local            all of it on this machine
 
 The server may be killed and started again at any time. In the work directory: `public/` is everybody's, `server/` the
 server's, `clients/K/` client K's; a deployment copies each to where it belongs. With `--enclave=sgx` the aggregator

@@ -104,8 +104,9 @@ def first(summary: dict[str, Any]) -> list[tuple[str, html.Content]]:
     sizes = block["client_sizes"]
     rows = [
         ["clients", f"{len(sizes)}, with {min(sizes)} to {max(sizes)} examples"],
-        ["heterogeneity of their labels", f"{block['heterogeneity']:.3f} (0: all alike, towards 1 - 1/classes: one label each)"],
+        ["label heterogeneity", f"{block['heterogeneity']:.3f} (0: clients alike; 1 - 1/classes: one label each)"],
         ["bytes saved, up and down, everything counted", f"{fmt.percent(block['saving'])} of encrypted dense FedAvg's"],
+        ["saved by sparsity alone", f"{fmt.percent(block['saving_same_values'])} of dense with the same value type"],
         ["elapsed-time gain, modelled", f"{block['speedup']:.2f}× over encrypted dense FedAvg"],
     ]
     rows += [[f"accuracy after the last round, {name}", fmt.percent(v)] for name, v in block["accuracy"].items()]
@@ -153,11 +154,11 @@ def _time(config: Config, block: dict[str, Any]) -> html.Content:
         "than this machine at packing and sealing. Seconds are those of the slowest client of every round, and the "
         f"server's. Elapsed-time gain over encrypted dense: {block['speedup']:.2f}×; over other links:"
     )
-    links = [[f"{x['up_mbit']:g} up, {x['down_mbit']:g} down", f"{x['speedup']:.2f}×"] for x in block["links"]]
+    links = [[name, f"{gain:.2f}×"] for name, gain in block["links"].items()]
     return [
         html.Table(header, rows, (False, *[True] * (len(header) - 1))),
         text,
-        html.Table(("Mbit/s", "gain"), links, (False, True)),
+        html.Table(("Mbit/s up/down", "gain"), links, (False, True)),
     ]
 
 
