@@ -228,9 +228,9 @@ RESNET = Recipe(
     r"conv\d|linear",
     "conv1|linear",
     {
-        "prune": (admm(6, 3e-4, 1e-3, cycles=3, every=39), fit(5, 3e-4)),
-        "polarize": (admm(3, 3e-4, 3e-3, cycles=3, every=39), fit(2, 3e-4)),
-        "quantize": (admm(1, 1e-4, 3e-2, cycles=1, every=39), fit(1, 1e-4)),
+        "prune": (cnn.pull(6), fit(5, 1e-3)),
+        "polarize": (cnn.pull(3), fit(2, 3e-4)),
+        "quantize": (cnn.pull(1), fit(1, 1e-4)),
     },
 )
 

@@ -113,8 +113,7 @@ def resnet(variant: str, points: list[tuple[str, str, Settings]], refresh: int =
     """ResNet-20 from its published weights; a point takes seven epochs of about 25 s."""
     base = cnn.cifar(variant, 1.0)
     base["plan"]["dense"] = cnn.fit(4, 3e-4)
-    moving = cnn.admm(4, 3e-4, 1e-3, cycles=1, every=39, refresh_every=refresh)
-    base["plan"]["stages"] = (cnn.stage((), moving, cnn.fit(3, 3e-4)),)
+    base["plan"]["stages"] = (cnn.stage((), cnn.pull(4, refresh_every=refresh), cnn.fit(3, 1e-3)),)
     whole: Points = [(family, name, ((INNER, spec),)) for family, name, spec in points]
     return sweep(variant, base, whole, (0,))
 

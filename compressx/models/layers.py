@@ -93,10 +93,11 @@ def formulation(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pads:
         return "native_depthwise" if ours and native_depthwise.enabled() else "depthwise"
     if groups != 1:
         return "lax"
+    if kernel.size > 1 << 18:  # it does not stay in the cache: a matrix product's blocks win, on small images by far
+        return "im2col"
     short_pads = max(pads[0]) < kh and max(pads[1]) < kw
     if ours and short_pads and native.enabled():
-        if kernel.size <= 1 << 20:  # beyond, a kernel no longer stays in the cache, and XLA's blocks win
-            return "native"
+        return "native"
     return "lax" if (kh, kw) == (3, 3) and cin >= 16 else "im2col"
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from compressx.constraints import select
 from compressx.constraints.select import top_k_mask, top_k_masks
 
 
@@ -63,6 +64,25 @@ def test_unrolled_search_of_a_large_array_equals_stable_sort(rng: np.random.Gene
     x = rng.standard_normal((1025, 1024)).astype(np.float32)
     k = x.size // 7
     np.testing.assert_array_equal(jax.jit(lambda v: top_k_mask(v, k))(jnp.asarray(x)), oracle(x, k))
+
+
+@pytest.mark.parametrize("shape", [(40,), (30, 17), (3, 3, 4, 11)])
+def test_one_device_counts_in_one_pass_and_selects_alike(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    monkeypatch.setattr(select, "_alone", lambda: True)
+    x = rng.integers(-6, 6, shape).astype(np.float32)
+    x.reshape(-1)[3] = 1e-42
+    rows = x.reshape(-1, shape[-1])
+    several = jax.vmap(lambda v: top_k_mask(v, 9))
+    for k in (1, x.size // 3, x.size - 1):
+        np.testing.assert_array_equal(top_k_mask(jnp.asarray(x), k), oracle(x, k))
+        got = top_k_masks([jnp.asarray(x), jnp.asarray(x[:1] + 1)], k)
+        want = oracle(np.concatenate([x.reshape(-1), x[:1].reshape(-1) + 1]), k)
+        np.testing.assert_array_equal(np.concatenate([np.asarray(g).reshape(-1) for g in got]), want)
+    got = np.asarray(top_k_mask(jnp.asarray(x), 9, axis=-1)).reshape(rows.shape)
+    np.testing.assert_array_equal(got, np.stack([oracle(row, 9) for row in rows]))
+    np.testing.assert_array_equal(several(jnp.asarray(rows)), np.stack([oracle(row, 9) for row in rows]))
 
 
 def test_counts_beyond_32_bits_compare_exactly() -> None:
