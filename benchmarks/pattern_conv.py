@@ -364,11 +364,11 @@ def ablation(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]
     geometry = schedule.Geometry((3, 3), (1, 1), ((1, 1), (1, 1)))
     g = pattern_conv.layer_grid(geometry, (1, size, size), native.LANES[native.isa()])
     plain, reordered = schedule.from_weight(w, reorder=False), schedule.from_weight(w)
-    lists = schedule.Plan("lists", 0, 64, 6, channels)
+    single = schedule.Plan("runs", 1, 64, 6, channels)
     tuned = tuning.search(reordered, geometry, g, budget=16, threads=args.threads).plan
     variants = {
-        "none": (plain, lists),
-        "fkr": (reordered, lists),
+        "none": (plain, single),
+        "fkr": (reordered, single),
         "fkr_lre": (reordered, schedule.Plan()),
         "fkr_lre_tuned": (reordered, tuned),
     }

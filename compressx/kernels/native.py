@@ -15,7 +15,7 @@ from compressx.kernels.grid import Grid
 
 ISAS = ("generic", "avx2", "avx512")
 LANES = {"generic": 4, "avx2": 8, "avx512": 16}
-WIDTHS = {"generic": (3, 8), "avx2": (3, 8), "avx512": (6, 12)}  # most vectors of a tile: of visits, of lists
+WIDTHS = {"generic": (3, 10), "avx2": (3, 10), "avx512": (6, 16)}  # most vectors of a tile: of visits, of runs
 _TARGETS = {
     "compressx_pattern_conv": "CompressxPatternConv",
     "compressx_to_planes": "CompressxToPlanes",

@@ -188,9 +188,9 @@ class _Builder:
             n, h, w, _ = self._shape(s.x)
             oh, ow = self._shape(s.y)[1:3]
             if isinstance(s, Pool):
-                (kh, kw), pads = s.window, s.pads
-                gap = (max(*pads[0], 1), max(*pads[1], 1))
-                self.groups.need(s.x, (h, w), gap, (max(kh, gap[0]) + gap[0], max(kw, gap[1]) + gap[1]))
+                (kh, kw), (rows, columns) = s.window, s.pads
+                reach = (max(*rows, kh - 1, 1), max(*columns, kw - 1, 1))
+                self.groups.need(s.x, (h, w), (max(*rows, 1), max(*columns, 1)), reach)
                 self.groups.need(s.y, (oh, ow), (0, 0), (0, 0))
                 continue
             g = s.geometry
@@ -266,7 +266,7 @@ class _Builder:
         if self.tune:
             plan = tuning.tuned(sparse, geometry, g, threads=self.threads)
         else:
-            plan = tuning.guess(sparse, geometry, g)
+            plan = tuning.guess(sparse, geometry, g, tuning.cores(self.threads))
         self.reports.append(report._replace(plan=plan))
         ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation)
         arrays = dict(ready.arrays)

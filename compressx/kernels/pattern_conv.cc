@@ -25,6 +25,7 @@ namespace {
 
 enum Activation { kNone = 0, kRelu = 1, kRelu6 = 2 };
 constexpr int kMostFilters = 256;  // of a block: an index is a byte
+constexpr int kLongest = 3;        // run of weights
 
 // A plane: `segment` vectors of lanes, and before and after them `margin` vectors that continue the image.
 struct Grid {
@@ -46,7 +47,7 @@ struct Conv {
   const int *visit_start, *kernel_start, *offsets;
   const uint8_t* index;
   const float* weight;
-  const int *list_start, *places;
+  const int *run_start, *value_start, *places;
   int64_t row, reach;  // of the image, and the farthest of three rows of inputs that are prefetched
 };
 
@@ -108,11 +109,29 @@ bool VisitsFit(const Conv& c, int64_t blocks, int64_t visits, int64_t kernels, i
   return true;
 }
 
-bool ListFits(const Conv& c, int64_t entries, int64_t cin) {
-  if (!Rises(c.list_start, (int64_t)c.groups * c.couts + 1, entries)) return false;
-  int low = std::numeric_limits<int>::max(), high = std::numeric_limits<int>::min();
-  for (int64_t i = 0; i < entries; ++i) low = std::min(low, c.places[i]), high = std::max(high, c.places[i]);
-  return !entries || (low >= -c.in.margin && high + c.in.margin + c.in.segment <= cin * c.planes * c.in.plane());
+// True if every run stays inside the input and the counts of runs and of their weights add up.
+bool RunsFit(const Conv& c, int64_t runs, int64_t values, int64_t cin) {
+  const int64_t items = (int64_t)c.groups * c.couts, total = cin * c.planes * c.in.plane();
+  const int64_t last = total - c.in.margin - c.in.segment;  // place of a weight by itself
+  if (!Rises(c.run_start, items * kLongest + 1, runs) || !Rises(c.value_start, items + 1, values)) return false;
+  for (int64_t i = 0; i < items; ++i) {
+    const int* start = c.run_start + i * kLongest;
+    int64_t sum = 0;
+    for (int n = 0; n < kLongest; ++n) sum += (int64_t)(n + 1) * (start[n + 1] - start[n]);
+    if (sum != c.value_start[i + 1] - c.value_start[i]) return false;
+  }
+  for (int group = 0; group < c.groups; ++group) {
+    const int* start = c.run_start + (int64_t)group * c.couts * kLongest;
+    const int begin = start[0], end = start[(int64_t)c.couts * kLongest];
+    int low = 0, high = std::numeric_limits<int>::min();
+    for (int k = begin; k < end; ++k) low = std::min(low, c.places[k]), high = std::max(high, c.places[k]);
+    if (low < -c.in.margin) return false;
+    if (high + kLongest - 1 <= last) continue;
+    for (int64_t i = 0; i < (int64_t)c.couts * kLongest; ++i)
+      for (int k = start[i]; k < start[i + 1]; ++k)
+        if (c.places[k] + i % kLongest > last) return false;
+  }
+  return true;
 }
 
 // XLA takes fresh memory for every run of a program, and touching it costs a page fault for each 4 KiB; asked for in
@@ -151,7 +170,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
     return Bad("an operand has another dtype than it should");
   if (isa < 0 || isa > BestIsa()) return Bad("this processor lacks the instruction set asked for");
   const int lanes = Lanes(isa);
-  const int64_t most = taps == 0 ? DISPATCH(isa, kListWidth) : DISPATCH(isa, kWidth);
+  const int64_t most = taps == 0 ? DISPATCH(isa, kRunWidth) : DISPATCH(isa, kWidth);
   constexpr int64_t kLarge = 1 << 30;
   if (segment < 1 || segment > kLarge || margin < 0 || margin > kLarge || row < 1 || row > kLarge || planes < 1 ||
       planes > 4096 || !(taps == 0 || (taps >= 2 && taps <= 5)) || filters < 1 || filters > kLarge || width < 1 ||
@@ -184,8 +203,9 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
         !VisitsFit(c, blocks, vs.size, is.size, os.size / taps, cin))
       return Bad("the packed arrays do not fit each other or the input");
   } else {
-    c.list_start = ss.data, c.places = ps.data;
-    if (groups > kLarge / couts || ss.size != groups * couts + 1 || ps.size != ws.size || !ListFits(c, ws.size, cin))
+    const int64_t items = groups * couts;
+    c.run_start = ss.data, c.value_start = ss.data + items * kLongest + 1, c.places = ps.data;
+    if (groups > kLarge / couts || ss.size != items * (kLongest + 1) + 2 || !RunsFit(c, ps.size, ws.size, cin))
       return Bad("the packed arrays do not fit each other or the input");
   }
   AskForHugePages(c.y, ys.size * 4);
@@ -305,11 +325,13 @@ Error ResampleHandler(ffi::ThreadPool pool, F32 x, F32 source, F32 valid, ffi::R
   const Grid grid{out_segment, out_margin, ms.data};
   const int64_t each = (channels + 15) / 16;  // of a task, which takes scratch once
   Parallel(pool, threads, (channels + each - 1) / each, [=](int64_t task) {
-    Scratch scratch(rows * columns > 1 ? 2 * plane : 0);
+    Scratch scratch(rows * columns > 1 ? plane : 0);
     for (int64_t c = task * each; c < std::min(channels, (task + 1) * each); ++c) {
       const float* from = xs.data + c * plane;
-      if (rows * columns > 1)
-        from = DISPATCH(isa, WindowMax(from, vectors, row, rows, columns, scratch.data, scratch.data + plane));
+      if (rows * columns > 1) {
+        DISPATCH(isa, WindowMax(from, vectors, row, rows, columns, scratch.data));
+        from = scratch.data;
+      }
       for (int64_t p = 0; p < phases; ++p)
         DISPATCH(isa, Gather(grid, from, is.data + p * cells, out + (c * phases + p) * out_plane));
     }

@@ -216,7 +216,7 @@ class Convolution:
         if plan is None:
             from compressx.kernels import tuning
 
-            self.plan = plan = tuning.guess(s, geometry, g)
+            self.plan = plan = tuning.guess(s, geometry, g, tuning.cores(threads))
         ready = layer(s, geometry, g, plan, bias, activation)
         arrays = jax.tree.map(jnp.asarray, ready.arrays)
         inside = phase_grid(geometry, g, h, w)

@@ -9,7 +9,7 @@ typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)
 typedef int IVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 constexpr int kWidth = kRegisters == 32 ? 6 : 3;       // vectors of a tile whose inputs stay in registers
-constexpr int kListWidth = kRegisters == 32 ? 12 : 8;  // vectors of a tile whose sums stay in registers
+constexpr int kRunWidth = kRegisters == 32 ? 16 : 10;  // vectors of a tile whose sums stay in registers
 
 // f(0), ..., f(N - 1), the arguments as constants: arrays indexed by them stay in registers.
 template <int N, int I = 0, class Body>
@@ -21,6 +21,17 @@ INLINE void Each(const Body& f) {
 }
 
 INLINE Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+// A load into a register of its own. The compiler would rather repeat a load as an operand of every use, and loads are
+// what these loops have least of.
+INLINE Vec LoadOnce(const float* p) {
+  Vec v = Load(p);
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
 INLINE void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 INLINE Vec Splat(float a) { return a - Vec{}; }
 INLINE Vec Select(IVec mask, Vec v) { return reinterpret_cast<Vec>(mask & reinterpret_cast<IVec>(v)); }
@@ -58,16 +69,29 @@ INLINE void Put(const Grid& g, float* plane, int64_t j, Vec v) {
   for (int64_t m = 1, k = j - g.segment; k >= -g.margin; ++m, k -= g.segment) Store(main + k * kLanes, Shift(v, (int)m));
 }
 
+// Residual, activation and margins of a block's sums. Out of line: its pointers would push those of the loops out of
+// the registers.
 template <int F>
-INLINE void Finish(const Conv& c, int filter, int64_t j, Vec* sum) {
-  const int64_t at = (c.out.margin + j) * kLanes;
-  const float* add = c.residual ? c.residual + filter * c.out.plane() * kLanes + at : nullptr;
-  float* plane = c.y + filter * c.out.plane() * kLanes;
-  Each<F>([&](auto f) {
-    Vec v = sum[f];
-    if (add) v += Load(add + f * kLanes);
-    Put(c.out, plane, j + f, Activate(v, c.activation));
-  });
+NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums) {
+  for (int k = 0; k < count; ++k, sums += F * kLanes) {
+    const int64_t filter = c.order[first + k], at = (c.out.margin + j) * kLanes;
+    const float* add = c.residual ? c.residual + filter * c.out.plane() * kLanes + at : nullptr;
+    float* plane = c.y + filter * c.out.plane() * kLanes;
+    Each<F>([&](auto f) {
+      Vec v = Load(sums + f * kLanes);
+      if (add) v += Load(add + f * kLanes);
+      Put(c.out, plane, j + f, Activate(v, c.activation));
+    });
+  }
+}
+
+// The sums of a block begin as the biases of its filters.
+template <int F>
+NOINLINE void Begin(const Conv& c, int first, int count, float* sums) {
+  for (int k = 0; k < count; ++k, sums += F * kLanes) {
+    const Vec bias = Splat(c.bias[c.order[first + k]]);
+    Each<F>([&](auto f) { Store(sums + f * kLanes, bias); });
+  }
 }
 
 // Inputs stay, outputs move. A visit is an input channel and a pattern: its E * F input vectors are loaded once into
@@ -75,10 +99,7 @@ INLINE void Finish(const Conv& c, int filter, int64_t j, Vec* sum) {
 template <int E, int F>
 NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
   const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
-  for (int k = 0; k < count; ++k) {
-    const Vec bias = Splat(c.bias[c.order[first + k]]);
-    Each<F>([&](auto f) { Store(sums + (k * F + f) * kLanes, bias); });
-  }
+  Begin<F>(c, first, count, sums);
   const float* base = c.x + (c.in.margin + j) * kLanes;
   const int64_t channel = c.planes * c.in.plane() * kLanes;
   const uint8_t* index = c.index + c.kernel_start[block];
@@ -101,7 +122,7 @@ NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
     do {
       float* to = sums + *index * (F * kLanes);
       Vec s[F];
-      Each<F>([&](auto f) { s[f] = Load(to + f * kLanes); });
+      Each<F>([&](auto f) { s[f] = LoadOnce(to + f * kLanes); });
       Each<E>([&](auto e) {
         const Vec w = Splat(weight[e]);
         Each<F>([&](auto f) { s[f] += x[e * F + f] * w; });
@@ -110,40 +131,45 @@ NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
       weight += E;
     } while (++index != stop);
   }
-  for (int k = 0; k < count; ++k) {
-    Vec s[F];
-    Each<F>([&](auto f) { s[f] = Load(sums + (k * F + f) * kLanes); });
-    Finish<F>(c, c.order[first + k], j, s);
-  }
+  Finish<F>(c, first, count, j, sums);
 }
 
-// Outputs stay, inputs move. Every weight is an offset and a value; the sums of a filter are registers. The weights of a
-// group of input channels come together, so that the inputs of a group stay in the L1 cache over all filters.
+// Adds a run of K weights, which read neighbouring vectors: each input is loaded once for all of them.
+template <int K, int F>
+INLINE void AddRun(const float* from, const float* weight, Vec* sum) {
+  Vec w[K];
+  Each<K>([&](auto k) { w[k] = Splat(weight[k]); });
+  Each<F + K - 1>([&](auto i) {
+    const Vec v = K == 1 ? Load(from + i * kLanes) : LoadOnce(from + i * kLanes);
+    Each<K>([&](auto k) {
+      if constexpr (i >= k && i - k < F) sum[i - k] += v * w[k];
+    });
+  });
+}
+
+// Outputs stay, inputs move. A weight is a place and a value, and neighbours in a row are a run with one place; the sums
+// of a filter are registers. The weights of a group of input channels come together, so that the inputs of a group stay
+// in the L1 cache over all filters, whose runs come sorted by length.
 template <int F>
-NOINLINE void ListTile(const Conv& c, int64_t block, int64_t j, float* sums) {
+NOINLINE void RunTile(const Conv& c, int64_t block, int64_t j, float* sums) {
   const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
   const float* base = c.x + (c.in.margin + j) * kLanes;
   for (int group = 0; group < c.groups; ++group) {
-    const int* start = c.list_start + (int64_t)group * c.couts + first;
-    for (int k = 0; k < count; ++k) {
+    const int64_t item = (int64_t)group * c.couts + first;
+    const int* start = c.run_start + item * kLongest;
+    const int *places = c.places, *place = places + *start;
+    const float* weight = c.weight + c.value_start[item];
+    for (int k = 0; k < count; ++k, start += kLongest) {
       Vec s[F];
       float* to = sums + (int64_t)k * F * kLanes;
-      if (group == 0) {
-        const Vec bias = Splat(c.bias[c.order[first + k]]);
-        Each<F>([&](auto f) { s[f] = bias; });
-      } else {
-        Each<F>([&](auto f) { s[f] = Load(to + f * kLanes); });
-      }
-      for (int i = start[k]; i < start[k + 1]; ++i) {
-        const float* from = base + (int64_t)c.places[i] * kLanes;
-        const Vec w = Splat(c.weight[i]);
-        Each<F>([&](auto f) { s[f] += Load(from + f * kLanes) * w; });
-      }
-      if (group + 1 == c.groups) {
-        Finish<F>(c, c.order[first + k], j, s);
-      } else {
-        Each<F>([&](auto f) { Store(to + f * kLanes, s[f]); });
-      }
+      if (group == 0) Begin<F>(c, first + k, 1, to);
+      Each<F>([&](auto f) { s[f] = Load(to + f * kLanes); });
+      Each<kLongest>([&](auto n) {
+        for (const int* stop = places + start[n + 1]; place != stop; ++place, weight += n + 1)
+          AddRun<n + 1, F>(base + (int64_t)*place * kLanes, weight, s);
+      });
+      Each<F>([&](auto f) { Store(to + f * kLanes, s[f]); });
+      if (group + 1 == c.groups) Finish<F>(c, first + k, 1, j, to);
     }
   }
 }
@@ -157,17 +183,17 @@ void VisitSized(int width, const Conv& c, int64_t block, int64_t j, float* sums)
 }
 
 template <int F>
-void ListSized(int width, const Conv& c, int64_t block, int64_t j, float* sums) {
+void RunSized(int width, const Conv& c, int64_t block, int64_t j, float* sums) {
   if constexpr (F > 0) {
-    if (width == F) return ListTile<F>(c, block, j, sums);
-    ListSized<F - 1>(width, c, block, j, sums);
+    if (width == F) return RunTile<F>(c, block, j, sums);
+    RunSized<F - 1>(width, c, block, j, sums);
   }
 }
 
 // One block of filters at `width` vectors from j on.
 void Tile(const Conv& c, int64_t block, int64_t j, int width, float* sums) {
   switch (c.taps) {
-    case 0: return ListSized<kListWidth>(width, c, block, j, sums);
+    case 0: return RunSized<kRunWidth>(width, c, block, j, sums);
     case 2: return VisitSized<2, kWidth>(width, c, block, j, sums);
     case 3: return VisitSized<3, kWidth>(width, c, block, j, sums);
     case 4: return VisitSized<4, kWidth>(width, c, block, j, sums);
@@ -189,38 +215,25 @@ NOINLINE float Peak(int64_t n) {
   return sum + (float)(2 * kSums * kLanes);
 }
 
-// The largest of the rows * columns window at every vector from which it fits, in `to`; `half` is scratch like `to`.
-const float* WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* half, float* to) {
-  const int64_t wide = vectors - (columns - 1);
-  const float* source = from;
-  if (columns > 1) {
-    for (int64_t j = 0; j < wide; ++j) {
-      Vec v = Load(from + j * kLanes);
-      for (int k = 1; k < columns; ++k) {
-        const Vec other = Load(from + (j + k) * kLanes);
+// The largest of the rows * columns window at every vector from which it fits, in `to`.
+void WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
+  for (int64_t j = 0; j < vectors - (rows - 1) * row - (columns - 1); ++j) {
+    __builtin_prefetch(from + (j + (rows - 1) * row + 32) * kLanes);
+    Vec v = Load(from + j * kLanes);
+    for (int r = 0; r < rows; ++r)
+      for (int k = 0; k < columns; ++k) {
+        const Vec other = Load(from + (j + r * row + k) * kLanes);
         v = v > other ? v : other;
       }
-      Store(half + j * kLanes, v);
-    }
-    source = half;
-  }
-  if (rows == 1) return source;
-  for (int64_t j = 0; j < wide - (rows - 1) * row; ++j) {
-    Vec v = Load(source + j * kLanes);
-    for (int k = 1; k < rows; ++k) {
-      const Vec other = Load(source + (j + k * row) * kLanes);
-      v = v > other ? v : other;
-    }
     Store(to + j * kLanes, v);
   }
-  return to;
 }
 
 // Fills a plane from chosen elements of another.
 void Gather(const Grid& g, const float* from, const int* source, float* plane) {
   for (int64_t j = 0; j < g.segment; ++j) {
-    Vec v;
-    for (int i = 0; i < kLanes; ++i) v[i] = from[source[j * kLanes + i]];
-    Put(g, plane, j, v);
+    float chosen[kLanes];
+    for (int i = 0; i < kLanes; ++i) chosen[i] = from[source[j * kLanes + i]];
+    Put(g, plane, j, Load(chosen));
   }
 }

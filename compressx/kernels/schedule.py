@@ -5,9 +5,12 @@ Three orders, one of which a `Plan` names:
 - `kernels`: FKW as it is. Kernels are sorted by block of filters, input channel, pattern. A run of equal (block,
   channel, pattern) is a visit: its inputs are loaded once into registers and serve every kernel of the run (load
   redundancy elimination between filters), and each register serves all taps and output vectors that need it (within
-  a kernel). - `chunks`: E consecutive (channel, tap) positions are a pattern of their own, across channels where
-  they must be. For layers that are dense or nearly so: unpruned 1x1, first layers, whole kernels.
-- `lists`: every weight by itself, a place and a value, filter after filter. For scattered weights: pruned 1x1.
+  a kernel).
+- `chunks`: E consecutive (channel, tap) positions are a pattern of their own, across channels where they must be. For
+  layers that are dense or nearly so: unpruned 1x1, whole kernels.
+- `runs`: filter after filter, weights that read neighbouring vectors as one run with one place: an input is loaded
+  once for all of a run (load redundancy elimination within a kernel, whatever its pattern). For few filters, where
+  visits are short, for first layers, and for scattered weights: pruned 1x1.
 
 Every kernel also knows its place: filters come in the order that FKW reorders them to (filter kernel reorder).
 """
@@ -26,6 +29,7 @@ MOST_PATTERNS = 255
 MOST_FILTERS = 256
 MOST_CHANNELS = 1 << 16
 WIDEST = 5  # taps of a visit
+LONGEST = 3  # weights of a run
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -105,11 +109,11 @@ class Plan(NamedTuple):
     """How a layer is run; what the tuner chooses.
 
     Attributes:
-      order: "kernels", "chunks" or "lists".
-      taps: of a visit; 0 for lists.
-      filters: of a block; for lists, of a tile.
+      order: "kernels", "chunks" or "runs".
+      taps: of a visit; for runs, of the longest, 1 to `LONGEST`.
+      filters: of a block.
       width: vectors of a tile.
-      channels: input channels of a group, for lists.
+      channels: input channels of a group, for runs.
       columns: tiles run down columns of the image rather than along it.
     """
 
@@ -172,7 +176,7 @@ def dense(s: Sparse) -> np.ndarray:
 
 
 class Stream(NamedTuple):
-    """What the native loops read; see `pattern_conv.cc`. `taps` = 0 means lists."""
+    """What the native loops read; see `pattern_conv.cc`. `taps` = 0 means runs."""
 
     weight: np.ndarray
     members: np.ndarray
@@ -207,16 +211,16 @@ def stream(s: Sparse, g: Geometry, grid: Grid, plan: Plan) -> Stream:
       ValueError: the plan does not fit the layer.
     """
     offsets, channel = _positions(s, g, grid)
-    if plan.order == "lists":
-        return _lists(s, offsets, channel, len(g.phases()) * grid.plane, plan)
+    if plan.order == "runs":
+        return _runs(s, offsets, channel, len(g.phases()) * grid.plane, plan)
     if plan.order == "chunks":
         return _chunks(s, g, offsets, grid, plan)
     if plan.order != "kernels":
-        raise ValueError(f"no order {plan.order!r}; the orders are kernels, chunks and lists")
+        raise ValueError(f"no order {plan.order!r}; the orders are kernels, chunks and runs")
     taps = s.patterns.shape[1]
     parts = -(-taps // WIDEST)
     if taps < 2:
-        raise ValueError("kernels of one tap are run as lists or chunks")
+        raise ValueError("kernels of one tap are run as runs or chunks")
     # kernels of more taps than a visit has registers for are cut into equal parts, each a pattern of its own
     width = -(-taps // parts)
     cut = np.zeros((len(s.patterns), parts, width), np.int64)
@@ -309,7 +313,7 @@ def _chunks(s: Sparse, g: Geometry, offsets: np.ndarray, grid: Grid, plan: Plan)
     return _visits(place, first[chunk], pattern.reshape(-1)[chunk], weight[place, chunk], patterns, s.order, plan)
 
 
-def _lists(s: Sparse, offsets: np.ndarray, channel: np.ndarray, step: int, plan: Plan) -> Stream:
+def _runs(s: Sparse, offsets: np.ndarray, channel: np.ndarray, step: int, plan: Plan) -> Stream:
     cout, taps = len(s.order), s.patterns.shape[1]
     place = np.repeat(s.place, taps)
     channel = np.repeat(channel, taps)
@@ -317,17 +321,32 @@ def _lists(s: Sparse, offsets: np.ndarray, channel: np.ndarray, step: int, plan:
     value = s.weight.reshape(-1)
     live = value != 0
     place, channel, where, value = place[live], channel[live], where[live], value[live]
+    if not 1 <= plan.taps <= LONGEST:
+        raise ValueError(f"runs of up to {plan.taps} weights; it must be 1 to {LONGEST}")
     groups = max(1, math.ceil((int(channel.max(initial=0)) + 1) / plan.channels))
-    group = channel // plan.channels
-    sort = np.lexsort((where, place, group))
-    start = np.searchsorted((group * cout + place)[sort], np.arange(groups * cout + 1))
+    item = channel // plan.channels * cout + place
+    sort = np.lexsort((where, item))
+    item, where, value = item[sort], where[sort], value[sort]
+    # a run begins where the neighbour before is missing, and again when it is full
+    number = np.arange(value.size)
+    new = np.ones(value.size, bool)
+    new[1:] = (np.diff(item) != 0) | (np.diff(where) != 1)
+    since = number - np.maximum.accumulate(np.where(new, number, 0))
+    first = np.flatnonzero(since % plan.taps == 0)
+    length = np.diff(np.append(first, value.size))
+    kind = item[first] * LONGEST + length - 1
+    again = np.lexsort((where[first], kind))
+    first, length = first[again], length[again]
+    weight = value[np.repeat(first - np.cumsum(length) + length, length) + number]
+    run_start = np.searchsorted(kind[again], np.arange(groups * cout * LONGEST + 1))
+    value_start = np.searchsorted(item, np.arange(groups * cout + 1))
     return Stream(
-        weight=np.ascontiguousarray(value[sort], np.float32),
+        weight=np.ascontiguousarray(weight, np.float32),
         members=np.zeros(0, np.uint8),
         visits=np.zeros(0, np.uint32),
-        starts=start.astype(np.int32),
+        starts=np.concatenate([run_start, value_start]).astype(np.int32),
         offsets=np.zeros(0, np.int32),
-        places=_int32(where[sort]),
+        places=_int32(where[first]),
         order=s.order.astype(np.int32),
         taps=0,
         filters=min(plan.filters, cout),

@@ -67,7 +67,8 @@ def test_reference_is_the_sum_over_the_window():
 PLANS = [
     Plan("kernels", 4, 8, 3, 0, True),
     Plan("kernels", 4, 128, 4),
-    Plan("lists", 0, 8, 5, 3),
+    Plan("runs", 3, 8, 5, 3),
+    Plan("runs", 1, 8, 4, 2, True),
     Plan("chunks", 5, 16, 2),
 ]
 
@@ -102,7 +103,7 @@ def test_geometries_equal_the_reference(case):
     rng = np.random.default_rng(2)
     check(rng, shape, weight(rng, *kernel), **options)
     if options.get("groups", 1) == 1:
-        check(rng, shape, weight(rng, *kernel), Plan("lists", 0, 4, 3, 2), residual=False, **options)
+        check(rng, shape, weight(rng, *kernel), Plan("runs", 3, 4, 3, 2), residual=False, **options)
 
 
 @needs_native
@@ -190,7 +191,7 @@ def attack(tries, seed=0):
     x = jnp.asarray(rng.standard_normal((6, g.plane, g.lanes), dtype=np.float32))
     refused = 0
     for i in range(tries):
-        plan = [Plan("kernels", 4, 4, 2), Plan("lists", 0, 4, 2, 3), Plan("chunks", 4, 4, 2)][i % 3]
+        plan = [Plan("kernels", 4, 4, 2), Plan("runs", 3, 4, 2, 3), Plan("chunks", 4, 4, 2)][i % 3]
         ready = pattern_conv.layer(schedule.from_weight(w), geometry, g, plan)
         try:
             jax.block_until_ready(pattern_conv.run(ready.fixed, corrupt(rng, ready.arrays), x))

@@ -23,7 +23,7 @@ def layer():
 def test_every_order_and_candidate_streams_all_weights(layer):
     w, s, g = layer
     found = tuning.candidates(s, GEOMETRY, g)
-    assert {p.order for p in found} == {"kernels", "chunks", "lists"}
+    assert {p.order for p in found} == {"kernels", "chunks", "runs"}
     for plan in found:
         t = schedule.stream(s, GEOMETRY, g, plan)
         assert np.sort(t.weight[t.weight != 0]).tobytes() == np.sort(w[w != 0]).tobytes()
