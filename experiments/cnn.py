@@ -222,8 +222,8 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
         save_seconds=config.save.seconds,
     )
     if config.init_from:
-        settings = dataclasses.asdict(config)
-        job = init_from.take_dense(job, options.workdir, config.init_from, settings, free=("shift", "flip", "test"))
+        settings, free = dataclasses.asdict(config), ("shift", "flip", "test", "checkpoint")
+        job = init_from.take_dense(job, options.workdir, config.init_from, settings, free=free)
     return job, info
 
 
