@@ -3,10 +3,11 @@
     python -m benchmarks.pattern_conv [--cases=vgg16,resnet50,64x224x64] [--rates=2.25,8.1,12] [--threads=1]
         [--rounds=15] [--tune] [--ablation] [--search] [--model=FILE] [--results=docs/results]
 
-Each round runs every system once, in turn; ratios are taken within a round and their median is quoted, the ratio of
-best samples beside it. The process is pinned to `--threads` cores before anything starts. Peers are those that can be
-imported: jax (XLA, the same fused steps with the zeros in place), torch (channels last), onnxruntime, openvino, MNN;
-the others are named as absent. All get batch normalisation folded in, as ours do.
+Each round runs every system in turn, three times, of which the median counts: as in use, where one image follows
+another. Ratios are taken within a round and their median is quoted, the ratio of best samples beside it. The process is
+pinned to `--threads` cores before anything starts. Peers are those that can be imported: jax (XLA, the same fused steps
+with the zeros in place), torch (channels last), onnxruntime, openvino, MNN, LiteRT; the others are named as absent. All
+get batch normalisation folded in, as ours do.
 
 Weights are random: each 3x3 kernel keeps one of eight patterns, and 1 of rate / 2.25 kernels stays (1x1: 1 of rate);
 the first layer keeps its patterns only. `--model` runs a saved model instead, with the weights it was trained to.
@@ -16,14 +17,12 @@ A speedup is printed only where the native path is active.
 import argparse
 import importlib.util
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import peers
 from benchmarks.record import environment, record
 from benchmarks.training import measure, spread, table
 
@@ -49,6 +48,7 @@ LAYERS = (
     "512x14x512",
 )
 CASES = ("vgg16", "resnet50", *LAYERS)  # a layer: input channels x image x filters
+BURST = 3
 PEERS = ("jax", "torch", "onnxruntime", "openvino", "MNN", "ai_edge_litert", "tvm", "deepsparse")
 
 
@@ -119,145 +119,6 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
     return forward, variables, rng.standard_normal((1, size, size, channels), dtype=np.float32)
 
 
-# --- the same fused steps for the peers
-
-
-def _folded(s: Any) -> tuple[Any, Any]:
-    """Kernel `[cout, cin, kh, kw]` with its scale, and bias."""
-    import numpy as np
-
-    return np.ascontiguousarray((s.w * s.scale).transpose(3, 2, 0, 1)), s.bias
-
-
-def torch_step(steps: list[Any], head: tuple[Any, Any] | None, x: Any, start: int, threads: int) -> Callable[[], Any]:
-    """The steps in PyTorch, channels last, without gradients."""
-    import torch
-
-    from compressx.kernels.graph import Conv
-
-    torch.set_num_threads(threads)
-    last = torch.channels_last
-    weights = {i: tuple(torch.tensor(a) for a in _folded(s)) for i, s in enumerate(steps) if isinstance(s, Conv)}
-    weights = {i: (w.contiguous(memory_format=last), b) for i, (w, b) in weights.items()}
-    image = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=last)
-    dense = None if head is None else (torch.tensor(head[0]).T.contiguous(), torch.tensor(head[1]))
-
-    def run() -> Any:
-        with torch.inference_mode():
-            values = {start: image}
-            for i, s in enumerate(steps):
-                if not isinstance(s, Conv):
-                    values[s.y] = torch.nn.functional.max_pool2d(values[s.x], s.window, s.strides, s.pads[0][0])
-                    continue
-                w, b = weights[i]
-                pads = (s.geometry.pads[0][0], s.geometry.pads[1][0])
-                y = torch.nn.functional.conv2d(values[s.x], w, b, s.geometry.strides, pads)
-                if s.residual >= 0:
-                    y += values[s.residual]
-                values[s.y] = torch.relu_(y) if s.activation == "relu" else y
-            y = values[steps[-1].y]
-            return y if dense is None else torch.nn.functional.linear(y.mean((2, 3)), *dense)
-
-    return run
-
-
-def onnx_bytes(steps: list[Any], head: tuple[Any, Any] | None, shape: tuple[int, ...], start: int) -> bytes:
-    """The steps as an ONNX model, NCHW, float32."""
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    from compressx.kernels.graph import Conv
-
-    nodes, constants = [], []
-
-    def constant(name: str, a: Any) -> str:
-        constants.append(numpy_helper.from_array(np.ascontiguousarray(a), name))
-        return name
-
-    for i, s in enumerate(steps):
-        if not isinstance(s, Conv):
-            pads = [s.pads[0][0], s.pads[1][0], s.pads[0][1], s.pads[1][1]]
-            options = {"kernel_shape": list(s.window), "strides": list(s.strides), "pads": pads}
-            nodes.append(helper.make_node("MaxPool", [f"v{s.x}"], [f"v{s.y}"], **options))
-            continue
-        w, b = _folded(s)
-        (t, bo), (le, r) = s.geometry.pads
-        names = [f"v{s.x}", constant(f"w{i}", w), constant(f"b{i}", b)]
-        steps_after = [name for name, used in (("add", s.residual >= 0), ("relu", s.activation == "relu")) if used]
-        out = f"v{s.y}" if not steps_after else f"c{i}"
-        options = {"pads": [t, le, bo, r], "strides": list(s.geometry.strides)}
-        nodes.append(helper.make_node("Conv", names, [out], **options))
-        for k, name in enumerate(steps_after):
-            inputs = [out] + ([f"v{s.residual}"] if name == "add" else [])
-            out = f"v{s.y}" if k + 1 == len(steps_after) else f"a{i}"
-            nodes.append(helper.make_node("Add" if name == "add" else "Relu", inputs, [out]))
-    result = f"v{steps[-1].y}"
-    if head is not None:
-        nodes.append(helper.make_node("GlobalAveragePool", [result], ["mean"]))
-        nodes.append(helper.make_node("Flatten", ["mean"], ["flat"]))
-        nodes.append(helper.make_node("Gemm", ["flat", constant("hw", head[0]), constant("hb", head[1])], ["out"]))
-        result = "out"
-    n, h, w_, c = shape
-    images = helper.make_tensor_value_info(f"v{start}", TensorProto.FLOAT, [n, c, h, w_])
-    outputs = helper.make_tensor_value_info(result, TensorProto.FLOAT, list("nchw"[: 4 if head is None else 2]))
-    graph = helper.make_graph(nodes, "network", [images], [outputs], constants)
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(made)
-    serialized: bytes = made.SerializeToString()
-    return serialized
-
-
-def ort_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
-    """onnxruntime on the CPU."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.transpose(0, 3, 1, 2).copy()}
-    return lambda: session.run(None, feed)[0]
-
-
-def openvino_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
-    """OpenVINO with its latency hint, in float32."""
-    import openvino
-
-    core = openvino.Core()
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    request = core.compile_model(core.read_model(model), "CPU", options).create_infer_request()
-    image = x.transpose(0, 3, 1, 2).copy()
-    return lambda: next(iter(request.infer([image], share_inputs=True, share_outputs=True).values()))
-
-
-def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
-    """MNN's session, converted from ONNX by its own tool, high precision."""
-    import MNN
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "m.onnx"), Path(folder, "m.mnn")
-        source.write_bytes(model)
-        tool = shutil.which("mnnconvert") or Path(sys.executable).with_name("mnnconvert")
-        command = [str(tool), "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target), "--bizCode", "x"]
-        subprocess.run(command, check=True, capture_output=True)
-        net = MNN.Interpreter(str(target))
-    session = net.createSession({"numThread": threads, "precision": "high", "backend": "CPU"})
-    given, image = net.getSessionInput(session), x.transpose(0, 3, 1, 2).copy()
-
-    def run() -> Any:
-        host = MNN.Tensor(image.shape, MNN.Halide_Type_Float, image, MNN.Tensor_DimensionType_Caffe)  # keeps no image
-        given.copyFrom(host)
-        net.runSession(session)
-        out = net.getSessionOutput(session)
-        empty = np.zeros(out.getShape(), np.float32)
-        copy = MNN.Tensor(out.getShape(), MNN.Halide_Type_Float, empty, MNN.Tensor_DimensionType_Caffe)
-        out.copyToHostTensor(copy)
-        return np.array(copy.getNumpyData())  # it is only a view
-
-    return run
-
-
 def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
     """A callable for every system, ours first, checked against each other; and what was counted."""
     import jax
@@ -281,15 +142,16 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
     if case == "resnet50":
         linear = variables["params"]["linear"]
         head = (linear["kernel"], linear["bias"])
-    model = onnx_bytes(fused, head, x.shape, start) if _has("onnx") else b""
+    model = peers.onnx_bytes(fused, head, x.shape, start) if _has("onnx") else b""
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
-        "torch": lambda: torch_step(fused, head, x, start, args.threads),
-        "onnxruntime": lambda: ort_step(model, x, args.threads),
-        "openvino": lambda: openvino_step(model, x, args.threads),
-        "MNN": lambda: mnn_step(model, x, args.threads),
+        "torch": lambda: peers.torch_step(fused, head, x, start, args.threads),
+        "onnxruntime": lambda: peers.ort_step(model, x, args.threads),
+        "openvino": lambda: peers.openvino_step(model, x, args.threads),
+        "MNN": lambda: peers.mnn_step(model, x, args.threads),
+        "ai_edge_litert": lambda: peers.litert_step(peers.tflite_bytes(fused, head, x.shape, start), x, args.threads),
     }
     for name, make in makers.items():
-        if not _has(name) or (name != "torch" and not model):
+        if not _has(name) or (name in ("onnxruntime", "openvino", "MNN") and not model):
             continue
         try:
             runs[name] = make()
@@ -299,7 +161,7 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
     scale = np.abs(expected).max()
     for name, run in list(runs.items()):
         y = np.asarray(run())
-        if y.ndim == 4 and name not in ("ours", "jax"):
+        if y.ndim == 4 and name not in ("ours", "jax", "ai_edge_litert"):
             y = y.transpose(0, 2, 3, 1)
         error = float(np.abs(y - expected).max() / scale)
         if not error < 1e-3:
@@ -318,7 +180,11 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
         "rate_counted": float(weights / kept),
         "gflop": 2e-9 * macs,
         "gflop_dense": 2e-9 * dense,
-        "weight_bytes": int(8 * kept),
+        "weight_bytes": sum(int(a.nbytes) for layer in ours.lower(x)[1].values() for a in layer.values()),
+        "activation_bytes": 4
+        * sum(
+            int(np.prod(r.image)) + round(r.macs / max(1, r.density * np.prod(r.shape))) * r.shape[3] for r in layers
+        ),
         "plans": [list(r.plan) if r.plan else None for r in layers],
     }
 
@@ -332,7 +198,7 @@ def compare(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
     from compressx.kernels import native
 
     runs, about = build(case, rate, args)
-    elapsed, processor = measure(runs, args.rounds)
+    elapsed, processor = measure(runs, args.rounds, BURST)
     row: dict[str, Any] = {"case": case, "threads": args.threads, **about}
     for name, seconds in elapsed.items():
         row[f"{name}_ms"] = spread([1e3 * t for t in seconds])
@@ -379,7 +245,7 @@ def ablation(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]
         arrays = jax.tree.map(jnp.asarray, ready.arrays)
         f = jax.jit(lambda a, x, fixed=ready.fixed: pattern_conv.run(fixed, a, x, None, args.threads))
         runs[name] = lambda f=f, a=arrays: jax.block_until_ready(f(a, x))  # type: ignore[misc]
-    elapsed, _ = measure(runs, args.rounds)
+    elapsed, _ = measure(runs, args.rounds, BURST)
     row: dict[str, Any] = {"case": case, "rate": rate, "plan": list(tuned)}
     row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in elapsed.items()}
     return row | schedule.counts(reordered, geometry, size, size, schedule.Plan())
@@ -417,7 +283,7 @@ def saved(file: Path, args: argparse.Namespace) -> dict[str, Any]:
     x = jax.device_put(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
     ours, xla = (kernels.compile(held, threads=args.threads, tune=args.tune, path=p) for p in (None, "xla"))
     runs = {n: lambda f=f: jax.block_until_ready(f(x)) for n, f in (("ours", ours), ("jax", xla))}
-    elapsed, _ = measure(runs, args.rounds)
+    elapsed, _ = measure(runs, args.rounds, BURST)
     row: dict[str, Any] = {"case": file.parent.name, "path": ours.path}
     row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in elapsed.items()}
     if ours.path != "xla":

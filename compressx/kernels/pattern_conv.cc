@@ -77,15 +77,13 @@ bool Take(const ffi::AnyBuffer& b, ffi::DataType type, Span<T>* to) {
   return b.element_type() == type;
 }
 
-bool Rises(const int* x, int64_t n, int64_t last) {
-  if (n < 1 || x[0] != 0 || x[n - 1] != last) return false;
-  for (int64_t i = 1; i < n; ++i)
-    if (x[i] < x[i - 1]) return false;
-  return true;
+bool Rises(int isa, const int* x, int64_t n, int64_t last) {
+  return n > 0 && x[0] == 0 && x[n - 1] == last && DISPATCH(isa, NeverFalls(x, n));
 }
 
 // True if every visit stays inside the input, every index inside its block, and the counts add up.
-bool VisitsFit(const Conv& c, int64_t blocks, int64_t visits, int64_t kernels, int64_t patterns, int64_t cin) {
+bool VisitsFit(int isa, const Conv& c, int64_t blocks, int64_t visits, int64_t kernels, int64_t patterns,
+               int64_t cin) {
   const int64_t plane = c.in.plane(), total = cin * c.planes * plane;
   std::vector<int64_t> low(patterns), high(patterns);
   for (int64_t p = 0; p < patterns; ++p) {
@@ -93,7 +91,7 @@ bool VisitsFit(const Conv& c, int64_t blocks, int64_t visits, int64_t kernels, i
     low[p] = *a + c.in.margin;
     high[p] = *b + c.in.margin + c.in.segment;
   }
-  if (!Rises(c.visit_start, blocks + 1, visits) || !Rises(c.kernel_start, blocks + 1, kernels)) return false;
+  if (!Rises(isa, c.visit_start, blocks + 1, visits) || !Rises(isa, c.kernel_start, blocks + 1, kernels)) return false;
   for (int64_t block = 0; block < blocks; ++block) {
     int64_t sum = 0;
     for (int v = c.visit_start[block]; v < c.visit_start[block + 1]; ++v) {
@@ -110,10 +108,10 @@ bool VisitsFit(const Conv& c, int64_t blocks, int64_t visits, int64_t kernels, i
 }
 
 // True if every run stays inside the input and the counts of runs and of their weights add up.
-bool RunsFit(const Conv& c, int64_t runs, int64_t values, int64_t cin) {
+bool RunsFit(int isa, const Conv& c, int64_t runs, int64_t values, int64_t cin) {
   const int64_t items = (int64_t)c.groups * c.couts, total = cin * c.planes * c.in.plane();
   const int64_t last = total - c.in.margin - c.in.segment;  // place of a weight by itself
-  if (!Rises(c.run_start, items * kLongest + 1, runs) || !Rises(c.value_start, items + 1, values)) return false;
+  if (!Rises(isa, c.run_start, items * kLongest + 1, runs) || !Rises(isa, c.value_start, items + 1, values)) return false;
   for (int64_t i = 0; i < items; ++i) {
     const int* start = c.run_start + i * kLongest;
     int64_t sum = 0;
@@ -124,7 +122,7 @@ bool RunsFit(const Conv& c, int64_t runs, int64_t values, int64_t cin) {
     const int* start = c.run_start + (int64_t)group * c.couts * kLongest;
     const int begin = start[0], end = start[(int64_t)c.couts * kLongest];
     int low = 0, high = std::numeric_limits<int>::min();
-    for (int k = begin; k < end; ++k) low = std::min(low, c.places[k]), high = std::max(high, c.places[k]);
+    DISPATCH(isa, Range(c.places + begin, end - begin, &low, &high));
     if (low < -c.in.margin) return false;
     if (high + kLongest - 1 <= last) continue;
     for (int64_t i = 0; i < (int64_t)c.couts * kLongest; ++i)
@@ -200,12 +198,12 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   if (taps) {
     c.visit_start = ss.data, c.kernel_start = ss.data + blocks + 1;
     if (ss.size != 2 * (blocks + 1) || os.size % taps || ws.size != is.size * taps ||
-        !VisitsFit(c, blocks, vs.size, is.size, os.size / taps, cin))
+        !VisitsFit(isa, c, blocks, vs.size, is.size, os.size / taps, cin))
       return Bad("the packed arrays do not fit each other or the input");
   } else {
     const int64_t items = groups * couts;
     c.run_start = ss.data, c.value_start = ss.data + items * kLongest + 1, c.places = ps.data;
-    if (groups > kLarge / couts || ss.size != items * (kLongest + 1) + 2 || !RunsFit(c, ps.size, ws.size, cin))
+    if (groups > kLarge / couts || ss.size != items * (kLongest + 1) + 2 || !RunsFit(isa, c, ps.size, ws.size, cin))
       return Bad("the packed arrays do not fit each other or the input");
   }
   AskForHugePages(c.y, ys.size * 4);

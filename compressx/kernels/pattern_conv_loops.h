@@ -201,6 +201,23 @@ void Tile(const Conv& c, int64_t block, int64_t j, int width, float* sums) {
   }
 }
 
+// True if no element is less than the one before it.
+bool NeverFalls(const int* x, int64_t n) {
+  int falls = 0;
+  for (int64_t i = 1; i < n; ++i) falls |= x[i] < x[i - 1];
+  return !falls;
+}
+
+// Widens [low, high] to hold every element.
+void Range(const int* x, int64_t n, int* low, int* high) {
+  int least = *low, most = *high;
+  for (int64_t i = 0; i < n; ++i) {
+    least = x[i] < least ? x[i] : least;
+    most = x[i] > most ? x[i] : most;
+  }
+  *low = least, *high = most;
+}
+
 // Multiply-adds on registers alone, n rounds of them: what the processor could do at most.
 NOINLINE float Peak(int64_t n) {
   constexpr int kSums = kRegisters == 32 ? 16 : 10;
