@@ -27,7 +27,7 @@ from compressx.linking import belief, model
 from compressx.linking.knowledge import Knowledge
 from compressx.linking.model import Linker
 
-LENGTHS = (50, 100, 200, 400)
+LENGTHS = (50, 100, 200, 400, 800)
 CHUNK = 50
 ENTITIES, WORDS, DIM, INLINKS, CANDIDATES, CONTEXT = 5000, 5000, 300, 20, 8, 50
 

@@ -67,7 +67,7 @@ class Arm:
       name: of its folder and its row.
       linker: settings of `linking.Linker` that differ from the main one's.
       learning: likewise of `linking.Learning`.
-      order: of decisions.
+      order: of decisions; "" is the main one's.
       epochs: 0 is as many as the main one.
       lr: 0 is the main one's.
     """
@@ -75,7 +75,7 @@ class Arm:
     name: str
     linker: dict[str, Any] = dataclasses.field(default_factory=dict)
     learning: dict[str, Any] = dataclasses.field(default_factory=dict)
-    order: str = "offset"
+    order: str = ""
     epochs: int = 0
     lr: float = 0.0
 
@@ -161,7 +161,8 @@ def read(config: Any) -> Config:
 
 def all_arms(config: Config) -> tuple[Arm, ...]:
     """The main linker as the first arm, and the others."""
-    return (Arm("dense", order=config.order), *config.arms)
+    arms = (Arm("dense"), *config.arms)
+    return tuple(dataclasses.replace(arm, order=arm.order or config.order) for arm in arms)
 
 
 def linker_of(config: Config, arm: Arm) -> tuple[linking.Linker, linking.Learning]:

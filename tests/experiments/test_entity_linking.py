@@ -135,6 +135,16 @@ def test_every_variant_can_be_read() -> None:
         configs.get_config("x")
 
 
+def test_an_arm_decides_in_the_main_linkers_order_unless_it_names_one() -> None:
+    arms = linking_config.all_arms(_config("aida_table"))
+    assert {a.name: a.order for a in arms if a.name in ("dense", "one_hop", "offset", "random")} == {
+        "dense": "size",
+        "one_hop": "size",
+        "offset": "offset",
+        "random": "random",
+    }
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(done, tmp_path, monkeypatch) -> None:
     config, folder, summary = done
