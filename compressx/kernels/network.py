@@ -119,7 +119,7 @@ def compile(
 
 
 class _Groups:
-    """Values that must lie on the same cells (union of sets, with what each set needs)."""
+    """Values that must lie on the same cells (union of sets, with what each set needs, and the reach of each value)."""
 
     def __init__(self) -> None:
         self.parent: dict[int, int] = {}
@@ -135,15 +135,15 @@ class _Groups:
 
     def need(self, v: int, extent: tuple[int, int], gap: tuple[int, int], reach: tuple[int, int]) -> None:
         r = self.root(v)
-        for table, value in ((self.extent, extent), (self.gap, gap), (self.reach, reach)):
-            old = table.get(r, (0, 0))
-            table[r] = (max(old[0], value[0]), max(old[1], value[1]))
+        for table, key, value in ((self.extent, r, extent), (self.gap, r, gap), (self.reach, v, reach)):
+            old = table.get(key, (0, 0))
+            table[key] = (max(old[0], value[0]), max(old[1], value[1]))
 
     def join(self, a: int, b: int) -> None:
         a, b = self.root(a), self.root(b)
         if a != b:
             self.parent[b] = a
-            self.need(a, self.extent.get(b, (0, 0)), self.gap.get(b, (0, 0)), self.reach.get(b, (0, 0)))
+            self.need(a, self.extent.get(b, (0, 0)), self.gap.get(b, (0, 0)), (0, 0))
 
 
 class _Builder:
@@ -194,22 +194,22 @@ class _Builder:
                 self.groups.need(s.y, (oh, ow), (0, 0), (0, 0))
                 continue
             g = s.geometry
-            self.groups.need(s.y, g.cover(h, w), g.gap(h, w), g.reach())
+            self.groups.need(s.y, g.cover(h, w), g.gap(h, w), (0, 0))
             if g.strides == (1, 1):
+                self.groups.need(s.x, (h, w), (0, 0), g.reach())
                 self.groups.join(s.x, s.y)
             else:
-                self.groups.need(s.x, (h, w), (1, 1), (1, 1))
+                self.groups.need(s.x, (h, w), (1, 1), (0, 1))  # a margin, whose first vector is zeros
             if s.residual >= 0:
                 self.groups.need(s.residual, (oh, ow), (0, 0), (0, 0))
                 self.groups.join(s.residual, s.y)
 
-    def _grid(self, v: int, size: tuple[int, int] | None = None) -> Grid:
+    def _grid(self, v: int) -> Grid:
         r = self.groups.root(v)
         assert self.isa is not None
-        base = grid(
-            self._shape(v)[0], *self.groups.extent[r], self.groups.gap[r], self.groups.reach[r], native.LANES[self.isa]
-        )
-        h, w = size or self._shape(v)[1:3]
+        reach = self.groups.reach.get(v, (0, 0))
+        base = grid(self._shape(v)[0], *self.groups.extent[r], self.groups.gap[r], reach, native.LANES[self.isa])
+        h, w = self._shape(v)[1:3]
         return base._replace(h=h, w=w)
 
     def _grids(self) -> dict[int, Grid]:
@@ -262,16 +262,17 @@ class _Builder:
                 env.dense[s.y] = pattern_conv.xla(env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual)
 
             return on_xla
-        sparse, g = self._sparse(s), self._grid(s.y)
+        sparse, g, wide, reach = self._sparse(s), self._grid(s.y), self._grid(s.x), geometry.reach()
+        strided = geometry.strides != (1, 1)
+        phases = pattern_conv.phase_grid(geometry, g, h, w)._replace(margin=reach[0] * g.row + reach[1])
+        inside = phases if strided else wide
         if self.tune:
-            plan = tuning.tuned(sparse, geometry, g, threads=self.threads)
+            plan = tuning.tuned(sparse, geometry, g._replace(margin=inside.margin), threads=self.threads)
         else:
             plan = tuning.guess(sparse, geometry, g, tuning.cores(self.threads))
         self.reports.append(report._replace(plan=plan))
-        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation)
+        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside)
         arrays = dict(ready.arrays)
-        strided = geometry.strides != (1, 1)
-        inside, wide = pattern_conv.phase_grid(geometry, g, h, w), self._grid(s.x)
         if strided:
             arrays["source"] = window_source(wide, inside, geometry.strides, geometry.phases())
             arrays["phase_valid"] = valid(inside)

@@ -39,7 +39,7 @@ struct Conv {
   float* y;
   const float* bias;
   const float* residual;  // null: none
-  Grid in, out;           // of one segment length
+  Grid in, out, add;      // of x, y and residual, of one segment length
   int planes;             // of an input channel (more than one: the phases of a stride)
   int couts, filters, taps, activation, groups;
   const int* order;
@@ -153,7 +153,7 @@ struct Scratch {
 
 Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits, F32 starts, F32 offsets, F32 places,
                   F32 order, F32 bias, F32 valid, F32 residual, ffi::Result<F32> y, int64_t isa, int64_t segment,
-                  int64_t margin, int64_t row, int64_t planes, int64_t taps, int64_t filters, int64_t width,
+                  int64_t margin, int64_t margin_in, int64_t margin_add, int64_t row, int64_t planes, int64_t taps, int64_t filters, int64_t width,
                   int64_t groups, int64_t columns, int64_t activation, int64_t threads) {
   Conv c{};
   Span<float> xs, ws, bs, rs, ys;
@@ -170,15 +170,16 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   const int lanes = Lanes(isa);
   const int64_t most = taps == 0 ? DISPATCH(isa, kRunWidth) : DISPATCH(isa, kWidth);
   constexpr int64_t kLarge = 1 << 30;
-  if (segment < 1 || segment > kLarge || margin < 0 || margin > kLarge || row < 1 || row > kLarge || planes < 1 ||
-      planes > 4096 || !(taps == 0 || (taps >= 2 && taps <= 5)) || filters < 1 || filters > kLarge || width < 1 ||
+  if (segment < 1 || segment > kLarge || margin < 0 || margin > kLarge || margin_in < 0 || margin_in > kLarge ||
+      margin_add < 0 || margin_add > kLarge || row < 1 || row > kLarge || planes < 1 || planes > 4096 || !(taps == 0 || (taps >= 2 && taps <= 5)) || filters < 1 || filters > kLarge || width < 1 ||
       width > most || groups < 1 || groups > kLarge || activation < 0 || activation > 2 || threads < 0)
     return Bad("an attribute is out of range");
   if (taps && filters > kMostFilters) return Bad("more filters in a block than an index can name");
-  const int64_t plane = segment + 2 * margin, couts = fs.size;
-  const int64_t cin = xs.size / (plane * lanes * planes);
-  if (cin * plane * lanes * planes != xs.size || couts * plane * lanes != ys.size || bs.size != couts || couts < 1 ||
-      ms.size != segment || (rs.size != 0 && rs.size != ys.size))
+  c.in = Grid{segment, margin_in, ms.data}, c.out = Grid{segment, margin, ms.data};
+  c.add = Grid{segment, margin_add, ms.data};
+  const int64_t couts = fs.size, channel = c.in.plane() * lanes * planes, cin = xs.size / channel;
+  if (cin * channel != xs.size || couts * c.out.plane() * lanes != ys.size || bs.size != couts || couts < 1 ||
+      ms.size != segment || (rs.size != 0 && rs.size != couts * c.add.plane() * lanes))
     return Bad("shapes disagree");
   std::vector<bool> seen(couts);
   for (int64_t i = 0; i < couts; ++i) {
@@ -189,7 +190,6 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   c.y = static_cast<float*>(y->untyped_data());
   c.bias = bs.data;
   c.residual = rs.size ? rs.data : nullptr;
-  c.in = c.out = Grid{segment, margin, ms.data};
   c.row = row, c.reach = row;
   c.planes = planes, c.couts = couts, c.filters = std::min(filters, couts), c.taps = taps;
   c.activation = activation, c.groups = groups;
@@ -372,7 +372,7 @@ extern "C" int compressx_keep_memory() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     CompressxPatternConv, compressx::ConvHandler,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-        A("isa") A("segment") A("margin") A("row") A("planes") A("taps") A("filters") A("width") A("groups")
+        A("isa") A("segment") A("margin") A("margin_in") A("margin_add") A("row") A("planes") A("taps") A("filters") A("width") A("groups")
             A("columns") A("activation") A("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxToPlanes, compressx::ToPlanesHandler,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::BufferR4<ffi::F32>>().Ret<ffi::AnyBuffer>()

@@ -116,12 +116,21 @@ class Fixed(NamedTuple):
 
 
 def layer(
-    s: Sparse, geometry: Geometry, grid: Grid, plan: Plan, bias: np.ndarray | None = None, activation: str = "none"
+    s: Sparse,
+    geometry: Geometry,
+    grid: Grid,
+    plan: Plan,
+    bias: np.ndarray | None = None,
+    activation: str = "none",
+    inside: Grid | None = None,
 ) -> Layer:
-    """Sorts the weights as the plan says and gathers what the native call needs."""
+    """Sorts the weights as the plan says and gathers what the native call needs.
+
+    `grid` is the output's and `inside` the input's, where they differ: in their margins alone.
+    """
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-    t = schedule.stream(s, geometry, grid, plan)
+    t = schedule.stream(s, geometry, inside or grid, plan)
     arrays = {
         name: getattr(t, name) for name in ("weight", "members", "visits", "starts", "offsets", "places", "order")
     }
@@ -139,12 +148,14 @@ def run(
 ) -> jax.Array:
     """The native convolution of planes: `[cin * phases, plane, lanes] -> [cout, plane, lanes]`. It has no gradient.
 
+    Input, residual and output have the same segments, each with the margins of its own grid.
     Safe under concurrent calls: nothing is shared but the read-only operands. Packed arrays are checked in the call; a
     corrupted one is an error (XlaRuntimeError), never an access outside the buffers.
     """
     g = fixed.grid
     names = ("weight", "members", "visits", "starts", "offsets", "places", "order", "bias", "valid")
     extra = jnp.zeros(0, jnp.float32) if residual is None else residual
+    margin = lambda planes: (planes.shape[1] - g.segment) // 2
     return native.call(
         "compressx_pattern_conv",
         (fixed.couts, g.plane, g.lanes),
@@ -154,6 +165,8 @@ def run(
         isa=native.isa_of(g),
         segment=g.segment,
         margin=g.margin,
+        margin_in=margin(x),
+        margin_add=0 if residual is None else margin(residual),
         row=g.row,
         planes=fixed.phases,
         taps=fixed.taps,

@@ -74,8 +74,8 @@ INLINE void Put(const Grid& g, float* plane, int64_t j, Vec v) {
 template <int F>
 NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums) {
   for (int k = 0; k < count; ++k, sums += F * kLanes) {
-    const int64_t filter = c.order[first + k], at = (c.out.margin + j) * kLanes;
-    const float* add = c.residual ? c.residual + filter * c.out.plane() * kLanes + at : nullptr;
+    const int64_t filter = c.order[first + k];
+    const float* add = c.residual ? c.residual + (filter * c.add.plane() + c.add.margin + j) * kLanes : nullptr;
     float* plane = c.y + filter * c.out.plane() * kLanes;
     Each<F>([&](auto f) {
       Vec v = Load(sums + f * kLanes);

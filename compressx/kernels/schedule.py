@@ -204,7 +204,7 @@ def stream(s: Sparse, g: Geometry, grid: Grid, plan: Plan) -> Stream:
     Args:
       s: the weights.
       g: the convolution.
-      grid: of the output; inputs have its cells too, a plane a phase and channel.
+      grid: of the input, a plane a phase and channel, on the cells of the output.
       plan: how it is run.
 
     Raises:
