@@ -239,8 +239,8 @@ def quantized(variant: str, bits: int) -> Settings:
 def pull(epochs: int, **more: Any) -> Settings:
     """ADMM for published weights, two updates in an epoch of 78 steps, rho growing smoothly from 1 to 100.
 
-    The penalty is decoupled from Adam: the weights are large beside the steps that Adam takes in few epochs, and a plain
-    penalty up to 0.1 left them half way (ResNet-20 at 4x: residual 0.5 to 0.9 after 6 epochs).
+    The penalty is decoupled from Adam: the weights are large beside the steps that Adam takes in few epochs, and with a
+    plain penalty up to 0.1 they stayed half way (ResNet-20 at 4x: residual 0.5 to 0.9 after 6 epochs).
     """
     updates = 2 * epochs
     factor = round(100 ** (1 / (updates - 1)), 4)
