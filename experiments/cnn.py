@@ -21,7 +21,7 @@ from compressx.report import console, html
 from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, read_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases, state
-from experiments import artifacts, driver, init_from
+from experiments import artifacts, driver, init_from, latency
 from experiments.driver import Options
 
 
@@ -281,7 +281,13 @@ def conclude(
         return {}
     model = {"name": config.model.name, "options": dict(config.model.options)}
     stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, model, facts)
-    summary = make_summary(**_summary(config, options, job, info, last, outcome, stored))
+    dense_variables = {**dense.params, **dense.batch_stats}
+    times, about = (
+        latency.of_images(stored.saved, dense_variables, info.shape, info.classes)
+        if last.rules
+        else (None, {"reason": "nothing is compressed"})
+    )
+    summary = make_summary(**_summary(config, options, job, info, last, outcome, stored, times, about))
     page = html.Page(
         summary=summary,
         config=json.loads((workdir / "config.json").read_text()),
@@ -318,6 +324,8 @@ def _summary(
     last: Phase,
     outcome: Outcome,
     stored: artifacts.Stored,
+    times: dict[str, float] | None,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     results, plan = outcome.results, config.plan
 
@@ -350,7 +358,7 @@ def _summary(
         "bytes": stored.size,
         "residual": residual,
         "violations": stored.violations,
-        "latency_ms": None,
+        "latency_ms": times,
         "seconds": outcome.seconds,
         "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
         "cnn": {
@@ -361,6 +369,7 @@ def _summary(
             "mesh": options.mesh or None,
             "processes": jax.process_count(),
             "phases": results,
+            "latency": about,
             "run": run_record(options.command),
         },
     }

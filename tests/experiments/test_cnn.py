@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from compressx import cli, formats
+from compressx.kernels import native
 from compressx.report.summary import check_summary, read_summary
 from compressx.training import ConfigError
 from configs import cnn as configs
@@ -59,6 +60,10 @@ def test_the_summary_says_what_happened(done) -> None:
     assert s["violations"] == 0
     assert s["residual"]["primal"] > 0
     assert s["seconds"] > 0
+    if native.available():
+        assert all(s["latency_ms"][k] == s["cnn"]["latency"][f"{k}_ms"]["median"] > 0 for k in ("dense", "compressed"))
+    else:
+        assert s["latency_ms"] == {"dense": None, "compressed": None} and s["cnn"]["latency"]["reason"]
     assert set(s["cnn"]["phases"]) == {"dense", "admm", "retrain", "one_shot", "dense_same_budget"}
     assert s["cnn"]["run"]["command"] == "python -m experiments.cnn"
     assert {"date", "machine", "versions"} <= set(s["cnn"]["run"])
