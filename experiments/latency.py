@@ -43,7 +43,7 @@ def of_images(
             return None, {"reason": "the network has no convolution"}
         model = models.build(saved.model["name"], **options)
         runs = {"dense": kernels.compile(model, dense, path="xla"), "compressed": compressed}
-        taken = _interleaved({name: lambda f=f: jax.block_until_ready(f(x)) for name, f in runs.items()}, budget)
+        taken = _interleaved(runs, x, budget)
     except (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         return None, {
             "reason": f"{type(error).__name__}: {str(error)[:200]}"
@@ -54,15 +54,15 @@ def of_images(
     return {name: q[1] for name, q in quartiles.items()}, about
 
 
-def _interleaved(runs: dict[str, Callable[[], Any]], budget: float) -> dict[str, list[float]]:
+def _interleaved(runs: dict[str, Callable[[Any], Any]], x: Any, budget: float) -> dict[str, list[float]]:
     """Milliseconds of each in every round, after two of warming up."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        run(), run()
+        jax.block_until_ready([run(x), run(x)])
     start = time.perf_counter()
     while len(next(iter(taken.values()))) < 5 or time.perf_counter() - start < budget:
         for name, run in runs.items():
             begin = time.perf_counter()
-            run()
+            jax.block_until_ready(run(x))
             taken[name].append(1e3 * (time.perf_counter() - begin))
     return taken
