@@ -100,6 +100,7 @@ def conclude(config: Config, options: Options, setting: Setting, finished: dict[
         "bytes_counted": "payload, frame header, tag, hash, hello, offer with quote; not gRPC's and TLS's framing",
         "saving": compared.saving,
         "saving_same_values": compared.saving_same_values,
+        "encryption_overhead": compared.bytes["encrypted dense"]["total"] / compared.bytes["plain dense"]["total"] - 1,
         "speedup": compared.speedup,
         "links": compared.links,
         "seconds": {
