@@ -273,9 +273,9 @@ def _conclude(
     pictures = []
     if squeezed is not None:
         pictures = artifacts.pictures(workdir, squeezed.before, squeezed.after.params, squeezed.last.rules)
-    best = max((r["test"]["f1"], name) for name, r in table.items())
+    best = max((r["dev"]["f1"], name) for name, r in table.items())
     sections: list[tuple[str, html.Content]] = [
-        ("Linkers", [linking_results.table(table, sets), f"Micro F1. Best on test: {best[1].replace('_', ' ')}."]),
+        ("Linkers", [linking_results.table(table, sets), f"Micro F1. Best on dev: {linking_results.called(best[1])}."]),
         ("Errors on test", linking_results.error_table(errors)),
         ("Where the errors are", linking_results.by_size(documents, found["dense"].predictions)),
         ("Linked documents", page),

@@ -96,13 +96,22 @@ def coverage(corpora: Corpora) -> dict[str, dict[str, int]]:
     return out
 
 
-NAMES = {"most_inlinked": "most in-links, nothing learned", "prior": "largest prior, nothing learned"}
+NAMES = {
+    "most_inlinked": "most in-links, nothing learned",
+    "prior": "largest prior, nothing learned",
+    "dense": "dense, the main linker",
+}
+
+
+def called(name: str) -> str:
+    """An arm's name for people."""
+    return NAMES.get(name, name.replace("_", " "))
 
 
 def table(arms: Mapping[str, Mapping[str, Any]], sets: Sequence[str]) -> html.Table:
     """A row for every arm: micro F1 on every set."""
     rows = [
-        (NAMES.get(name, name.replace("_", " ")), *(fmt.percent(row[s]["f1"]) if s in row else "–" for s in sets))
+        (called(name), *(fmt.percent(row[s]["f1"]) if s in row else "–" for s in sets))
         for name, row in arms.items()
     ]
     return html.Table(("linker", *(s.replace("_", " ") for s in sets)), rows, (False, *[True] * len(sets)))
@@ -112,7 +121,7 @@ def error_table(found: Mapping[str, Mapping[str, int]]) -> html.Table:
     """Kinds of errors, a column for every linker."""
     rows = [(told, *(str(f[kind]) for f in found.values())) for kind, told in metrics.KINDS.items()]
     rows.append(("all errors", *(str(sum(f.values())) for f in found.values())))
-    return html.Table(("error", *found), rows, (False, *[True] * len(found)))
+    return html.Table(("error", *(name.replace("_", " ") for name in found)), rows, (False, *[True] * len(found)))
 
 
 def by_size(documents: Sequence[linking.Document], predictions: metrics.Predictions) -> html.Table:
