@@ -38,7 +38,10 @@ def environment(packages: tuple[str, ...] = ("jax",)) -> dict[str, Any]:
 
 def record(folder: Path, driver: str, rows: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> None:
     """Writes `folder/driver/case/summary.json` for every case, the block being its row and the environment."""
+    machine = {"processor": about["processor"], "cores": about["cores"]}
+    run = {"machine": machine, **{key: about[key] for key in ("command", "date", "versions")}}
     for case, row in rows.items():
         where = folder / driver / case
         where.mkdir(parents=True, exist_ok=True)
-        write_summary(where / "summary.json", own_summary(driver, case, {**row, "environment": dict(about)}))
+        block = {**row, "environment": dict(about), "run": run}
+        write_summary(where / "summary.json", own_summary(driver, case, block))

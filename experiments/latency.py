@@ -6,7 +6,7 @@ stands in place of figures: on the fallback a compressed network is the dense on
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,7 +54,7 @@ def of_images(
     return {name: q[1] for name, q in quartiles.items()}, about
 
 
-def _interleaved(runs: dict[str, Callable[[Any], Any]], x: Any, budget: float) -> dict[str, list[float]]:
+def _interleaved(runs: Mapping[str, Callable[[Any], Any]], x: Any, budget: float) -> dict[str, list[float]]:
     """Milliseconds of each in every round, after two of warming up."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():

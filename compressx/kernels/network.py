@@ -108,8 +108,9 @@ def compile(
             raise ValueError("the saved model names no network; give compile the module and the variables")
         from compressx import models
 
-        about = packed_model.model
-        model = models.build(about["name"], **about.get("options", {}))
+        about, facts = packed_model.model, packed_model.extra
+        known = {"classes": facts["classes"]} if isinstance(facts, dict) and "classes" in facts else {}
+        model = models.build(about["name"], **known | about.get("options", {}))
         variables, packed = packed_model.params, packed_model.packed
     if path not in (None, "native", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native and xla")

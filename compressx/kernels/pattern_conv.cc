@@ -226,11 +226,38 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
 
 // [n, h, w, c] to [c, plane, lanes] and back. Element (b, y, x) of an image is element b * image + y * row + x of a plane.
 struct Images {
+  static constexpr int64_t kGroup = 16, kMostLanes = 16;  // channels moved at once
   int64_t n, h, w, c, row, image, segment, margin, lanes;
   bool fits(int64_t dense, int64_t planes) const {
     return n > 0 && h > 0 && w > 0 && c > 0 && row >= w && image >= (h - 1) * row + w && segment > 0 && margin >= 0 &&
-           lanes > 0 && (n - 1) * image + (h - 1) * row + w <= segment * lanes && dense == n * h * w * c &&
+           lanes > 0 && (n - 1) * image + (h - 1) * row + w <= segment * lanes && dense == n * h * w * c && dense / c < std::numeric_limits<int32_t>::max() &&
            planes == c * (segment + 2 * margin) * lanes;
+  }
+  // The pixel at every element of a segment's vectors, -1 in the gaps.
+  std::vector<int32_t> pixels() const {
+    std::vector<int32_t> at(segment * lanes, -1);
+    for (int64_t line = 0; line < n * h; ++line) {
+      const int64_t first = line / h * image + line % h * row;
+      int64_t lane = first / segment, j = first % segment;
+      for (int64_t x = 0; x < w; ++x) {
+        at[j * lanes + lane] = (int32_t)(line * w + x);
+        if (++j == segment) j = 0, ++lane;
+      }
+    }
+    return at;
+  }
+  // f(pixels of a vector, its place in a plane, first channel, end) for all vectors and groups of channels.
+  template <class Body>
+  void each(ffi::ThreadPool& pool, int64_t threads, const Body& f) const {
+    constexpr int64_t kVectors = 64;
+    const auto at = std::make_shared<std::vector<int32_t>>(pixels());
+    const Images s = *this;
+    Parallel(pool, threads, (segment + kVectors - 1) / kVectors, [=](int64_t task) {
+      const int64_t end = std::min(s.segment, (task + 1) * kVectors);
+      for (int64_t c = 0; c < s.c; c += kGroup)
+        for (int64_t j = task * kVectors; j < end; ++j)
+          f(at->data() + j * s.lanes, (s.margin + j) * s.lanes, c, std::min(s.c, c + kGroup));
+    });
   }
 };
 
@@ -244,26 +271,23 @@ Error ToPlanesHandler(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Resu
   float* to = static_cast<float*>(y->untyped_data());
   const int64_t plane = (segment + 2 * margin) * s.lanes;
   AskForHugePages(to, s.c * plane * 4);
+  s.each(pool, threads, [=](const int32_t* pixel, int64_t place, int64_t first, int64_t end) {
+    float block[Images::kGroup * Images::kMostLanes];  // so that the planes see whole vectors
+    for (int64_t lane = 0; lane < s.lanes; ++lane)
+      for (int64_t c = first; c < end; ++c)
+        block[(c - first) * s.lanes + lane] = pixel[lane] < 0 ? 0.f : from[pixel[lane] * s.c + c];
+    for (int64_t c = first; c < end; ++c) std::memcpy(to + c * plane + place, block + (c - first) * s.lanes, s.lanes * 4);
+  });
   Parallel(pool, threads, s.c, [=](int64_t c) {
     float* p = to + c * plane;
-    std::memset(p, 0, plane * 4);
-    for (int64_t b = 0; b < s.n; ++b)
-      for (int64_t y = 0; y < s.h; ++y) {
-        const float* source = from + ((b * s.h + y) * s.w) * s.c + c;
-        const int64_t first = b * s.image + y * s.row;
-        int64_t lane = first / segment, j = first % segment;
-        for (int64_t x = 0; x < s.w; ++x, source += s.c) {
-          p[(margin + j) * s.lanes + lane] = *source;
-          if (++j == segment) j = 0, ++lane;
-        }
-      }
     for (int64_t j = -margin; j < segment + margin; ++j) {
       if (j == 0) j = segment;
       if (j >= segment + margin) break;
       const int64_t shift = j < 0 ? -((-j + segment - 1) / segment) : j / segment, k = j - shift * segment;
       for (int64_t lane = 0; lane < s.lanes; ++lane) {
         const int64_t source = lane + shift;
-        if (source >= 0 && source < s.lanes) p[(margin + j) * s.lanes + lane] = p[(margin + k) * s.lanes + source];
+        const bool inside = source >= 0 && source < s.lanes;
+        p[(margin + j) * s.lanes + lane] = inside ? p[(margin + k) * s.lanes + source] : 0.f;
       }
     }
   });
@@ -279,15 +303,10 @@ Error FromPlanesHandler(ffi::ThreadPool pool, F32 x, ffi::Result<ffi::BufferR4<f
   const float* from = static_cast<const float*>(x.untyped_data());
   float* to = y->typed_data();
   const int64_t plane = (segment + 2 * margin) * s.lanes;
-  Parallel(pool, threads, s.n * s.h, [=](int64_t line) {
-    const int64_t b = line / s.h, y = line % s.h, first = b * s.image + y * s.row;
-    int64_t lane = first / segment, j = first % segment;
-    float* out = to + line * s.w * s.c;
-    for (int64_t x = 0; x < s.w; ++x, out += s.c) {
-      const float* source = from + (margin + j) * s.lanes + lane;
-      for (int64_t c = 0; c < s.c; ++c) out[c] = source[c * plane];
-      if (++j == segment) j = 0, ++lane;
-    }
+  s.each(pool, threads, [=](const int32_t* pixel, int64_t place, int64_t first, int64_t end) {
+    for (int64_t lane = 0; lane < s.lanes; ++lane)
+      if (pixel[lane] >= 0)
+        for (int64_t c = first; c < end; ++c) to[pixel[lane] * s.c + c] = from[c * plane + place + lane];
   });
   return Error::Success();
 }

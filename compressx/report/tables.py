@@ -245,6 +245,8 @@ def _words(goal: Goal, summary: Mapping[str, Any] | None) -> str:
         fraction = summary is None and key.startswith("metric.") and 0 <= value <= 1
         write = fmt.percent if fraction else fmt.for_key(key, metric)
         parts.append(f"{'≥' if at_least else '≤'} {write(value).replace('.0×', '×')}")
+    if len(parts) > 2:  # a list, in the order of the columns
+        return markdown.text(", ".join(parts) if len(set(parts)) > 1 else f"all {parts[0]}")
     return markdown.text(" at ".join(parts))
 
 
