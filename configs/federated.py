@@ -167,7 +167,7 @@ def mnist_shards(variant: str) -> Settings:
     """
     c = mnist(variant)
     c["split"] |= {"kind": "shards"}
-    c["algorithm"] |= {"rounds": 240, "local_epochs": 0.05, "prune_round": 130, "admm_rounds": 36, "every": 5}
+    c["algorithm"] |= {"rounds": 400, "local_epochs": 0.05, "prune_round": 190, "admm_rounds": 40, "every": 5}
     c["eval_every"] = 20
     c["paper"] = {"accuracy": 0.9760, "saving": 0.3485, "speedup": 1.8, "what": "LeNet-5, non-IID"}
     return c
