@@ -45,9 +45,8 @@ def of_images(
         runs = {"dense": kernels.compile(model, dense, path="xla"), "compressed": compressed}
         taken = _interleaved(runs, x, budget)
     except (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-        return None, {
-            "reason": f"{type(error).__name__}: {str(error)[:200]}"
-        }  # a finished training is not lost for this
+        # a finished training is not lost for this
+        return None, {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
     quartiles = {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
     facts = {f"{name}_ms": {"low": q[0], "median": q[1], "high": q[2]} for name, q in quartiles.items()}
     about = {"path": compressed.path, "rounds": len(taken["dense"]), **facts}

@@ -2,7 +2,7 @@
 
 The bits of a non-negative IEEE number, read as an unsigned integer, are ordered as the number is. So the k-th largest
 score is found one or two bits at a time, each by counting how many scores reach a candidate: passes that only count.
-Counting shards (an all-reduce of one integer a pass; no score leaves its device), needs no second copy, and is exact.
+Counting shards (all-reduces of single integers; no score leaves its device), needs no second copy, and is exact.
 Ties go to the lower index.
 """
 
