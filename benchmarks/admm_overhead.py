@@ -23,6 +23,7 @@ RHO = 1e-3
 CASES = {
     "lenet5": ("lenet5_caffe", 64, (28, 28, 1), 10),
     "resnet18": ("resnet18", 8, (64, 64, 3), 1000),
+    "resnet18_batch32": ("resnet18", 32, (64, 64, 3), 1000),
     "100m": ("mlp", 256, (4096,), 4096),  # six dense layers of 4096 x 4096: 100.7M weights
 }
 MLP_LAYERS = 6

@@ -5,6 +5,8 @@
     gradient:      g + rho * sum_k (W - Z_k + U_k)               every step
     every `every` steps:  Z_k <- P_k(W + U_k),  U_k <- U_k + W - Z_k
 
+Stored are Z_k and Z_k - U_k, so that the penalty of a step reads one array of each set; U_k is their difference.
+
 Ties and levels (stages TIE, LEVEL) are sets for the weights that the sets before them keep: 0 is no level of a kept
 weight, and all levels of a pruned one. So their P_k is taken of W + U_k with zeros where an earlier Z is zero.
 
@@ -38,7 +40,7 @@ class AdmmState(NamedTuple):
       updates: int32 [], Z and U updates done.
       z: one tree per set number, shaped as params; unconstrained leaves (and leaves with fewer sets) are
         `optax.MaskedNode()`, which stores nothing. Dtype and sharding of the leaf.
-      u: the scaled duals, likewise.
+      pull: Z_k - U_k, likewise: where the penalty pulls W to.
       structure: name -> tuple over sets of what the set leaves open.
       rho: name -> float32 [].
       primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update.
@@ -48,11 +50,16 @@ class AdmmState(NamedTuple):
     step: Array
     updates: Array
     z: tuple[Any, ...]
-    u: tuple[Any, ...]
+    pull: tuple[Any, ...]
     structure: dict[str, tuple[Any, ...]]
     rho: dict[str, Array]
     primal: dict[str, Array]
     dual: dict[str, Array]
+
+    @property
+    def u(self) -> tuple[Any, ...]:
+        """The scaled duals U_k, shaped as `z`."""
+        return jax.tree.map(jnp.subtract, self.z, self.pull)
 
 
 Rho = float | Array | RhoSchedule | Sequence[tuple[str, float | RhoSchedule]]
@@ -107,7 +114,7 @@ def admm(
 
     Put it before the optimizer, so that the penalty is part of the gradient: `optax.chain(admm(...), optax.adam(lr))`;
     or between `scale_by_adam` and `scale_by_learning_rate`, so that Adam does not normalise the penalty (decoupled).
-    Stored: two copies (Z, U) of every constrained leaf per set, nothing else of a leaf's size.
+    Stored: two copies (Z, Z - U) of every constrained leaf per set, nothing else of a leaf's size.
 
     Args:
       rules: pairs (pattern, constraint), see `compressx.rules`.
@@ -133,7 +140,7 @@ def admm(
         leaves, treedef = jax.tree.flatten(params)
         depth = max((len(_sets(b)) for b in bound), default=0)
         z = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
-        u = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
+        pull = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
         structure: dict[str, tuple[Any, ...]] = {}
         for b in bound:
             w = b.take(leaves)
@@ -143,14 +150,14 @@ def admm(
             for k, (part, s) in enumerate(zip(_sets(b), structure[b.name], strict=True)):
                 before.append(part.project(_kept(part, w, before), s))
                 b.put(z[k], before[-1])
-                b.put(u[k], jax.tree.map(jnp.zeros_like, w))
+                b.put(pull[k], jax.tree.map(jnp.copy, before[-1]))  # U is zero
         # a distinct array for every entry: shared buffers cannot be donated
         residuals = [{b.name: jnp.full(len(_sets(b)), jnp.inf, jnp.float32) for b in bound} for _ in range(2)]
         return AdmmState(
             step=jnp.zeros((), jnp.int32),
             updates=jnp.zeros((), jnp.int32),
             z=tuple(jax.tree.unflatten(treedef, x) for x in z),
-            u=tuple(jax.tree.unflatten(treedef, x) for x in u),
+            pull=tuple(jax.tree.unflatten(treedef, x) for x in pull),
             structure=structure,
             rho={name: s.init() for name, s in schedules.items()},
             primal=residuals[0],
@@ -177,12 +184,11 @@ def admm(
             lambda _, s: _dual_step(s, params, bound, schedules, refresh_every, rescale_dual),
             state._replace(step=optax.safe_increment(state.step)),
         )
-        trees_z, trees_u = [_like(params, t) for t in state.z], [_like(params, t) for t in state.u]
+        trees = [_like(params, t) for t in state.pull]
         for b in bound:
-            g = b.take(gradients)
+            g, r = b.take(gradients), state.rho[b.name]
             for k in range(len(_sets(b))):
-                z, u, r = b.take(trees_z[k]), b.take(trees_u[k]), state.rho[b.name]
-                penalty = jax.tree.map(lambda w, z, u, r=r: r.astype(w.dtype) * (w - z + u), b.take(leaves), z, u)
+                penalty = jax.tree.map(lambda w, t, r=r: r.astype(w.dtype) * (w - t), b.take(leaves), b.take(trees[k]))
                 g = jax.tree.map(lambda g, p: g + p.astype(g.dtype), g, penalty)
             b.put(gradients, g)
         return jax.tree.unflatten(treedef, gradients), state
@@ -201,16 +207,17 @@ def _dual_step(
     """One Z and U update of every leaf, with the residuals and the next rho."""
     number = optax.safe_increment(state.updates)
     leaves, treedef = jax.tree.flatten(params)
-    trees_z, trees_u = [_like(params, t) for t in state.z], [_like(params, t) for t in state.u]
+    trees_z, pulls = [_like(params, t) for t in state.z], [_like(params, t) for t in state.pull]
     structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
     for b in bound:
         w = b.take(leaves)
         residuals, moves = [], []
         chosen: list[Any] = []
         done: list[Any] = []
+        duals: list[Any] = []
         for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
-            u, before = b.take(trees_u[k]), b.take(trees_z[k])
-            v = jax.tree.map(jnp.add, w, u)
+            before = b.take(trees_z[k])
+            v = jax.tree.map(lambda w, z, t: w + (z - t), w, before, b.take(pulls[k]))
             if refresh_every is not None:
                 earlier = list(zip(_sets(b), chosen, strict=False))
 
@@ -222,8 +229,8 @@ def _dual_step(
                 s = lax.cond(number % refresh_every == 0, anew, lambda _, s: s, v, s)
             z = part.project(_kept(part, v, done), s)
             done.append(z)
+            duals.append(jax.tree.map(jnp.subtract, v, z))
             b.put(trees_z[k], z)
-            b.put(trees_u[k], jax.tree.map(lambda v, z: v - z, v, z))
             residual = jax.tree.map(jnp.subtract, w, z)
             residuals.append(_norm(residual))
             moves.append(_norm(jax.tree.map(jnp.subtract, z, before)))
@@ -234,14 +241,13 @@ def _dual_step(
         primal[b.name], dual[b.name] = jnp.stack(residuals) / size, jnp.stack(moves) / size
         old = rho[b.name]
         rho[b.name] = schedules[b.name].update(old, _norm(residuals), _norm(moves), number)
-        if rescale_dual:
-            scale = old / rho[b.name]
-            for k in range(len(_sets(b))):
-                b.put(trees_u[k], jax.tree.map(lambda u, s=scale: u * s.astype(u.dtype), b.take(trees_u[k])))
+        scale = old / rho[b.name] if rescale_dual else jnp.ones((), jnp.float32)
+        for k, (z, u) in enumerate(zip(done, duals, strict=True)):
+            b.put(pulls[k], jax.tree.map(lambda z, u, s=scale: z - u * s.astype(u.dtype), z, u))
     return state._replace(
         updates=number,
         z=tuple(jax.tree.unflatten(treedef, t) for t in trees_z),
-        u=tuple(jax.tree.unflatten(treedef, t) for t in trees_u),
+        pull=tuple(jax.tree.unflatten(treedef, t) for t in pulls),
         structure=structure,
         rho=rho,
         primal=primal,

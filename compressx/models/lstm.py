@@ -41,13 +41,21 @@ def lstm_reference(x: Array, u: Array, carry: Carry) -> tuple[Array, Carry]:
 
 
 def _cell(x: Array, u: Array, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """h and c after a step, and the gates `[B, 4H]` after their functions."""
-    a = x + h @ u
-    i, f, g, o = jnp.split(a, 4, axis=-1)
-    gates = jnp.concatenate([nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)], axis=-1)
+    """h and c after a step, and the gates `[B, 4H]` after their functions.
+
+    sigmoid(a) is (1 + tanh(a / 2)) / 2: so one function serves all gates, where four would have to be joined again.
+    """
+    half, shift = _halves(u.shape[0])
+    gates = jnp.tanh((x + h @ u) * half) * half + shift
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     c = f * c + i * g
     return o * jnp.tanh(c), c, gates
+
+
+def _halves(hidden: int) -> tuple[Array, Array]:
+    """1/2 and 1/2 for the gates that are sigmoids, 1 and 0 for the cell's, each `[1, 4H]`."""
+    of = jnp.array([[gate != "cell" for gate in GATES]], jnp.float32).repeat(hidden, 1)
+    return 1 - of / 2, of / 2
 
 
 @jax.custom_vjp
@@ -69,25 +77,32 @@ def _backward(saved: Any, cotangents: tuple[Array, Carry]) -> tuple[Array, Array
     u, (h0, c0), h, c, gates = saved
     dy, (dh, dc) = cotangents
     before = jnp.concatenate([c0[None], c[:-1]])
+    half, shift = _halves(u.shape[0])
+    i, f, g, o = jnp.split(gates, 4, axis=-1)
+    t = jnp.tanh(c)
+    # of all steps at once: da_t / (dc_t, dc_t, dc_t, dh_t), and what dh_t adds to dc_t
+    slopes = jnp.concatenate([g, before, i, t], -1) * (half[None] ** 2 - (gates - shift[None]) ** 2)
+    opened = o * (1.0 - t * t)
 
     def step(carry: Carry, saved: tuple[Array, ...]) -> tuple[Carry, Array]:
-        (dh, dc), (dy, c, before, gates) = carry, saved
-        i, f, g, o = jnp.split(gates, 4, axis=-1)
-        t = jnp.tanh(c)
+        (dh, dc), (dy, slope, opened, f) = carry, saved
         dh = dh + dy
-        dc = dc + dh * o * (1.0 - t * t)
-        da = jnp.concatenate(
-            [dc * g * i * (1.0 - i), dc * before * f * (1.0 - f), dc * i * (1.0 - g * g), dh * t * o * (1.0 - o)], -1
-        )
+        dc = dc + dh * opened
+        da = jnp.concatenate([dc, dc, dc, dh], -1) * slope
         return (da @ u.T, dc * f), da
 
-    (dh, dc), da = lax.scan(step, (dh, dc), (dy, c, before, gates), reverse=True)
+    (dh, dc), da = lax.scan(step, (dh, dc), (dy, slopes, opened, f), reverse=True)
     previous = jnp.concatenate([h0[None], h[:-1]])
-    du = jnp.einsum("tbh,tbg->hg", previous, da)
+    du = _flat(previous).T @ _flat(da)
     return da, du, (dh, dc)
 
 
 lstm.defvjp(_forward, _backward)
+
+
+def _flat(x: Array) -> Array:
+    """All steps of all lanes as the rows of one matrix. Over two axes XLA's CPU products are slow."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _uniform(scale: float) -> nn.initializers.Initializer:
@@ -125,7 +140,8 @@ class LSTM(nn.Module):
         w = _Matrix(self.scale, name="input")(x.shape[-1], 4 * self.hidden)
         u = _Matrix(self.scale, name="recurrent")(self.hidden, 4 * self.hidden)
         bias = self.param("bias", _uniform(self.scale), (4 * self.hidden,), jnp.float32)
-        return lstm(x @ w + bias[None, None], u, carry)
+        a = _flat(x) @ w + bias[None]
+        return lstm(a.reshape(*x.shape[:2], -1), u, carry)
 
 
 class LanguageModel(nn.Module):
@@ -195,4 +211,5 @@ class LanguageModel(nn.Module):
         dense = nn.Dense(
             self.classes, kernel_init=_uniform(self.scale), bias_init=_uniform(self.scale), name="softmax"
         )
-        return dense(x.transpose(1, 0, 2)), tuple(end)
+        lanes, steps = words.shape
+        return dense(_flat(x.transpose(1, 0, 2))).reshape(lanes, steps, self.classes), tuple(end)

@@ -442,7 +442,7 @@ def _diverged(phase: Phase, epoch: int, state: TrainState, loss: float) -> NoRet
 
 def _residuals(opt_state: Any) -> dict[str, Any]:
     """rho and the residuals by leaf (the largest over its sets), once there has been an update."""
-    state = jax.device_get(find_admm(opt_state)._replace(z=(), u=(), structure={}))
+    state = jax.device_get(find_admm(opt_state)._replace(z=(), pull=(), structure={}))
     if int(state.updates) == 0:
         return {}
     return {

@@ -193,10 +193,8 @@ def test_the_command_runs_to_its_end_and_quietly(tmp_path) -> None:
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    "variant",
-    ["mnist_lenet5_unstructured_tiny", pytest.param("mnist_lenet5_structured_88x_tiny", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mnist_lenet5_unstructured_tiny", "mnist_lenet5_structured_88x_tiny"])
 def test_mnist(variant, tmp_path, data_dir) -> None:
     summary = cnn.train_and_evaluate(_config(variant), Options(tmp_path, str(data_dir)))
     want = {"mnist_lenet5_unstructured_tiny": 430_500 / 5_050, "mnist_lenet5_structured_88x_tiny": 430_500 / 4_868}

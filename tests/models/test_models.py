@@ -34,8 +34,8 @@ TINY = [
     ("vgg16", CIFAR, {"width": 0.05}),
     ("vgg16", CIFAR, {"width": 0.05, "head": "imagenet", "batch_norm": False}),
     ("resnet20", CIFAR, {"width": 0.25}),
-    ("resnet18", CIFAR, {"width": 0.05, "stem": "cifar"}),
-    ("resnet50", (33, 33, 3), {"width": 0.05}),
+    pytest.param("resnet18", CIFAR, {"width": 0.05, "stem": "cifar"}, marks=pytest.mark.slow),
+    pytest.param("resnet50", (33, 33, 3), {"width": 0.05}, marks=pytest.mark.slow),
     ("mobilenet_v2", CIFAR, {"width": 0.1, "stem": "cifar"}),
 ]
 
