@@ -30,10 +30,10 @@ a { color: var(--accent); text-underline-offset: .15em; }
 .tile.bad .value { color: var(--bad); }
 .wide { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .9rem; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { padding: .32rem .5rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; }
-td.w { overflow-wrap: break-word; max-width: 30rem; }
+td.w { overflow-wrap: break-word; max-width: 20rem; }
 tr.total td { font-weight: 650; border-top: 2px solid var(--line); }
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 figure { margin: 1.2rem 0 1.8rem; }

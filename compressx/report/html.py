@@ -198,7 +198,12 @@ def _paper(summary: Mapping[str, Any]) -> str:
 def _layers(layers: Sequence[Layer]) -> str:
     rows = [layer_table.cells(layer) for layer in layers]
     last = layer_table.cells(layer_table.total(layers)) if len(layers) > 1 else None
-    return _table(Table(layer_table.HEADER, rows, layer_table.NUMERIC), last)
+    table = _table(Table(layer_table.HEADER, rows, layer_table.NUMERIC), last)
+    if len(rows) <= 40:
+        return table
+    whole = dict(zip(layer_table.HEADER, last or (), strict=True))
+    text = f"{len(rows)} layers; {whole['kept']} of {whole['of']} kept, {whole['packed']} in place of {whole['dense']}"
+    return f"<details><summary>{_text(text)}</summary>\n{table}</details>"
 
 
 def _reproduce(run: Mapping[str, Any]) -> str:

@@ -255,6 +255,23 @@ def test_words_are_the_mean_of_what_they_name() -> None:
     assert (found[[0, 3]] == np.float32(vectors.UNKNOWN)).all()
 
 
+def test_types_of_mentions_are_the_most_probable_by_naive_bayes() -> None:
+    documents, types = WORLD.documents["train"][:6], WORLD.types
+    learn = [(m, types[m.gold]) for d in documents[:5] for m in d.mentions if m.gold in types]
+    vocabulary = {mark for m, _ in learn for mark in mention_types._marks(m)}
+    of = {kind: [mark for m, k in learn if k == kind for mark in mention_types._marks(m)] for _, kind in learn}
+
+    def log_probability(m, kind):
+        seen = [of[kind].count(mark) for mark in mention_types._marks(m) if mark in vocabulary]
+        given = [(n + 1) / (len(of[kind]) + len(vocabulary)) for n in seen]
+        return np.log(sum(k == kind for _, k in learn) / len(learn)) + np.log(given).sum()
+
+    _, (typed,) = mention_types.with_types(documents[:5], documents[5:], types)
+    assert [m.type for m in typed.mentions] == [
+        max(sorted(of), key=lambda kind, m=m: log_probability(m, kind)) for m in typed.mentions
+    ]
+
+
 def test_inlink_words_name_the_pages_that_link() -> None:
     types = dict.fromkeys(("Red_fox", "Red_wolf", "Den"), "UNK")
     links = [("Red_fox", "Den"), ("Red_wolf", "Den"), ("Den", "Red_fox"), ("Elsewhere", "Den"), ("Den", "Den")]
