@@ -24,7 +24,7 @@ from compressx.crossbar.aware import training_hardware
 from compressx.crossbar.noise import Variation
 from compressx.report import console, html
 from compressx.report.environment import run_record
-from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Stage, Weights, mesh, phases
 from experiments import artifacts, cnn, crossbar_forms, crossbar_page, crossbar_sot, driver
 from experiments.crossbar_config import AWARE, DENSE, TAKEN, Config, plan_phases, read
@@ -49,20 +49,15 @@ def run(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`.
     """
     workdir, written = options.workdir, dataclasses.asdict(config)
-    driver.check_claim(workdir, written)
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
-        return read_summary(workdir / "summary.json")
+    if (summary := driver.finished(workdir, written)) is not None:
+        return summary
     started = time.monotonic()
     if config.take:
         subjects, scene = _taken(config, options)
         return _conclude(config, options, subjects, scene, None, time.monotonic() - started)
     todo = plan_phases(config)
     job, info = cnn.make_job(training_config(config), options)
-    training.check_phases(job, todo)
-    driver.claim(workdir, written)
-    with training.Display(training.total_steps(job, todo)) as display:
-        outcome = training.train(job, todo, workdir, display)
+    outcome = driver.train(workdir, written, job, todo)
     names = {p.name: p for p in todo}
 
     def weights(phase: str) -> Weights:

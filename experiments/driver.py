@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from compressx import training
 from compressx.data import DataFileError, DataNotFoundError
 from compressx.formats import CompressedFileError
 from compressx.harden import ConstraintViolation
 from compressx.models.convert import CheckpointError as ModelFileError
 from compressx.report import environment
 from compressx.report.metrics import MetricsError
-from compressx.report.summary import SummaryError
+from compressx.report.summary import SummaryError, read_summary
 from compressx.training import CheckpointError, ConfigError, Diverged, mesh
 
 # What a user, a file or a full disk can cause: one line, exit code 1. Anything else keeps its traceback.
@@ -144,6 +146,31 @@ def check_claim(workdir: Path, config: Mapping[str, Any]) -> None:
     if changed:
         what = "; ".join(changed)
         raise ConfigError(f"{workdir} holds a run with another config; use another --workdir, or undo: {what}")
+
+
+def finished(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run that has finished, which is then left as it is; None where there is something to do.
+
+    Raises:
+      ConfigError: the work directory holds a run of another config.
+    """
+    check_claim(workdir, config)
+    if not (workdir / "summary.json").exists():
+        return None
+    print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
+    return read_summary(workdir / "summary.json")
+
+
+def train(
+    workdir: Path, config: Mapping[str, Any], job: training.Job, todo: tuple[training.Phase, ...]
+) -> training.Outcome:
+    """Trains what is left of the phases, with a progress bar. What is impossible is told before anything is written."""
+    training.check_phases(job, todo)
+    first = jax.process_index() == 0
+    if first:
+        claim(workdir, config)
+    with training.Display(training.total_steps(job, todo), quiet=not first) as display:
+        return training.train(job, todo, workdir, display)
 
 
 def write_text(path: Path, text: str) -> None:

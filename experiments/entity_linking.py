@@ -22,7 +22,7 @@ from compressx.linking import learning, metrics
 from compressx.linking.files import Corpora
 from compressx.report import console, html
 from compressx.report.environment import run_record
-from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Weights, mesh, phases
 from experiments import artifacts, driver, linking_results
 from experiments.driver import Options
@@ -122,10 +122,8 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`.
     """
     workdir, written = options.workdir, dataclasses.asdict(config)
-    driver.check_claim(workdir, written)
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
-        return read_summary(workdir / "summary.json")
+    if (summary := driver.finished(workdir, written)) is not None:
+        return summary
     phases.plan(config.plan)  # a rule that cannot be read is told before the data are
     corpora = load(config, options.data_dir)
     rows: dict[tuple[str, str], Any] = {}

@@ -19,7 +19,7 @@ from compressx.harden import structures
 from compressx.report import console, html
 from compressx.report.environment import run_record
 from compressx.report.metrics import MetricsWriter
-from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.report.summary import make_summary, write_summary
 from compressx.training import Weights
 from experiments import artifacts, cnn, driver
 from experiments import federated_arms as training
@@ -41,10 +41,8 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`.
     """
     workdir, written = options.workdir, dataclasses.asdict(config)
-    driver.check_claim(workdir, written)
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
-        return read_summary(workdir / "summary.json")
+    if (summary := driver.finished(workdir, written)) is not None:
+        return summary
     setting = setup.make(config, options)
     todo = training.arms(config)
     for alg in todo.values():

@@ -22,7 +22,7 @@ from compressx import models, speech, training
 from compressx.data import DataFileError, DataNotFoundError
 from compressx.report import console, html
 from compressx.report.environment import run_record
-from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.report.summary import make_summary, write_summary
 from compressx.speech import corpora, decode, rates, streaming
 from compressx.training import ConfigError, Phase, Plan, Stage, Weights, mesh, phases
 from experiments import artifacts, driver, speech_results
@@ -184,27 +184,20 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`.
     """
     workdir, written = options.workdir, dataclasses.asdict(config)
-    driver.check_claim(workdir, written)
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
-        return read_summary(workdir / "summary.json")
+    if (summary := driver.finished(workdir, written)) is not None:
+        return summary
     arms = plan_phases(config)
     others = speech_results.read_others(config.with_runs, config.variant, config.data.name)
     train, dev, test = (load(config, split, options.data_dir) for split in corpora.SPLITS)
     job, model = make_job(config, options, train, dev, test)
     todo = tuple(p for made in arms.values() for p in made)
-    training.check_phases(job, todo)
-    first = jax.process_index() == 0
-    if first:
-        driver.claim(workdir, written)
-    with training.Display(training.total_steps(job, todo), quiet=not first) as display:
-        outcome = training.train(job, todo, workdir, display)
+    outcome = driver.train(workdir, written, job, todo)
 
     def weights(phase: Phase) -> Weights:
         return mesh.host(outcome.checkpoints.load_weights(phase.name, training.like(job.first, phase, job.placement)))
 
     left = {p.name: weights(p) for p in todo if p.kind == "admm" or any(p is made[-1] for made in arms.values())}
-    if not first:
+    if jax.process_index() != 0:
         return {}
     return _conclude(config, options, arms, left, outcome, (train, dev, test), model, others)
 

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from compressx import training
-from compressx.training import ConfigError, Fit, Phase, phases
+from compressx.training import ConfigError, Fit, Phase, Plan, phases
 from experiments import driver
+
+
+def plan_phases(plan: Plan, init_from: str) -> tuple[Phase, ...]:
+    """The phases of a plan; nothing is left to train in the dense one where another run gives its weights."""
+    if init_from:
+        plan = dataclasses.replace(plan, dense=dataclasses.replace(plan.dense, epochs=0))
+    return phases.plan(plan)
 
 
 def take_dense(

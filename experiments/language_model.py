@@ -21,7 +21,7 @@ from compressx.data.text import Corpus
 from compressx.models import lstm
 from compressx.report import console, html
 from compressx.report.environment import run_record
-from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases
 from compressx.training.language import LOSSES, language, make_perplexity, sample
 from experiments import artifacts, driver, init_from, language_page
@@ -226,10 +226,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, Corpus]:
 
 def plan_phases(config: Config) -> tuple[Phase, ...]:
     """The phases; with `init_from` nothing is left to train in the dense one."""
-    plan = config.plan
-    if config.init_from:
-        plan = dataclasses.replace(plan, dense=dataclasses.replace(plan.dense, epochs=0))
-    return phases.plan(plan)
+    return init_from.plan_phases(config.plan, config.init_from)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -245,18 +242,11 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`.
     """
     workdir, written = options.workdir, dataclasses.asdict(config)
-    driver.check_claim(workdir, written)
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
-        return read_summary(workdir / "summary.json")
+    if (summary := driver.finished(workdir, written)) is not None:
+        return summary
     todo = plan_phases(config)
     job, corpus = make_job(config, options)
-    training.check_phases(job, todo)
-    first = jax.process_index() == 0
-    if first:
-        driver.claim(workdir, written)
-    with training.Display(training.total_steps(job, todo), quiet=not first) as display:
-        outcome = training.train(job, todo, workdir, display)
+    outcome = driver.train(workdir, written, job, todo)
     return conclude(config, options, job, corpus, todo, outcome)
 
 

@@ -22,7 +22,7 @@ from compressx.compaction import structure
 from compressx.models import darknet, initial, yolov3
 from compressx.report import console, html
 from compressx.report.environment import run_record
-from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.report.summary import make_summary, write_summary
 from compressx.training import Admm, ConfigError, Fit, Outcome, Phase, Weights, mesh, phases
 from experiments import artifacts, driver, pneumonia_data, pneumonia_page, pneumonia_score
 from experiments.cnn import Model, Paper, Save
@@ -235,19 +235,12 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`.
     """
     workdir, written = options.workdir, dataclasses.asdict(config)
-    driver.check_claim(workdir, written)
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
-        return read_summary(workdir / "summary.json")
+    if (summary := driver.finished(workdir, written)) is not None:
+        return summary
     task = pneumonia_data.load(config.data, options.data_dir)
     plan = make_plan(config, task, options.data_dir)
     job = make_job(config, task, plan, options)
-    training.check_phases(job, plan.phases)
-    first = jax.process_index() == 0
-    if first:
-        driver.claim(workdir, written)
-    with training.Display(training.total_steps(job, plan.phases), quiet=not first) as display:
-        outcome = training.train(job, plan.phases, workdir, display)
+    outcome = driver.train(workdir, written, job, plan.phases)
     return conclude(config, options, task, plan, job, outcome)
 
 

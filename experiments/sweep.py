@@ -22,7 +22,7 @@ from compressx.report import format as fmt
 from compressx.report import html, plots
 from compressx.report.environment import run_record
 from compressx.report.metrics import MetricsWriter
-from compressx.report.summary import make_summary, read_summary, write_summary
+from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError
 from compressx.training.config import METHODS, Rule
 from experiments import artifacts, cnn, driver
@@ -129,10 +129,8 @@ def run(config: Config, options: Options) -> dict[str, Any]:
       One of `driver.USER_ERRORS`; the runs done so far stay done.
     """
     workdir = options.workdir
-    driver.check_claim(workdir, dataclasses.asdict(config))
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
-        return read_summary(workdir / "summary.json")
+    if (summary := driver.finished(workdir, dataclasses.asdict(config))) is not None:
+        return summary
     todo = runs(config, workdir)
     for r in todo:
         if r.seed == config.seeds[0]:  # every point's rules and data, before anything is trained
