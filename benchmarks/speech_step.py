@@ -51,17 +51,17 @@ def compare(hidden: int, wanted: list[int], rounds: int) -> dict[str, dict[str, 
     stored = networks(hidden, wanted)
     runs, nets = {}, {}
     for name, packed in stored.items():
-        for product in ("dense",) if name == "dense" else [p for p in streaming.PRODUCTS if p != "dense"]:
-            label = name if name == "dense" else f"{name}-{product}"
-            nets[label] = (name, product, streaming.prepare(packed, product, 2))
-            step = jax.jit(streaming.make_step(product))
+        for way in ("dense",) if name == "dense" else [w for w in streaming.ways() if w != "dense"]:
+            label = name if name == "dense" else f"{name}-{way}"
+            nets[label] = (name, way, streaming.prepare(packed, way, 2))
+            step = jax.jit(streaming.make_step(way))
             runs[label] = lambda step=step, network=nets[label][2]: step(network, state, x)
     times = streaming.interleaved(runs, rounds)
     noise = (np.random.default_rng(0).normal(size=16_000) * 1000).astype(np.int16)
     rows = {}
-    for label, (name, product, network) in nets.items():
+    for label, (name, way, network) in nets.items():
         work = streaming.work(stored[name])
-        live = streaming.real_time(network, streaming.make_step(product), noise, 16_000, FrontEnd(), state, rounds=3)
+        live = streaming.real_time(network, streaming.make_step(way), noise, 16_000, FrontEnd(), state, rounds=3)
         rows[label] = {
             "step_ms": times[label]._asdict(),
             "dense_over_this": times["dense"].median / times[label].median,

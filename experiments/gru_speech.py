@@ -247,14 +247,14 @@ def _conclude(
             hard = phases.harden(left[last.start], last.rules)
             row["hardened"] = scorer.score(hard.params, test, row["lm_weight"], row["reward"])[0].rate
         if last.rules is not None and arm.structure == "bsp" and arm.method == "admm":
-            steps[arm.name] = (speech_results.stored_as(mine, last.rules, "bspc"), "bspc_xla")
+            steps[arm.name] = (speech_results.stored_as(mine, last.rules, "bspc"), streaming.ways()[-1])
         table[arm.name] = row
     for name, took in speech_results.times(config, steps, config.features.size).items():
         work = streaming.work(steps[name][0])
         energy = {f"energy_uj_{m}": streaming.energy_uj(work, m) for m in ("dram", "sram")}
         table[name] |= {"step_ms": took, "multiply_adds": work.multiply_adds, "step_bytes": work.weight_bytes, **energy}
     heads = {"dense": steps["dense"], head.name: steps[head.name]} if head.name in steps else {"dense": steps["dense"]}
-    live = {name: _stream(config, packed, product, test) for name, (packed, product) in heads.items()}
+    live = {name: _stream(config, packed, way, test) for name, (packed, way) in heads.items()}
     figures, rows = table.pop("dense"), table
     summary = make_summary(
         driver=NAME,
@@ -337,10 +337,10 @@ def _residual(results: dict[str, Any], made: tuple[Phase, ...]) -> dict[str, flo
     return {k: max(found[-1][k].values()) if found else None for k in ("primal", "dual")}
 
 
-def _stream(config: Config, packed: Any, product: str, test: Heard) -> dict[str, float]:
+def _stream(config: Config, packed: Any, way: str, test: Heard) -> dict[str, float]:
     """Streaming the test utterance of median length, sound to outputs."""
-    network = streaming.prepare(packed, product, config.model.layers)
-    step = streaming.make_step(product, config.model.reset)
+    network = streaming.prepare(packed, way, config.model.layers)
+    step = streaming.make_step(way, config.model.reset)
     u = test.corpus.utterances[len(test.features) // 2]
     state = jnp.zeros((config.model.layers, 1, config.model.hidden))
     return streaming.real_time(network, step, u.samples, test.corpus.rate, config.features, state)

@@ -167,12 +167,12 @@ def matrix_bytes(packed: Mapping[str, formats.Packed], names: Sequence[str]) -> 
 
 
 def times(config: Any, nets: Mapping[str, tuple[Mapping[str, formats.Packed], str]], features: int) -> dict[str, Any]:
-    """Milliseconds of one time step of each network (packed leaves, product), measured in turn."""
+    """Milliseconds of one time step of each network (packed leaves, way), measured in turn."""
     x, state = jnp.zeros((1, features)), jnp.zeros((config.model.layers, 1, config.model.hidden))
     runs = {}
-    for name, (packed, product) in nets.items():
-        network = streaming.prepare(packed, product, config.model.layers)
-        step = jax.jit(streaming.make_step(product, config.model.reset))
+    for name, (packed, way) in nets.items():
+        network = streaming.prepare(packed, way, config.model.layers)
+        step = jax.jit(streaming.make_step(way, config.model.reset))
         runs[name] = lambda step=step, network=network: step(network, state, x)
     return {name: t._asdict() for name, t in streaming.interleaved(runs, config.timing_rounds).items()}
 

@@ -252,6 +252,35 @@ def xla(cell: str, x: Array, u: Array, h: Array, c: Array, bias: Array) -> tuple
     return y, last
 
 
+def cell_tiles(cell: str, gates: Sequence[Packed | np.ndarray], lanes: int) -> tuple[Tiles, Tiles]:
+    """A cell's recurrent matrices, gates apart, as tiles: those a step reads first, and "gru_before"'s last gate."""
+    if cell == "gru_before":
+        return tiles_of(gates[:2], lanes), tiles_of(gates[2:], lanes)
+    return tiles_of(gates, lanes), _Writer(lanes, int(gates[0].shape[0])).tiles()
+
+
+def native_product(tiles: Any, x: Array, outputs: int, isa: str, threads: int = 0) -> Array:
+    """`x @ w` for the tiles of w `[in, outputs]`, made for that instruction set's lanes; pure, under jit or not."""
+    out = jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32)
+    f = jax.ffi.ffi_call("compressx_sparse_product", out, vmap_method="sequential")
+    result: Array = f(x, *tiles, isa=np.int64(native.ISAS.index(isa)), threads=np.int64(threads))
+    return result
+
+
+def native_cell(
+    cell: str, tiles: Any, x: Array, h: Array, c: Array, bias: Array, isa: str, threads: int = 0
+) -> tuple[Array, Array]:
+    """`reference` for the tiles of `cell_tiles`; pure, under jit or not."""
+    out = (
+        jax.ShapeDtypeStruct((x.shape[0], x.shape[1], h.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct(h.shape, jnp.float32),
+    )
+    f = jax.ffi.ffi_call("compressx_recurrent", out, vmap_method="sequential")
+    kind, number = np.int64(CELLS.index(cell)), np.int64(native.ISAS.index(isa))
+    y, last = f(x, h, c, bias, *tiles[0], *tiles[1], isa=number, cell=kind, threads=np.int64(threads))
+    return y, last
+
+
 class Product:
     """A prepared matrix `[inputs, outputs]`: `product(x)` is `x @ w` for float32 `[n, inputs]`. No native gradient."""
 
@@ -268,11 +297,7 @@ class Product:
         if self.path == "xla":
             assert self.dense is not None
             return x @ self.dense
-        out = jax.ShapeDtypeStruct((x.shape[0], self.shape[1]), jnp.float32)
-        f = jax.ffi.ffi_call("compressx_sparse_product", out, vmap_method="sequential")
-        isa = np.int64(native.ISAS.index(self.path.removeprefix("native/")))
-        result: Array = f(x, *tiles, isa=isa, threads=np.int64(self.threads))
-        return result
+        return native_product(tiles, x, self.shape[1], self.path.removeprefix("native/"), self.threads)
 
     def __call__(self, x: Array) -> Array:
         if x.ndim != 2 or x.shape[1] != self.shape[0] or x.dtype != jnp.float32:
@@ -297,12 +322,8 @@ class Recurrent:
         self.tiles: Any = ()
         if path != "xla":
             lanes = native.LANES[path.removeprefix("native/")]
-            if cell == "gru_before":
-                parts = list(gates) if len(gates) == 3 else np.split(joined, 3, axis=1)
-                pair = tiles_of(parts[:2], lanes), tiles_of(parts[2:], lanes)
-            else:
-                pair = tiles_of(gates, lanes), _Writer(lanes, self.hidden).tiles()
-            self.tiles = jax.tree.map(jnp.asarray, pair)
+            parts = list(gates) if len(gates) == number else np.split(joined, number, axis=1)
+            self.tiles = jax.tree.map(jnp.asarray, cell_tiles(cell, parts, lanes))
         self._call = jax.jit(self._run)
 
     def _run(self, tiles: Any, x: Array, h: Array, c: Array, bias: Array) -> tuple[Array, Array]:
@@ -312,15 +333,7 @@ class Recurrent:
 
     def native(self, tiles: Any, x: Array, h: Array, c: Array, bias: Array) -> tuple[Array, Array]:
         """The FFI call."""
-        out = (
-            jax.ShapeDtypeStruct((x.shape[0], x.shape[1], self.hidden), jnp.float32),
-            jax.ShapeDtypeStruct(h.shape, jnp.float32),
-        )
-        isa = np.int64(native.ISAS.index(self.path.removeprefix("native/")))
-        f = jax.ffi.ffi_call("compressx_recurrent", out, vmap_method="sequential")
-        cell, threads = np.int64(CELLS.index(self.cell)), np.int64(self.threads)
-        y, last = f(x, h, c, bias, *tiles[0], *tiles[1], isa=isa, cell=cell, threads=threads)
-        return y, last
+        return native_cell(self.cell, tiles, x, h, c, bias, self.path.removeprefix("native/"), self.threads)
 
     def __call__(
         self, x: Array, h: Array | None = None, c: Array | None = None, bias: Array | None = None

@@ -1,7 +1,7 @@
 """Speech as it arrives: features of chunks, a recurrent step at a time with carried state, and what that costs.
 
-A step multiplies with six matrices a layer. How is the one thing that a kernel changes: `PRODUCTS` names the ways, each
-a pair of functions; a kernel for BSPC is one more entry there.
+A step multiplies with six matrices a layer. How is the one thing that a kernel changes: `WAYS` names the ways, each a
+pair of functions. "bspc_native" is that of `compressx.kernels`: all gates in one pass over the stored blocks.
 """
 
 import os
@@ -15,23 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from compressx import kernels
 from compressx.formats import FORMATS, Packed, unpack
 from compressx.models.gru import GATES
 from compressx.speech.features import FrontEnd, derivative_filters, static_features
 
-# -- products with a stored matrix: the place where kernels plug in ----------------------------------------------------
+# -- ways to make a layer's step from its stored matrices: the place where kernels plug in -----------------------------
 
 
-class Product(NamedTuple):
-    """A way to multiply with a matrix.
+class Way(NamedTuple):
+    """A way to make a step of a layer.
 
     Attributes:
-      prepare: `prepare(packed) -> tree of arrays`, once, on the host.
-      multiply: `multiply(tree, x [n, in], outputs) -> [n, outputs]`, under jit.
+      prepare: `prepare(leaves) -> tree of arrays`, once, on the host; leaves are the layer's, packed, by name.
+      step: `step(tree, x [n, in], h [n, hidden], reset) -> h [n, hidden]`, under jit.
     """
 
-    prepare: Callable[[Packed], Any]
-    multiply: Callable[[Any, Array, int], Array]
+    prepare: Callable[[Mapping[str, Packed]], Any]
+    step: Callable[[Any, Array, Array, str], Array]
 
 
 def bspc_blocks(packed: Packed) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -64,10 +65,55 @@ def _gathered(blocks: Any, x: Array, outputs: int) -> Array:
     return y
 
 
-PRODUCTS: dict[str, Product] = {
-    "dense": Product(unpack, lambda w, x, outputs: x @ w),
-    "bspc_xla": Product(bspc_blocks, _gathered),
+def _by_matrix(unpacked: Callable[[Packed], Any], multiply: Callable[[Any, Array, int], Array]) -> Way:
+    """The step written out over the six matrices, each multiplied by itself."""
+
+    def prepare(leaves: Mapping[str, Packed]) -> Any:
+        return {n: unpacked(p) if n in MATRICES else unpack(p) for n, p in leaves.items()}
+
+    def step(layer: Any, x: Array, h: Array, reset: str) -> Array:
+        m = h.shape[-1]
+        of = {g: multiply(layer[f"w{g}"], x, m) + layer[f"b{g}"][None] for g in GATES}
+        z, r = (jax.nn.sigmoid(of[g] + multiply(layer[f"u{g}"], h, m)) for g in "zr")
+        if reset == "before":
+            c = jnp.tanh(of["h"] + multiply(layer["uh"], r * h, m))
+        else:
+            c = jnp.tanh(of["h"] + r * (multiply(layer["uh"], h, m) + layer["bu"][None]))
+        return z * h + (1 - z) * c
+
+    return Way(prepare, step)
+
+
+def _prepare_native(leaves: Mapping[str, Packed]) -> Any:
+    lanes = kernels.native.LANES[kernels.native.isa()]
+    w, u = ([leaves[f"{kind}{g}"] for g in GATES] for kind in "wu")
+    reset = "after" if "bu" in leaves else "before"
+    return {
+        "w": kernels.recurrent.tiles_of(w, lanes),
+        "u": kernels.recurrent.cell_tiles(f"gru_{reset}", u, lanes),
+        "bias": np.concatenate([unpack(leaves[f"b{g}"]) for g in GATES]),
+        "bu": unpack(leaves["bu"]) if "bu" in leaves else np.zeros(u[0].shape[0], np.float32),
+    }
+
+
+def _step_native(layer: Any, x: Array, h: Array, reset: str) -> Array:
+    isa = kernels.native.isa()
+    a = kernels.recurrent.native_product(layer["w"], x, 3 * h.shape[-1], isa) + layer["bias"][None]
+    none = jnp.zeros_like(h)
+    return kernels.recurrent.native_cell(f"gru_{reset}", layer["u"], a[None], h, none, layer["bu"], isa)[1]
+
+
+MATRICES = tuple(f"{kind}{g}" for kind in "wu" for g in GATES)
+WAYS: dict[str, Way] = {
+    "dense": _by_matrix(unpack, lambda w, x, outputs: x @ w),
+    "bspc_xla": _by_matrix(bspc_blocks, _gathered),
+    "bspc_native": Way(_prepare_native, _step_native),
 }
+
+
+def ways() -> tuple[str, ...]:
+    """Those that run here: the native one needs a CPU and a compiler."""
+    return tuple(name for name in WAYS if name != "bspc_native" or kernels.recurrent.available())
 
 
 # -- the network, a step at a time -------------------------------------------------------------------------------------
@@ -77,7 +123,7 @@ class Network(NamedTuple):
     """A stored GRU ready to step.
 
     Attributes:
-      layers: of each layer, `wz wr wh uz ur uh` as prepared and the biases.
+      layers: each as its way has prepared it.
       kernel: of the output layer, `[hidden, outputs]`.
       bias: of the output layer.
     """
@@ -87,45 +133,36 @@ class Network(NamedTuple):
     bias: Array
 
 
-def prepare(packed: Mapping[str, Packed], product: str, hidden_layers: int) -> Network:
-    """A network from its packed leaves by path, as `formats.load_model` gives them; the matrices for that product.
+def prepare(packed: Mapping[str, Packed], way: str, hidden_layers: int) -> Network:
+    """A network from its packed leaves by path, as `formats.load_model` gives them, for one of `WAYS`.
 
-    "bspc_xla" takes matrices of any format: those that are not BSPC yet are packed so.
+    All ways but "dense" take matrices of any format: those that are not BSPC yet are packed so.
     """
-    matrices = {f"{kind}{g}" for kind in "wu" for g in GATES}
 
-    def matrix(p: Packed) -> Any:
-        if product != "dense" and p.format != "bspc":
-            p = FORMATS["bspc"].pack(unpack(p), None, None)
-        return PRODUCTS[product].prepare(p)
+    def blocks(name: str, p: Packed) -> Packed:
+        if way == "dense" or name not in MATRICES or p.format == "bspc":
+            return p
+        return FORMATS["bspc"].pack(unpack(p), None, None)
 
     layers = []
     for i in range(hidden_layers):
         prefix = f"params/gru_{i}/"
         leaves = {name.removeprefix(prefix): p for name, p in packed.items() if name.startswith(prefix)}
-        layers.append({n: matrix(p) if n in matrices else unpack(p) for n, p in leaves.items()})
+        layers.append(WAYS[way].prepare({n: blocks(n, p) for n, p in leaves.items()}))
     kernel, bias = (jnp.asarray(unpack(packed[f"params/output/{n}"])) for n in ("kernel", "bias"))
     return Network(tuple(jax.tree.map(jnp.asarray, layers)), kernel, bias)
 
 
-def make_step(product: str, reset: str = "before") -> Callable[[Network, Array, Array], tuple[Array, Array]]:
+def make_step(way: str, reset: str = "before") -> Callable[[Network, Array, Array], tuple[Array, Array]]:
     """`step(network, state [layers, n, hidden], x [n, features]) -> (logits [n, outputs], state)`, pure, not jitted.
 
     The same function as `models.gru.GRU.stream` of one frame.
     """
-    multiply = PRODUCTS[product].multiply
 
     def step(network: Network, state: Array, x: Array) -> tuple[Array, Array]:
         new = []
         for layer, h in zip(network.layers, state, strict=True):
-            m = h.shape[-1]
-            of = {g: multiply(layer[f"w{g}"], x, m) + layer[f"b{g}"][None] for g in GATES}
-            z, r = (jax.nn.sigmoid(of[g] + multiply(layer[f"u{g}"], h, m)) for g in "zr")
-            if reset == "before":
-                c = jnp.tanh(of["h"] + multiply(layer["uh"], r * h, m))
-            else:
-                c = jnp.tanh(of["h"] + r * (multiply(layer["uh"], h, m) + layer["bu"][None]))
-            x = z * h + (1 - z) * c
+            x = WAYS[way].step(layer, x, h, reset)
             new.append(x)
         return x @ network.kernel + network.bias[None], jnp.stack(new)
 

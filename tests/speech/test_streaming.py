@@ -61,10 +61,24 @@ def test_steps_from_stored_matrices_are_the_network(stored, rng) -> None:
     model, params, packed, _ = stored
     x = jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32)
     want, last = model.apply(params, x, model.start(2), method="stream")
-    for product in streaming.PRODUCTS:
-        network = streaming.prepare(packed, product, 2)
-        step = streaming.make_step(product)
+    for way in streaming.ways():
+        network = streaming.prepare(packed, way, 2)
+        step = streaming.make_step(way)
         have, state = jax.jit(lambda n, s, x, step=step: streaming.run_steps(step, n, s, x))(network, model.start(2), x)
+        np.testing.assert_allclose(have, want, atol=1e-5)
+        np.testing.assert_allclose(state, last, atol=1e-5)
+
+
+def test_steps_with_the_reset_after_the_product_are_the_network(rng) -> None:
+    model = models.build("gru", classes=4, hidden=8, layers=2, reset="after")
+    x = jnp.asarray(rng.normal(size=(3, 5, 6)), jnp.float32)
+    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype), model.init(jax.random.key(0), x))
+    leaves = zip(paths(params), jax.tree.leaves(params), strict=True)
+    packed = {name: formats.pack(w, format="dense") for name, w in leaves}
+    want, last = model.apply(params, x, model.start(3), method="stream")
+    for way in streaming.ways():
+        network, step = streaming.prepare(packed, way, 2), streaming.make_step(way, "after")
+        have, state = streaming.run_steps(step, network, model.start(3), x)
         np.testing.assert_allclose(have, want, atol=1e-5)
         np.testing.assert_allclose(state, last, atol=1e-5)
 
