@@ -140,7 +140,9 @@ def metric_against_rate(
     with style.figure(path, 4.3) as fig:
         ax = fig.add_subplot()
         for i, (label, (given, values)) in enumerate(methods.items()):
-            ticks.update(_method(ax, i, label, np.asarray(given, np.float64), np.asarray(values, np.float64), path))
+            colour = style.colour_of(i, len(methods))
+            given, values = np.asarray(given, np.float64), np.asarray(values, np.float64)
+            ticks.update(_method(ax, i, colour, label, given, values, path))
         for i, (label, values) in enumerate((controls or {}).items()):
             level = np.asarray(values, np.float64).ravel()
             mean, spread = float(level.mean()), float(level.std(ddof=1)) if level.size > 1 else 0.0
@@ -152,7 +154,10 @@ def metric_against_rate(
         ax.set_xscale("log")
         _rate_ticks(ax, sorted(ticks))
         _axes(ax, name, xlabel, percent)
-        ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
+        if len(methods) > len(style.COLOURS):  # more would cover the curves
+            ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        else:
+            ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
         ax.set_title(title or f"{name.capitalize()} against compression")
     return Path(path)
 
@@ -232,7 +237,9 @@ def _axes(ax: Axes, ylabel: str, xlabel: str, percent: bool) -> None:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _method(ax: Axes, i: int, label: str, rates: np.ndarray, values: np.ndarray, path: PathLike) -> list[float]:
+def _method(
+    ax: Axes, i: int, colour: Any, label: str, rates: np.ndarray, values: np.ndarray, path: PathLike
+) -> list[float]:
     if rates.ndim != 1 or values.ndim != 2 or len(rates) != len(values) or not len(rates) or not np.all(rates > 0):
         raise ValueError(
             f"{path}: {label} has rates {rates.shape} and values {values.shape}; positive rates [r] and values "
@@ -242,7 +249,6 @@ def _method(ax: Axes, i: int, label: str, rates: np.ndarray, values: np.ndarray,
     order = [int(j) for j in np.argsort(rates, kind="stable") if seeds[j]]
     mean = np.array([np.nanmean(values[j]) for j in order])
     spread = np.array([np.nanstd(values[j], ddof=1) if seeds[j] > 1 else 0.0 for j in order])
-    colour = style.colour_of(i, 7)
     ax.fill_between(rates[order], mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
     ax.plot(
         rates[order],

@@ -119,6 +119,12 @@ def test_gemm_view_of_a_conv_mask_has_the_filters_as_columns(tmp_path, monkeypat
     assert np.argwhere(seen[0]).tolist() == [[(1 * 3 + 2) * 2 + 0, 3]]
 
 
+def test_there_may_be_more_methods_than_colours(tmp_path):
+    rates = np.array([2.0, 4.0])
+    methods = {f"method {i}": (rates, np.array([[0.9], [0.8 - 0.01 * i]])) for i in range(11)}
+    assert plots.metric_against_rate(tmp_path / "many.png", methods).exists()
+
+
 def test_rates_are_drawn_with_mean_and_sample_deviation(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "_axes", lambda ax, *rest: drawn.update(ax=ax))
