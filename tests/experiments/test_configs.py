@@ -40,6 +40,8 @@ def _rate(todo, params) -> float:
         total += size
         if spec["kind"] == "filters_and_columns":
             kept += spec["keep_filters"] * spec["keep_columns"]
+        elif spec["kind"] == "pattern_connectivity":  # 4 weights of every kernel that is kept
+            kept += sum(4 * round(spec["density"] * leaves[i].size / 9) for i in b.indices)
         else:
             kept += spec["keep"] or round(spec["density"] * size)
     return total / kept
