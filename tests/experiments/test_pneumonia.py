@@ -72,7 +72,8 @@ def test_the_plan_reaches_the_rate_over_all_convolutions(variant) -> None:
         return
     plan = pneumonia.make_plan(config, task, None)
     names = [p.name for p in plan.phases]
-    assert names == ["dense", "admm_combined_36x", "retrain_combined_36x", "retrain_one_shot_combined_36x"]
+    arms = ["admm_combined_36x", "retrain_combined_36x", "retrain_one_shot_combined_36x"]
+    assert names == ["dense", *arms, "dense_same_budget"]
     kept = plan.amounts["combined_36x"]
     kernels = [leaf.size for leaf in jax.tree.leaves(plan.first.params) if leaf.ndim == 4]
     assert kept.total == sum(kernels) and 36 <= kept.total / kept.weights < 36 * 1.01
