@@ -56,7 +56,7 @@ def ramp(epochs: int, lr: float, steps: int, updates: int = 10, grow: float = 1.
 
     Decoupled from the optimizer; between two updates the first rho takes a fifth of a weight's distance to Z
     (lr * rho * every = 0.2). Below that the residual did not fall within few epochs (generated text, DARB at 16x:
-    0.33 with a fifth of it, 0.14 with this).
+    0.33 with a fifth of it over twice the epochs, 0.14 with this).
     """
     every = max(1, epochs * steps // updates)
     rho = float(f"{0.2 / (lr * every):.3g}")

@@ -44,17 +44,10 @@ def bspc_blocks(packed: Packed) -> list[tuple[np.ndarray, np.ndarray, np.ndarray
     """
     if packed.format != "bspc":
         raise ValueError(f"the format is {packed.format!r}; bspc is needed")
-    unpack(packed)  # checks every array
-    a = {name: np.asarray(x).astype(np.int64) for name, x in packed.arrays.items() if name != "weight"}
-    weight, at, blocks = np.asarray(packed.arrays["weight"]), 0, []
-    for k in range(len(a["stride"]) - 1):
-        inputs = a["column"][a["stride"][k] : a["stride"][k + 1]]
-        outputs = a["reorder"][a["offset"][k] : a["offset"][k + 1]]
-        end = at + inputs.size * outputs.size
-        block = weight[at:end].reshape(outputs.size, inputs.size).T
-        blocks.append((inputs.astype(np.int32), outputs.astype(np.int32), np.ascontiguousarray(block)))
-        at = end
-    return blocks
+    return [
+        (inputs.astype(np.int32), outputs.astype(np.int32), np.ascontiguousarray(weight.T))
+        for outputs, inputs, weight in kernels.recurrent.blocks_of(packed)
+    ]
 
 
 def _gathered(blocks: Any, x: Array, outputs: int) -> Array:
@@ -92,15 +85,17 @@ def _prepare_native(leaves: Mapping[str, Packed]) -> Any:
         "w": kernels.recurrent.tiles_of(w, lanes),
         "u": kernels.recurrent.cell_tiles(f"gru_{reset}", u, lanes),
         "bias": np.concatenate([unpack(leaves[f"b{g}"]) for g in GATES]),
-        "bu": unpack(leaves["bu"]) if "bu" in leaves else np.zeros(u[0].shape[0], np.float32),
+        **({"bu": unpack(leaves["bu"])} if "bu" in leaves else {}),
     }
 
 
 def _step_native(layer: Any, x: Array, h: Array, reset: str) -> Array:
+    if ("bu" in layer) != (reset == "after"):
+        raise ValueError(f"reset={reset!r} is impossible: the stored network has it the other way round")
     isa = kernels.native.isa()
     a = kernels.recurrent.native_product(layer["w"], x, 3 * h.shape[-1], isa) + layer["bias"][None]
-    none = jnp.zeros_like(h)
-    return kernels.recurrent.native_cell(f"gru_{reset}", layer["u"], a[None], h, none, layer["bu"], isa)[1]
+    bias = layer["bu"] if reset == "after" else jnp.zeros(h.shape[-1], h.dtype)
+    return kernels.recurrent.native_cell(f"gru_{reset}", layer["u"], a[None], h, jnp.zeros_like(h), bias, isa)[1]
 
 
 MATRICES = tuple(f"{kind}{g}" for kind in "wu" for g in GATES)
@@ -112,7 +107,7 @@ WAYS: dict[str, Way] = {
 
 
 def ways() -> tuple[str, ...]:
-    """Those that run here: the native one needs a CPU and a compiler."""
+    """Those that run here, the fastest last: the native one needs a CPU and a compiler."""
     return tuple(name for name in WAYS if name != "bspc_native" or kernels.recurrent.available())
 
 

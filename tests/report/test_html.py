@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from compressx.report.html import Html, Page, Picture, Table, render, write_report
+from compressx.report.html import Html, Page, Picture, Table, _layers, render, write_report
 from compressx.report.layers import Layer
 from compressx.report.summary import SummaryError
 
@@ -149,6 +149,14 @@ def test_violations_are_shouted(sample):
     text = render(Page(summary=sample.summary(violations=3), config={}))
     assert re.search(r'class="tile bad">.*?violations.*?3', text, re.S)
     assert "tile good" not in text
+
+
+def test_many_layers_are_folded_under_their_sum():
+    layers = [Layer(f"layer{i}", (2, 5), None, 3, 10, 40, 12) for i in range(41)]
+    assert _layers(layers[:40]).startswith('<div class="wide"><table>')
+    folded = _layers(layers)
+    assert folded.startswith("<details><summary>41 layers; 123 of 410 kept, ")
+    assert folded.count("layer4") == 2 and folded.endswith("</details>")  # layer4 and layer40
 
 
 @pytest.mark.parametrize(

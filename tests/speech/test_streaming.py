@@ -81,6 +81,9 @@ def test_steps_with_the_reset_after_the_product_are_the_network(rng) -> None:
         have, state = streaming.run_steps(step, network, model.start(3), x)
         np.testing.assert_allclose(have, want, atol=1e-5)
         np.testing.assert_allclose(state, last, atol=1e-5)
+    if way == "bspc_native":
+        with pytest.raises(ValueError, match="reset='before' is impossible"):
+            streaming.run_steps(streaming.make_step(way), network, model.start(3), x)
 
 
 def test_blocks_are_the_matrix(stored) -> None:
