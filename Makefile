@@ -9,6 +9,8 @@ ARGS    ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A file's tests stay together: what its fixtures made is made once.
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 # Data sets beside the checkout are used unless COMPRESSX_DATA names others.
@@ -44,10 +46,10 @@ demo: env  ## train, compress, pack and report a small network on the embedded d
 	@echo "Report: $(abspath $(WORKDIR))/report.html"
 
 test: env  ## run the default test suite
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
 
-test-all: env  ## run every test, the slow ones too, with more examples per property
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m '' --hypothesis-profile=thorough $(ARGS)
+test-all: env  ## run every test, the slow ones too, compiled as for users, with more examples per property
+	COMPRESSX_TEST_OPTIMIZE=1 $(PYTEST) -m '' --hypothesis-profile=thorough $(ARGS)
 
 lint: env  ## check the code with ruff
 	$(BIN)/python -m ruff check .

@@ -5,6 +5,7 @@ The environment is changed before jax is imported, and processes that tests star
     COMPRESSX_TEST_PLATFORM   where jax runs ('cpu' unless set; 'cuda' or 'tpu' to test a device)
     COMPRESSX_DATA            folder of data sets; tests that need it skip with a reason where it is absent
     COMPRESSX_CACHE           folder of compiled programs, '.pytest_cache/xla' unless set; empty: keep none
+    COMPRESSX_TEST_OPTIMIZE   1: programs are compiled as for users, as `make test-all` does; else quickly
 """
 
 import hashlib
@@ -36,12 +37,17 @@ def _machine() -> str:
 
 
 def _set_environment() -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
+    wanted = {"xla_force_host_platform_device_count": "2"}
+    if os.environ.get("COMPRESSX_TEST_OPTIMIZE") != "1":
+        # Compiling is most of the suite's time, and over half of it is making code fast that runs once. XLA's own
+        # rewriting is the same; how loops are fused and LLVM's optimization are not.
+        wanted |= {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags += [f"--{name}={value}" for name, value in wanted.items() if not any(name in flag for flag in flags)]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_PLATFORMS"] = os.environ.get("COMPRESSX_TEST_PLATFORM", "cpu")
     os.environ.setdefault("MPLBACKEND", "Agg")
-    # Most of the suite's time is compilation. A cached program gives the same bits as a fresh one.
+    # A cached program gives the same bits as a fresh one.
     cache = os.environ.get("COMPRESSX_CACHE", str(_ROOT / ".pytest_cache" / "xla"))
     if cache:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache).resolve() / _machine())

@@ -5,6 +5,7 @@ name = "mnist_unstructured"              # <!-- results:mnist_unstructured --> .
 driver = "cnn"                           # left out: every driver
 variant = "mnist_lenet5_unstructured*"   # a shell pattern; left out: every variant
 group_by = ["cnn.density"]               # more keys that tell rows apart; left out: none
+rows = "sweep.rows"                      # a list in each summary: a row for every entry, shown as row.KEY; left out: none
 columns = ["variant", "seeds", "rate", "compressed", { title = "area", key = "cnn.area", format = "number" }]
 
 [[table.goal]]                           # a row that no summary fills is shown as not measured
@@ -88,6 +89,7 @@ class Table:
     driver: str | None = None
     variant: str = "*"
     group_by: Sequence[str] = ()
+    rows: str | None = None
     goals: Sequence[Goal] = field(default_factory=tuple)
 
 
@@ -120,12 +122,12 @@ def _keys(entry: Any, allowed: set[str], where: str) -> None:
 
 
 def _table(entry: Any, where: str) -> Table:
-    _keys(entry, {"name", "driver", "variant", "group_by", "columns", "goal"}, where)
+    _keys(entry, {"name", "driver", "variant", "group_by", "rows", "columns", "goal"}, where)
     name = entry.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"\S+", name):
         raise TableError(f"{where}: name is {name!r}; a word is needed")
     where = f"{where} ({name})"
-    for key in ("driver", "variant"):
+    for key in ("driver", "variant", "rows"):
         if not isinstance(entry.get(key, ""), str):
             raise TableError(f"{where}: {key} is {entry[key]!r}; text is needed")
     group_by, columns = entry.get("group_by", []), entry.get("columns")
@@ -141,6 +143,7 @@ def _table(entry: Any, where: str) -> Table:
         driver=entry.get("driver"),
         variant=entry.get("variant", "*"),
         group_by=tuple(group_by),
+        rows=entry.get("rows"),
         columns=tuple(_column(column, where) for column in columns),
         goals=tuple(_goal(goal, f"{where}, goal {i}") for i, goal in enumerate(goals, start=1)),
     )

@@ -1,7 +1,7 @@
 """`python -m compressx.report.tables`: the result tables of README.md and docs/results.md, built from summaries.
 
 Every `docs/results/**/summary.json` is read; a row is one driver, variant and data set (and whatever else the table
-groups by), mean and sample standard deviation over its seeds. `docs/results/tables.toml` declares the tables
+groups by), or an entry of a list in it; mean and sample standard deviation over its seeds. `docs/results/tables.toml` declares the tables
 (`compressx.report.declared` says how), and each replaces what stands between its markers in the documents.
 """
 
@@ -52,7 +52,8 @@ def render(table: Table, results: Sequence[Result]) -> str:
     for result in results:
         summary = result.summary
         if table.driver in (None, summary["driver"]) and fnmatch.fnmatchcase(summary["variant"], table.variant):
-            groups.setdefault(_identity(table, summary), []).append(result)
+            for number, entry in enumerate(_entries(table, result)):
+                groups.setdefault((*_identity(table, entry.summary), number), []).append(entry)
     rows = [sorted(group, key=lambda r: r.summary["seed"]) for _, group in sorted(groups.items(), key=_natural)]
     for row in rows:
         _distinct_seeds(table, row)
@@ -64,10 +65,10 @@ def render(table: Table, results: Sequence[Result]) -> str:
     cells += [[_open_cell(column, goal) for column in table.columns] for goal in open_goals]
     numeric = [not column.key.startswith(":") and column.format != "text" for column in table.columns]
     lines = [markdown.table([markdown.text(column.title) for column in table.columns], cells, numeric)]
-    if any(len(row) > 1 for row in rows):
+    if any("±" in cell for line in cells for cell in line):
         lines.append("± is the sample standard deviation over the seeds." + (_JUDGED if table.goals else ""))
     if rows:
-        items = "\n".join(_provenance(row) for row in rows)
+        items = "\n".join(dict.fromkeys(_provenance(row) for row in rows))
         lines.append(f"<details><summary>Commands, dates and machines</summary>\n\n{items}\n\n</details>")
     return "\n\n".join(lines)
 
@@ -132,6 +133,16 @@ def _identity(table: Table, summary: Mapping[str, Any]) -> tuple[Any, ...]:
     return summary["driver"], summary["variant"], *more, data["name"], data["stand_in"]
 
 
+def _entries(table: Table, result: Result) -> list[Result]:
+    """The rows of a summary: itself, or with each entry of the table's list as `row`."""
+    if table.rows is None:
+        return [result]
+    entries = lookup(result.summary, table.rows)
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise TableError(f"table {table.name}: {table.rows} in {result.path} is no list of rows")
+    return [Result(result.path, {**result.summary, "row": entry}) for entry in entries]
+
+
 def _hashable(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else repr(value)
 
@@ -182,8 +193,13 @@ def _cell(column: Column, row: Sequence[Result], table: Table, variants: Sequenc
         goals = [goal for goal in table.goals if _matches(goal, first)]
         return "; ".join(f"{_words(goal, first)}: {_verdict(goal, row)}" for goal in goals) or fmt.ABSENT
     write = fmt.FORMATS[column.format] if column.format else fmt.for_key(column.key, first["metric"]["name"])
-    values = [lookup(result.summary, column.key) for result in row]
+    found = [lookup(result.summary, column.key) for result in row]
+    values = [v for value in found for v in (value if _numbers(value) else [value])]  # a list: one value a seed
     return markdown.text(_aggregate(values, column, write))
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)
 
 
 def _aggregate(values: Sequence[Any], column: Column, write: Any) -> str:

@@ -155,8 +155,9 @@ def fragment_rows(constraint: cx.Constraint, structure: Any, matrix: np.ndarray)
 def test_cells_refuse_mixed_fragments() -> None:
     w = np.asarray([[1.0], [-1.0]], np.float32)
     constraint = cx.polarize(2) & cx.quantize(2, "cells")
+    signs, scale = constraint.init(jnp.asarray(w))
     with pytest.raises(ValueError, match="1 fragments of 2 hold both signs"):
-        formats.pack(w, constraint, constraint.init(jnp.asarray(w)), "cells")
+        formats.pack(w, constraint, (signs, jnp.ones_like(scale)), "cells")  # one of the scales on which both lie
 
 
 UNIFIED = {

@@ -229,3 +229,34 @@ def test_any_text_is_one_cell(value):
     assert "<" not in markdown.text(value)
     out, used = markdown.replace_blocks("<!-- results:a -->\n<!-- /results -->\n", {"a": markdown.text(value)}, "d")
     assert used == {"a"} and markdown.replace_blocks(out, {"a": "x"}, "d")[0].count("\n") == 3
+
+
+def test_every_entry_of_a_list_is_a_row_and_a_list_of_numbers_its_seeds(root, sample):
+    entries = [
+        {"point": "9x", "accuracy": [0.90, 0.92]},
+        {"point": "3x", "accuracy": [0.95]},
+        {"point": None, "accuracy": [0.96, 0.96]},
+    ]
+    write_summary(root / "docs/results/sweep.d/summary.json", sample.summary(driver="sweep", sweep={"rows": entries}))
+    declared = """
+[[table]]
+name = "main"
+driver = "sweep"
+rows = "sweep.rows"
+columns = [{ title = "point", key = "row.point" }, { title = "accuracy", key = "row.accuracy", format = "percent" }]
+"""
+    (root / "docs/results/tables.toml").write_text(declared)
+    assert tables.main(["--root", str(root)]) == 0
+    text = (root / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "%" in line]
+    assert rows == ["| 9x | 91.00 ± 1.41 % |", "| 3x | 95.00 % |", "| – | 96.00 % |"]
+    assert text.count("seed 0") == 1  # where it comes from is said once
+
+
+@pytest.mark.parametrize("rows", ["metric.dense", "metric", "no.such"])
+def test_rows_that_are_none_are_refused(root, rows, capsys):
+    (root / "docs/results/tables.toml").write_text(
+        f'[[table]]\nname = "main"\nrows = "{rows}"\ncolumns = ["variant"]\n'
+    )
+    assert tables.main(["--root", str(root)]) == 2
+    assert f"{rows} in " in capsys.readouterr().err

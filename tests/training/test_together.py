@@ -19,6 +19,11 @@ def _together(tiny, folder, jobs, plan):
     return train_together(jobs, todo, [folder / str(i) for i in range(len(jobs))], Display(1, quiet=True))
 
 
+def _determined(params):
+    """All leaves but the bias that the normalisation after it cancels: its gradient is rounding, which Adam follows."""
+    return [w for path, w in jax.tree.leaves_with_path(params) if jax.tree_util.keystr(path[-2:]) != "['a']['bias']"]
+
+
 def test_every_seed_ends_as_it_does_alone(tiny, finished, tmp_path) -> None:
     first = tiny.job()
     other = dataclasses.replace(
@@ -40,7 +45,7 @@ def test_every_seed_ends_as_it_does_alone(tiny, finished, tmp_path) -> None:
             o.checkpoints.load_weights(todo.name, like(first.first, todo, first.placement))
             for o in (finished[1], outcomes[1])
         )
-        for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params), strict=True):
+        for x, y in zip(_determined(a.params), _determined(b.params), strict=True):
             np.testing.assert_allclose(x, y, atol=5e-3)
         if todo.kind == "retrain":
             assert [int(jnp.count_nonzero(b.params["params"][k]["kernel"])) for k in "ab"] == [100, 20]
