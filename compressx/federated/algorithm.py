@@ -57,7 +57,7 @@ class Algorithm:
       rho: ADMM's penalty in its first round; a step moves a weight by lr * rho of its distance, momentum apart.
       rho_final: in its last; geometric between.
       every: local steps between Z and U updates.
-      value_type: "float32", "float16" or "int8" on the wire.
+      value_type: "float32", "float16" or "int8" on the wire; running statistics are always float32.
     """
 
     rounds: int = 20
@@ -135,7 +135,7 @@ class Upload(NamedTuple):
 
 
 def layout(alg: Algorithm, model: Any) -> tuple[Layer, ...]:
-    """The layers of a model `{"params": ..., "batch_stats": ...}` and their budgets.
+    """The layers of a model `{"params": ..., "batch_stats": ...}` and their budgets; all but the parameters are exact.
 
     Raises:
       ConfigError: a density pattern matches nothing, or something that is no weight.
@@ -150,7 +150,8 @@ def layout(alg: Algorithm, model: Any) -> tuple[Layer, ...]:
         chosen = [d for p, d in alg.density if re.fullmatch(p, name)]
         return count(chosen[0], size) if chosen else size
 
-    return tuple(Layer(n, int(x.size), budget(n, int(x.size))) for n, x in zip(names, leaves, strict=True))
+    sizes = [int(x.size) for x in leaves]
+    return tuple(Layer(n, k, budget(n, k), not n.startswith("params/")) for n, k in zip(names, sizes, strict=True))
 
 
 def participants(seed: int, alg: Algorithm, clients: int, round_: int) -> NpArray:
@@ -201,6 +202,11 @@ def quantise(x: Array, values: str) -> Array:
     scale = jnp.max(jnp.abs(x)) / jnp.float32(127)
     q = jnp.round(x / jnp.where(scale > 0, scale, 1.0))
     return jnp.clip(q, -127, 127) * scale
+
+
+def arrive(leaves: Sequence[Array], layers: Sequence[Layer], values: str) -> tuple[Array, ...]:
+    """What arrives of a message's leaves; the exact ones as they are."""
+    return tuple(x if layer.exact else quantise(x, values) for x, layer in zip(leaves, layers, strict=True))
 
 
 def top_masks(leaves: Sequence[Array], layers: Sequence[Layer]) -> tuple[Array | None, ...]:
@@ -294,18 +300,18 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
             hard = masked(trained, masks)
             trained, more = run(hard, masks, data, rows, half, steps, lr, optax.trace(alg.momentum), key)
             sent = masked(trained, masks)
-            sent = tuple(quantise(x, alg.value_type) for x in sent)
+            sent = arrive(sent, layers, alg.value_type)
             return Upload(sent, masks, (), (loss + more) / steps.astype(jnp.float32))
         inside = masks if kind == MASKED else none
         trained, loss = run(leaves, inside, data, rows, 0, steps, lr, transform(rho), key)
         change = tuple(a - b for a, b in zip(trained, leaves, strict=True))
         if alg.sparsify != "update":
-            sent = tuple(quantise(x, alg.value_type) for x in change)
+            sent = arrive(change, layers, alg.value_type)
             return Upload(sent, inside, (), loss / steps.astype(jnp.float32))
         kept = iter(memory)
         whole = tuple(x + next(kept) if b else x for x, b in zip(change, budgets, strict=True))
         chosen = top_masks(whole, layers)
-        sent = tuple(quantise(x, alg.value_type) for x in masked(whole, chosen))
+        sent = arrive(masked(whole, chosen), layers, alg.value_type)
         left = tuple(a - b for a, b, k in zip(whole, sent, budgets, strict=True) if k)
         return Upload(sent, chosen, left, loss / steps.astype(jnp.float32))
 

@@ -141,7 +141,7 @@ class Client:
         if self._session is None:
             raise Refused("session", "there is no session; say hello first")
         begin = time.perf_counter()
-        largest = 4 + messages.padded_bytes(self.plan.open_layout(), messages.FLOAT32)
+        largest = 4 + messages.largest_bytes(self.plan.layers)
         round_, state, payload = self._session.open(frame, None, None, largest)
         seen_round, seen_hash = self._seen
         if round_ >= self.plan.rounds or (seen_round != NEVER and round_ < seen_round):

@@ -103,15 +103,15 @@ def message_bytes(
         layers = [layer._replace(budget=layer.size) for layer in layers]
     if padded:
         return messages.padded_bytes(layers, values, shared)
-    total, k = messages.overhead(len(layers), values), 0
+    total, k = messages.overhead(layers, values), 0
     for layer in layers:
         if layer.budget == layer.size:
-            total += messages.body_bytes(messages.DENSE, layer.size, layer.size, 0, values)
+            total += messages.body_bytes(messages.DENSE, layer, layer.size, 0, values)
             continue
         codes = [messages.SHARED] if shared else [BITMAP, *([] if oblivious else [DELTA])]
         codes += [messages.DENSE] if dense_allowed and not shared else []
         assert positions is not None
-        total += min(messages.body_bytes(c, layer.size, layer.budget, int(positions[k]), values) for c in codes)
+        total += min(messages.body_bytes(c, layer, layer.budget, int(positions[k]), values) for c in codes)
         k += 1
     return total
 
@@ -225,7 +225,7 @@ class Simulation:
         def round_(carry: Any, x: Any, data: Any) -> Any:
             leaves, masks, memory = carry
             ids, rows, steps, weights, lr, rho, number = x
-            sent = tuple(algorithm.quantise(w, alg.value_type) for w in leaves)
+            sent = algorithm.arrive(leaves, layers, alg.value_type)
 
             def client(c: Array, rows: Array, steps: Array) -> Any:
                 mine = tuple(m[c] for m in memory)

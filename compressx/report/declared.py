@@ -5,7 +5,7 @@ name = "mnist_unstructured"              # <!-- results:mnist_unstructured --> .
 driver = "cnn"                           # left out: every driver
 variant = "mnist_lenet5_unstructured*"   # a shell pattern; left out: every variant
 group_by = ["cnn.density"]               # more keys that tell rows apart; left out: none
-rows = "sweep.rows"                      # a list in each summary: a row for every entry, shown as row.KEY; left out: none
+rows = "sweep.rows"                      # a list in each summary: a row an entry, shown as row.KEY; left out: none
 columns = ["variant", "seeds", "rate", "compressed", { title = "area", key = "cnn.area", format = "number" }]
 
 [[table.goal]]                           # a row that no summary fills is shown as not measured

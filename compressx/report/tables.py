@@ -1,8 +1,9 @@
 """`python -m compressx.report.tables`: the result tables of README.md and docs/results.md, built from summaries.
 
 Every `docs/results/**/summary.json` is read; a row is one driver, variant and data set (and whatever else the table
-groups by), or an entry of a list in it; mean and sample standard deviation over its seeds. `docs/results/tables.toml` declares the tables
-(`compressx.report.declared` says how), and each replaces what stands between its markers in the documents.
+groups by), or an entry of a list in it; mean and sample standard deviation over its seeds. `docs/results/tables.toml`
+declares the tables (`compressx.report.declared` says how), and each replaces what stands between its markers in the
+documents.
 """
 
 from __future__ import annotations

@@ -25,6 +25,13 @@ VARIANTS = {
         "participants": 2,
     },
     "update int8": {"sparsify": "update", "density": world.DENSITY, "value_type": "int8"},
+    "common int8, normalised": {
+        "sparsify": "common",
+        "density": world.DENSITY,
+        "prune_round": 2,
+        "value_type": "int8",
+        "normalised": True,
+    },
 }
 
 
@@ -54,6 +61,18 @@ def test_both_engines_give_the_same_model_and_bytes(name: str, tmp_path) -> None
     if w.alg.pruning:
         for x, layer in zip(got, w.plan.layers, strict=True):
             assert np.count_nonzero(x) <= layer.budget
+
+
+def test_eight_bits_leave_running_statistics_as_they_are(tmp_path) -> None:
+    ends = []
+    for values in ("float32", "int8"):
+        w = world.make(tmp_path / values, value_type=values, normalised=True, rounds=12)
+        simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED)
+        state, _ = simulation.run(simulation.start(), 0, w.alg.rounds)
+        ends.append(simulation.model(state)["batch_stats"]["bn"])
+    assert float(ends[0]["var"].min()) < 0.1 * float(ends[0]["var"].max())  # pixels that are always dark
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(ends[1][name], ends[0][name], rtol=1e-5, atol=1e-6)
 
 
 def simulation_participants(w: world.World, number: int) -> list[int]:

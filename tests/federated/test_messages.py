@@ -25,14 +25,16 @@ def sparse(rng: np.random.Generator, size: int, k: int) -> tuple[np.ndarray, np.
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**20),
-    shapes=st.lists(st.tuples(st.integers(1, 4000), st.floats(0.002, 1.0)), min_size=1, max_size=4),
+    shapes=st.lists(st.tuples(st.integers(1, 4000), st.floats(0.002, 1.0), st.booleans()), min_size=1, max_size=4),
     values=st.sampled_from([FLOAT32, messages.FLOAT16, INT8]),
     shared=st.booleans(),
     pad=st.booleans(),
 )
-def test_round_trip_and_size(seed: int, shapes: list[tuple[int, float]], values: int, shared: bool, pad: bool) -> None:
+def test_round_trip_and_size(
+    seed: int, shapes: list[tuple[int, float, bool]], values: int, shared: bool, pad: bool
+) -> None:
     rng = np.random.default_rng(seed)
-    layout = [Layer(f"l{i}", n, max(1, int(d * n))) for i, (n, d) in enumerate(shapes)]
+    layout = [Layer(f"l{i}", n, max(1, int(d * n)), exact) for i, (n, d, exact) in enumerate(shapes)]
     pairs = [sparse(rng, x.size, x.budget) for x in layout]
     arrays = [a for a, _ in pairs]
     masks = [m if x.budget < x.size else None for x, (_, m) in zip(layout, pairs, strict=True)]
@@ -44,6 +46,7 @@ def test_round_trip_and_size(seed: int, shapes: list[tuple[int, float]], values:
     assert len(data) == message_bytes(layout, values, positions, shared=shared, padded=pad)
     for piece, x, layer in zip(read.pieces, arrays, layout, strict=True):
         tolerance = {FLOAT32: 0, messages.FLOAT16: 2e-3 * np.abs(x).max(), INT8: np.abs(x).max() / 250}[values]
+        tolerance = 0 if layer.exact else tolerance
         np.testing.assert_allclose(messages.to_dense(piece, layer.size), x, atol=tolerance, rtol=0)
 
 
@@ -84,6 +87,14 @@ def test_quantised_in_jax_as_in_numpy(values: str, rng) -> None:
     data = messages.write([x], [Layer("w", 500, 500)], kind=UPDATE, values=messages.VALUES.index(values))
     got = messages.parse(data, [Layer("w", 500, 500)]).pieces[0].values
     np.testing.assert_allclose(algorithm.quantise(jnp.asarray(x), values), got, rtol=1e-6, atol=1e-7)
+
+
+def test_the_largest_message_is_accepted() -> None:
+    layout = [Layer("tiny", 1, 1), Layer("small", 2, 2), Layer("exact", 3, 3, True)]
+    for values in (FLOAT32, messages.FLOAT16, INT8):
+        data = messages.write([np.ones(x.size) for x in layout], layout, kind=UPDATE, values=values)
+        assert len(data) <= messages.largest_bytes(layout)
+        assert len(messages.parse(data, layout, values=values).pieces) == 3
 
 
 LAYOUT = [Layer("w", 1001, 10)]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from compressx.federated.trusted.aggregator import Aggregator
 from compressx.federated.trusted.quotes import Policy
 from compressx.federated.trusted.rounds import Plan
 from compressx.federated.trusted.sealing import FileCounter
+from compressx.models.layers import BatchNorm
 
 DENSITY = ((r"params/f[12]/kernel", 0.1),)
 CLIENTS = 4
@@ -64,28 +66,41 @@ class World:
         return {k: self.client(k, **changes) for k in range(len(self.split))}
 
 
-_SHARED: dict[str, Any] = {}
+class Normalised(nn.Module):
+    """Batch normalisation of the pixels and two dense layers: running statistics that no weight moves."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = BatchNorm(name="bn")(x.reshape(x.shape[0], -1), train=train)
+        return nn.Dense(10, name="f2")(nn.relu(nn.Dense(24, name="f1")(x)))
 
 
-def _parts() -> dict[str, Any]:
-    if not _SHARED:
+_SHARED: dict[bool, dict[str, Any]] = {}
+
+
+def _parts(normalised: bool) -> dict[str, Any]:
+    if normalised not in _SHARED:
         digits = data.load("digits", "train")
         rows = np.arange(240)
         held = {"inputs": np.asarray(digits.inputs)[rows], "labels": np.asarray(digits.labels)[rows]}
-        network = models.build("lenet_300_100", classes=10, width=0.1)
+        network = Normalised() if normalised else models.build("lenet_300_100", classes=10, width=0.1)
         model = network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
         task = training.classification(
             network.apply, lambda x: data.augment.normalise(x, digits.info.mean, digits.info.std)
         )
-        _SHARED.update(data=held, model={"params": model["params"]}, task=task)
-        _SHARED["identities"] = [Ed25519PrivateKey.generate() for _ in range(CLIENTS)]
-        _SHARED["attester"] = attest.SimulatedAttester(b"m" * 32, b"s" * 32)
-    return _SHARED
+        _SHARED[normalised] = {
+            "data": held,
+            "model": dict(model),
+            "task": task,
+            "identities": [Ed25519PrivateKey.generate() for _ in range(CLIENTS)],
+            "attester": attest.SimulatedAttester(b"m" * 32, b"s" * 32),
+        }
+    return _SHARED[normalised]
 
 
 def make(folder: Path, **changes: Any) -> World:
-    """A federation; `changes` are fields of `Algorithm` or of `Plan`."""
-    parts = _parts()
+    """A federation; `changes` are fields of `Algorithm` or of `Plan`, or `normalised`."""
+    parts = _parts(changes.pop("normalised", False))
     in_plan = {k: changes.pop(k) for k in ("padded", "oblivious", "quorum", "release") if k in changes}
     skew = changes.pop("skew", splits.iid)  # of equal sizes: one compilation for all clients
     alg = Algorithm(**({"rounds": 4, "batch": 8, "local_epochs": 0.5, "lr": 0.1, "every": 3} | changes))

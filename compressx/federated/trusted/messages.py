@@ -1,7 +1,7 @@
 """Messages that carry a model or an update: dense, bitmap, delta-index or shared support, the smallest for each layer.
 
     message   "CXM1" | kind u8 | values u8 | layers u16 | length u32 | layer ... | zeros up to the padded size
-    layer     code u8 | count u32 | scale f32 (int8 values only) | positions | values
+    layer     code u8 | count u32 | scale f32 (int8 values only) | positions | values (float32 where the layer is exact)
 
     code      positions                                                   values
     DENSE     none                                                        one for every weight
@@ -38,11 +38,20 @@ MAX_LAYER = 2**28  # an index difference has at most four bytes of seven bits
 
 
 class Layer(NamedTuple):
-    """What is known of a layer before any message: its name, its weights, and how many of them may be non-zero."""
+    """What is known of a layer before any message: its name, its weights, and how many of them may be non-zero.
+
+    Values of an `exact` layer are float32 whatever those of the message are: a running variance of 1e-3 beside one of 10 does
+    not survive eight bits, and below zero it is the end of the model.
+    """
 
     name: str
     size: int
     budget: int
+    exact: bool = False
+
+    def values(self, values: int) -> int:
+        """The type of its values in a message of such values."""
+        return FLOAT32 if self.exact else values
 
 
 class Piece(NamedTuple):
@@ -74,9 +83,9 @@ def check_layout(layout: Sequence[Layer]) -> None:
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
-def overhead(layers: int, values: int) -> int:
+def overhead(layout: Sequence[Layer], values: int) -> int:
     """Bytes of a message that are neither positions nor values."""
-    return _HEADER.size + layers * (_LAYER.size + (4 if values == INT8 else 0))
+    return _HEADER.size + sum(_LAYER.size + (4 if layer.values(values) == INT8 else 0) for layer in layout)
 
 
 def varint_bytes(gaps: Array) -> int:
@@ -84,20 +93,27 @@ def varint_bytes(gaps: Array) -> int:
     return int(gaps.size + sum(int(np.count_nonzero(gaps >= 1 << (7 * k))) for k in (1, 2, 3)))
 
 
-def body_bytes(code: int, size: int, count: int, positions: int, values: int) -> int:
-    """Bytes of a layer's positions and values; `positions` are those of DELTA."""
+def body_bytes(code: int, layer: Layer, count: int, positions: int, values: int) -> int:
+    """Bytes of a layer's positions and `count` values; `positions` are those of DELTA."""
+    each = _BYTES[layer.values(values)]
     if code == DENSE:
-        return size * _BYTES[values]
-    return (0, -(-size // 8), positions, 0)[code] + count * _BYTES[values]
+        return layer.size * each
+    return (0, -(-layer.size // 8), positions, 0)[code] + count * each
 
 
 def padded_bytes(layout: Sequence[Layer], values: int, shared: bool = False) -> int:
     """The size that every message within the budgets fits into; with `shared`, where the support is known."""
-    total = overhead(len(layout), values)
+    total = overhead(layout, values)
     for layer in layout:
         codes = [DENSE] if layer.budget == layer.size else [DENSE, SHARED if shared else BITMAP]
-        total += min(body_bytes(c, layer.size, layer.budget, 0, values) for c in codes)
+        total += min(body_bytes(c, layer, layer.budget, 0, values) for c in codes)
     return total
+
+
+def largest_bytes(layout: Sequence[Layer]) -> int:
+    """No message of these layers without padding is longer, whatever its values and codes."""
+    whole = [layer._replace(budget=layer.size) for layer in layout]
+    return max(padded_bytes(whole, values) for values in (FLOAT32, INT8))
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -165,10 +181,10 @@ def write(
             raise ValueError(f"{layer.name}: {indices.size} non-zeros, the budget is {layer.budget}")
         gaps = np.diff(indices, prepend=-1)
         allowed = [DENSE] if dense else [SHARED] if shared and given is not None else list(codes)
-        sizes = {c: body_bytes(c, layer.size, indices.size, varint_bytes(gaps), values) for c in allowed}
+        sizes = {c: body_bytes(c, layer, indices.size, varint_bytes(gaps), values) for c in allowed}
         code = min(allowed, key=lambda c: sizes[c])
         kept = x if code == DENSE else x[indices]
-        scale, numbers = to_values(kept, values)
+        scale, numbers = to_values(kept, layer.values(values))
         positions = b""
         if code == BITMAP:
             positions = np.packbits(held, bitorder="little").tobytes()
@@ -225,7 +241,7 @@ def parse(
     Raises:
       Refused: anything is not as it must be; the text names the layer.
     """
-    most = padded_bytes([layer._replace(budget=layer.size) for layer in layout], FLOAT32)
+    most = largest_bytes(layout)
     if len(data) < _HEADER.size or len(data) > max(most, size):
         raise Refused("size", f"a message of {len(data)} bytes; this model's have {_HEADER.size} to {most}")
     if size and len(data) != size:
@@ -244,7 +260,7 @@ def parse(
     pieces = []
     for k, layer in enumerate(layout):
         support = supports[k] if supports is not None else None
-        pieces.append(_parse_layer(reader, layer, is_values, support, codes, largest))
+        pieces.append(_parse_layer(reader, layer, layer.values(is_values), support, codes, largest))
     if reader.at != length:
         raise Refused("message", f"{length - reader.at} bytes after the last layer")
     return Message(is_kind, tuple(pieces))

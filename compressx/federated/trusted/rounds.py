@@ -80,7 +80,7 @@ class Plan:
     def from_bytes(cls, data: bytes) -> "Plan":
         """Inverse of `to_bytes`."""
         fields = json.loads(data)
-        fields["layers"] = tuple(Layer(str(n), int(s), int(b)) for n, s, b in fields["layers"])
+        fields["layers"] = tuple(Layer(str(n), int(s), int(b), bool(e)) for n, s, b, e in fields["layers"])
         fields["roster"] = {int(k): (str(v[0]), int(v[1])) for k, v in fields["roster"].items()}
         return cls(**fields)
 
@@ -219,7 +219,7 @@ def upload_size(plan: Plan, round_: int) -> int:
 def largest_upload(plan: Plan, round_: int) -> int:
     """No message of the round is longer."""
     _, layout, _ = upload_form(plan, round_)
-    return messages.padded_bytes([x._replace(budget=x.size) for x in layout], messages.FLOAT32)
+    return messages.largest_bytes(layout)
 
 
 def read_upload(plan: Plan, state: State, data: bytes) -> Message:
