@@ -275,7 +275,7 @@ def _rate_ticks(ax: Axes, ticks: Sequence[float]) -> None:
     kept: list[float] = []
     span = np.log(ticks[-1] / ticks[0]) if len(ticks) > 1 else 1.0
     for tick in ticks:
-        if not kept or np.log(tick / kept[-1]) > 0.075 * span:
+        if not kept or np.log(tick / kept[-1]) > 0.1 * span:
             kept.append(tick)
     ax.xaxis.set_major_locator(FixedLocator(kept) if kept else LogLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×"))
