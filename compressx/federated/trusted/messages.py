@@ -40,8 +40,8 @@ MAX_LAYER = 2**28  # an index difference has at most four bytes of seven bits
 class Layer(NamedTuple):
     """What is known of a layer before any message: its name, its weights, and how many of them may be non-zero.
 
-    Values of an `exact` layer are float32 whatever those of the message are: a running variance of 1e-3 beside one of 10 does
-    not survive eight bits, and below zero it is the end of the model.
+    Values of an `exact` layer are float32 whatever those of the message are: a running variance of 1e-3 beside one of
+    10 does not survive eight bits, and below zero it is the end of the model.
     """
 
     name: str
