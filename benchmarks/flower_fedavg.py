@@ -51,7 +51,7 @@ from compressx.federated.trusted.sealing import FileCounter
 from compressx.training import state
 from configs import federated as configs
 from experiments import federated_arms, federated_setup
-from experiments.driver import Options
+from experiments.driver import USER_ERRORS, Options
 from experiments.federated_setup import Config, Setting
 
 
@@ -79,10 +79,10 @@ class Proxy(ClientProxy):
         self.up += sum(map(len, out.tensors))
         return FitRes(Status(Code.OK, ""), out, self.examples, {})
 
-    def _none(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError("only fit is asked for here")
+    def _never(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("Flower asked a client for something else than fit: this is not FedAvg alone")
 
-    get_properties = get_parameters = evaluate = reconnect = _none
+    get_properties = get_parameters = evaluate = reconnect = _never
 
 
 def flower(config: Config, alg: Algorithm, setting: Setting) -> tuple[Server, list[Proxy]]:
@@ -90,7 +90,7 @@ def flower(config: Config, alg: Algorithm, setting: Setting) -> tuple[Server, li
     layers, treedef = algorithm.layout(alg, setting.model), jax.tree.structure(setting.model)
     program = jax.jit(algorithm.make_local(setting.task, alg, layers, treedef, alg.kind(0)))
     clients = [Proxy(k, config, alg, setting, program) for k in range(len(setting.split))]
-    first = ndarrays_to_parameters([np.asarray(x, np.float32) for x in jax.tree.leaves(setting.model)])
+    first = ndarrays_to_parameters([np.asarray(x) for x in jax.tree.leaves(setting.model)])
     strategy = FedAvg(
         fraction_fit=1.0,
         fraction_evaluate=0.0,
@@ -114,14 +114,13 @@ def protocol(config: Config, alg: Algorithm, setting: Setting, folder: Path) -> 
     keys = [k.public_key().public_bytes_raw().hex() for k in identities]
     plan = federated_setup.make_plan(config, alg, setting, keys)
     attester = attest.SimulatedAttester(b"m" * 32, b"s" * 32)
-    first = [np.asarray(x, np.float32).reshape(-1) for x in jax.tree.leaves(setting.model)]
+    first = federated_setup.first_layers(setting.model)
     aggregator = Aggregator(plan, first, attester, folder / "sealed", FileCounter(folder / "counter"))
     verifier = attest.SimulatedVerifier(attester.root, Policy(attester.measurement()))
     clients = {}
     for k, rows in enumerate(setting.split):
         mine = {name: x[rows] for name, x in setting.train.items()}
-        given = (k, plan, alg, setting.model, setting.task, mine, config.seed, identities[k], verifier)
-        clients[k] = Client(*given)
+        clients[k] = Client(k, plan, alg, setting.model, setting.task, mine, config.seed, identities[k], verifier)
     return Loopback(aggregator, clients), aggregator
 
 
@@ -190,9 +189,12 @@ def main() -> int:
     if args.rounds < 4:
         parser.error(f"--rounds={args.rounds} must be at least 4")
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    config = federated_setup.read(configs.get_config(args.config))
-    alg = dataclasses.replace(federated_arms.dense(config.algorithm), rounds=args.rounds)
-    setting = federated_setup.make(config, Options(Path("."), data_dir=args.data_dir))
+    try:
+        config = federated_setup.read(configs.get_config(args.config))
+        setting = federated_setup.make(config, Options(Path("."), data_dir=args.data_dir))
+    except (ValueError, *USER_ERRORS) as error:  # an unknown variant, data that are missing
+        parser.error(str(error))
+    alg = dataclasses.replace(federated_arms.dense(config.algorithm), rounds=args.rounds, participants=0)
     row = compare(config, alg, setting)
     print(table([row]))
     if args.results:

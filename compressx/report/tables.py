@@ -53,8 +53,8 @@ def render(table: Table, results: Sequence[Result]) -> str:
     for result in results:
         summary = result.summary
         if table.driver in (None, summary["driver"]) and fnmatch.fnmatchcase(summary["variant"], table.variant):
-            for number, entry in enumerate(_entries(table, result)):
-                groups.setdefault((*_identity(table, entry.summary), number), []).append(entry)
+            for at, entry in _entries(table, result):
+                groups.setdefault((*_identity(table, entry.summary), *at), []).append(entry)
     rows = [sorted(group, key=lambda r: r.summary["seed"]) for _, group in sorted(groups.items(), key=_natural)]
     for row in rows:
         _distinct_seeds(table, row)
@@ -134,14 +134,16 @@ def _identity(table: Table, summary: Mapping[str, Any]) -> tuple[Any, ...]:
     return summary["driver"], summary["variant"], *more, data["name"], data["stand_in"]
 
 
-def _entries(table: Table, result: Result) -> list[Result]:
-    """The rows of a summary: itself, or with each entry of the table's list as `row`."""
+def _entries(table: Table, result: Result) -> list[tuple[tuple[Any, ...], Result]]:
+    """The rows of a summary: itself, or with each entry of the table's list as `row`, by place and by what names it."""
     if table.rows is None:
-        return [result]
+        return [((), result)]
     entries = lookup(result.summary, table.rows)
     if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
         raise TableError(f"table {table.name}: {table.rows} in {result.path} is no list of rows")
-    return [Result(result.path, {**result.summary, "row": entry}) for entry in entries]
+    names = [repr([v for v in entry.values() if isinstance(v, str)]) for entry in entries]
+    rows = [Result(result.path, {**result.summary, "row": entry}) for entry in entries]
+    return [((k, names[k]), row) for k, row in enumerate(rows)]
 
 
 def _hashable(value: Any) -> Any:
@@ -194,8 +196,9 @@ def _cell(column: Column, row: Sequence[Result], table: Table, variants: Sequenc
         goals = [goal for goal in table.goals if _matches(goal, first)]
         return "; ".join(f"{_words(goal, first)}: {_verdict(goal, row)}" for goal in goals) or fmt.ABSENT
     write = fmt.FORMATS[column.format] if column.format else fmt.for_key(column.key, first["metric"]["name"])
-    found = [lookup(result.summary, column.key) for result in row]
-    values = [v for value in found for v in (value if _numbers(value) else [value])]  # a list: one value a seed
+    values = [lookup(result.summary, column.key) for result in row]
+    if column.format != "text":  # a list of numbers: one a seed
+        values = [v for value in values for v in (value if _numbers(value) else [value])]
     return markdown.text(_aggregate(values, column, write))
 
 
@@ -280,7 +283,9 @@ def _provenance(row: Sequence[Result]) -> str:
     first = row[0].summary
     run = run_of(first)
     seeds = ", ".join(str(result.summary["seed"]) for result in row)
-    parts = [f"{markdown.code(first['variant'])}, seed{'s' if len(row) > 1 else ''} {seeds}"]
+    parts = [markdown.code(first["variant"])]
+    if "row" not in first:  # an entry's seeds are its own affair
+        parts[0] += f", seed{'s' if len(row) > 1 else ''} {seeds}"
     parts.append(markdown.code(str(run["command"])) if run.get("command") else "no command recorded")
     dates = sorted({str(run_of(result.summary).get("date") or "")[:10] for result in row} - {""})
     if dates:

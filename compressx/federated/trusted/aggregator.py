@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressx.federated.trusted import rounds, sessions
+from compressx.federated.trusted import messages, rounds, sessions
 from compressx.federated.trusted.attest import Attester
 from compressx.federated.trusted.messages import Message
 from compressx.federated.trusted.refused import Refused
@@ -103,7 +103,7 @@ class Aggregator:
             session = self._session(client)
             if state.round >= self.plan.rounds:
                 raise Refused("round", f"all {self.plan.rounds} rounds are closed")
-            most = rounds.largest_upload(self.plan, state.round)
+            most = messages.largest_bytes(self.plan.layers)
             _, _, payload = session.open(frame, state.round, state.hash, most)
             if client in self._accepted:
                 raise Refused("counted", f"an update of client {client} is already counted in round {state.round}")

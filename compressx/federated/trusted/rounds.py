@@ -216,12 +216,6 @@ def upload_size(plan: Plan, round_: int) -> int:
     return messages.padded_bytes(layout, plan.value_code, shared) if plan.padded else 0
 
 
-def largest_upload(plan: Plan, round_: int) -> int:
-    """No message of the round is longer."""
-    _, layout, _ = upload_form(plan, round_)
-    return messages.largest_bytes(layout)
-
-
 def read_upload(plan: Plan, state: State, data: bytes) -> Message:
     """Parses a client's message of this round.
 
