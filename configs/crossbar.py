@@ -167,14 +167,14 @@ def digits_sot(variant: str) -> Settings:
 # -- LeNet-5 on MNIST --------------------------------------------------------------------------------------------------
 
 LENET = Recipe(
-    # [25, 20], [500, 50], [800, 500], [500, 10]: what is left takes 1 + 1 + 2 + 1 arrays
-    {"c2": pruned(0.5, 0.25), "f1": pruned(0.12, 0.16), "f2": pruned(None, 0.25)},
+    # [25, 20], [500, 50], [800, 500], [500, 10]: what is left takes 1 + 1 + 3 + 1 arrays
+    {"c2": pruned(0.5, 0.25), "f1": pruned(0.18, 0.16), "f2": pruned(None, 0.25)},
     "[cf][12]",
     "c1",
     {
         "prune": (cnn.ramp(8), fit(10, 2e-3)),
-        "polarize": (cnn.ramp(5, 3e-3), fit(4, 1e-3)),
-        "quantize": (cnn.ramp(2, 3e-2), fit(2, 3e-4)),
+        "polarize": (cnn.ramp(8), fit(6, 1e-3)),
+        "quantize": (cnn.ramp(3), fit(4, 3e-4)),
     },
 )
 

@@ -41,26 +41,34 @@ def rivals(rate: int, narrow: bool = True) -> tuple[Settings, ...]:
     return (*(arm(s, rate, narrow=narrow) for s in others), arm("bsp", rate, "one_shot", narrow))
 
 
-def admm(epochs: int, lr: float, every: int) -> Settings:
-    """ADMM with the paper's rule for rho, which above 0.02 grows by steps of 0.02."""
+def rtmobile(epochs: int, lr: float, every: int) -> Settings:
+    """ADMM with the paper's rule for rho, above 0.02 in steps of 0.02, and the penalty inside the gradient."""
     return cnn.admm(epochs, lr, 0.1, rho_schedule="rtmobile", final=0.1, every=every)
 
 
-def base(variant: str, hidden: int, epochs: tuple[int, int, int], lr: float, every: int) -> Settings:
-    """What all variants share.
+def pull(epochs: int, lr: float, steps: int) -> Settings:
+    """ADMM with one update an epoch, decoupled from the optimizer, that lets the network learn while it is pulled.
 
-    Between two updates the weights must be able to follow Z: learning rate times `every` is more than a typical weight.
-    Where it was not (the tones, 12 steps of 2.5e-3 for weights of 0.14, rho from 0.01), U ran ahead, the chosen rows
-    took turns, and the residual grew above 1; with 40 steps of 5e-3 and rho from 0.1 it fell to 0.19, and still fell.
+    Between two updates the first rho takes a twentieth of a weight's distance to Z (lr * rho * every = 0.05); each
+    further one 1.4 times as much, up to twelve. Four times as much at first, or a learning rate that falls to a tenth
+    inside ADMM, and the network came out of it knowing nothing (`fsdd` at 29x: BUILD_NOTES, "Recipes").
+    """
+    rho = float(f"{0.05 / (lr * steps):.3g}")
+    more = {"rho_factor": 1.4, "rho_stages": min(epochs, 12), "every": steps, "final": 0.5, "decoupled": True}
+    return cnn.admm(epochs, lr, rho, **more)
+
+
+def base(variant: str, hidden: int, epochs: tuple[int, int, int, int, int], lr: float, steps: int) -> Settings:
+    """What all variants share.
 
     Args:
       variant: its name.
       hidden: units.
-      epochs: of the dense training, of each ADMM and of each retraining.
-      lr: of dense training and ADMM; retraining has half of it.
-      every: steps between updates of Z and U.
+      epochs: of the dense training, of BSP's first step (ADMM, retraining), and of its second.
+      lr: of them all.
+      steps: an epoch.
     """
-    dense, moving, inside = epochs
+    dense, column, column_retrain, row, row_retrain = epochs
     return {
         "variant": variant,
         "seed": 0,
@@ -90,10 +98,10 @@ def base(variant: str, hidden: int, epochs: tuple[int, int, int], lr: float, eve
         "model": {"hidden": hidden, "layers": 2, "dropout": 0.2, "reset": "before"},
         "loss": "frames",
         "dense": cnn.fit(dense, lr, final=0.02),
-        "column": admm(moving, lr, every),
-        "column_retrain": cnn.fit(inside, lr / 2, final=0.02),
-        "row": admm(moving, lr, every),
-        "row_retrain": cnn.fit(inside, lr / 2, final=0.02),
+        "column": pull(column, lr, steps),
+        "column_retrain": cnn.fit(column_retrain, lr, final=0.3),
+        "row": pull(row, lr, steps),
+        "row_retrain": cnn.fit(row_retrain, lr, final=0.02),
         "arms": (arm("bsp", 10),),
         "strips": 4,
         "block": 4,
@@ -122,7 +130,7 @@ def tones(variant: str) -> Settings:
 
     Needs no data. Shows that everything works; its error rates say nothing about speech.
     """
-    c = base(variant, 48, (20, 40, 12), 5e-3, 40)
+    c = base(variant, 48, (20, 30, 4, 20, 20), 5e-3, 15)
     c["batch"] = 4
     c["arms"] = (arm("bsp", 10), arm("bsp", 29), arm("unstructured", 10), arm("bsp", 10, "one_shot"), same_budget())
     return c
@@ -134,7 +142,9 @@ def timit(variant: str) -> Settings:
     The paper's row: 18.8 % at 10x, with context-dependent states and Kaldi's decoder; here 48 phones and a bigram.
     For a GPU. Not run: the corpus is not free.
     """
-    c = base(variant, 1024, (24, 20, 12), 4e-4, 462)
+    c = base(variant, 1024, (24, 20, 12, 20, 12), 4e-4, 462)
+    c |= {name: rtmobile(20, 4e-4, 462) for name in ("column", "row")}
+    c |= {f"{name}_retrain": cnn.fit(12, 2e-4, final=0.02) for name in ("column", "row")}
     c["data"] |= {"name": "timit", "sa": False}
     c["optimizer"], c["clip"] = "rmsprop", 0.0
     c["arms"] = (*(arm("bsp", r, narrow=False) for r in RATES), *rivals(29, narrow=False), same_budget())
@@ -147,7 +157,7 @@ def sample(variant: str, arms: tuple[Settings, ...]) -> Settings:
 
     A stand-in: 5 minutes of training speech. The network is narrower than the paper's for the sake of CPU time.
     """
-    c = base(variant, 192, (30, 16, 10), 3e-3, 30)
+    c = base(variant, 192, (30, 14, 4, 10, 16), 3e-3, 25)
     c["data"]["name"] = "timit_sample"
     c["batch"] = 4
     c["model"]["dropout"] = 0.3
@@ -170,7 +180,7 @@ def digits(variant: str, arms: tuple[Settings, ...], by: str = "speaker") -> Set
 
     A stand-in for connected digits. Another unseen speaker: `--config.data.test_speakers=lucas`.
     """
-    c = base(variant, 128, (24, 11, 5), 3e-3, 30)
+    c = base(variant, 128, (24, 12, 2, 8, 10), 3e-3, 38)
     c["data"] |= {"name": "fsdd", "by": by}
     c["features"]["mels"] = 20  # 8 kHz
     c["loss"], c["batch"] = "ctc", 16
@@ -185,8 +195,8 @@ def digits_all(variant: str) -> Settings:
 
 
 def digits_two(variant: str) -> Settings:
-    """`fsdd` at 10x and 29x, for further seeds and other unseen speakers."""
-    return digits(variant, (arm("bsp", 29), arm("bsp", 10)))
+    """`fsdd` at 10x and 29x with one-shot beside both, for further seeds and other unseen speakers."""
+    return digits(variant, (arm("bsp", 29), arm("bsp", 10), arm("bsp", 29, "one_shot"), arm("bsp", 10, "one_shot")))
 
 
 def digits_official(variant: str) -> Settings:

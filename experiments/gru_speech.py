@@ -161,7 +161,7 @@ def plan_phases(config: Config) -> dict[str, tuple[Phase, ...]]:
                 Stage(rules[1], config.row, config.row_retrain),
             )
         else:
-            moving = dataclasses.replace(config.row, epochs=config.column.epochs + config.row.epochs)
+            moving = dataclasses.replace(config.column, epochs=config.column.epochs + config.row.epochs)
             inside = config.column_retrain.epochs + config.row_retrain.epochs
             stages = (Stage(rules[0], moving, dataclasses.replace(config.row_retrain, epochs=inside)),)
         dense, *made = phases.plan(Plan(config.dense, stages, arm.method))

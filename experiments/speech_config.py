@@ -105,10 +105,10 @@ class Config:
 
     Attributes:
       dense: training of the dense network.
-      column: ADMM of BSP's first step.
+      column: ADMM of BSP's first step; structures of one step have both steps' epochs at its settings.
       column_retrain: training inside it.
-      row: ADMM of the second step; structures of one step have both steps' epochs at its settings.
-      row_retrain: likewise.
+      row: ADMM of the second step.
+      row_retrain: likewise, and of structures of one step for both steps' epochs.
       arms: what the dense network is compressed to; the first is the run's headline and is saved for `--mode=eval`.
       strips: BSP's horizontal strips.
       block: side of the blocks of "block".
