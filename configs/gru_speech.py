@@ -22,6 +22,8 @@ RATES = (10, 20, 29, 80, 103, 245, 301)
 # What the rows step takes of a rate in a narrow network: a tenth of the rows of 48 units is 4.
 NARROW = {10: 2.0, 20: 4.0, 29: 2.0, 80: 4.0, 103: 5.0, 245: 8.0, 301: 10.0}
 
+SPEEDS = (0.87, 1.0, 1.15)
+
 
 def arm(structure: str, rate: int, method: str = "admm", narrow: bool = True) -> Settings:
     """One compression, named after what it is; a wide network splits the rate as the released ones do."""
@@ -37,7 +39,7 @@ def same_budget() -> Settings:
 
 def rivals(rate: int, narrow: bool = True) -> tuple[Settings, ...]:
     """What BSP is compared with at one rate: other structures, its own steps alone, and no ADMM."""
-    others = ("unstructured", "block", "rows", "columns", "bsp_columns", "bsp_rows")
+    others = ("unstructured", "block", "rows", "columns", "coarse", "bsp_columns", "bsp_rows", "bsp_tiles")
     return (*(arm(s, rate, narrow=narrow) for s in others), arm("bsp", rate, "one_shot", narrow))
 
 
@@ -46,19 +48,21 @@ def rtmobile(epochs: int, lr: float, every: int) -> Settings:
     return cnn.admm(epochs, lr, 0.1, rho_schedule="rtmobile", final=0.1, every=every)
 
 
-def pull(epochs: int, lr: float, steps: int) -> Settings:
-    """ADMM with one update an epoch, decoupled from the optimizer, that lets the network learn while it is pulled.
+def pull(updates: int, lr: float, every: int, epochs: int) -> Settings:
+    """ADMM with so many updates, decoupled from the optimizer, that lets the network learn while it is pulled.
 
     Between two updates the first rho takes a twentieth of a weight's distance to Z (lr * rho * every = 0.05); each
     further one 1.4 times as much, up to twelve. Four times as much at first, or a learning rate that falls to a tenth
     inside ADMM, and the network came out of it knowing nothing (`fsdd` at 29x: BUILD_NOTES, "Recipes").
     """
-    rho = float(f"{0.05 / (lr * steps):.3g}")
-    more = {"rho_factor": 1.4, "rho_stages": min(epochs, 12), "every": steps, "final": 0.5, "decoupled": True}
+    rho = float(f"{0.05 / (lr * every):.3g}")
+    more = {"rho_factor": 1.4, "rho_stages": min(updates, 12), "every": every, "final": 0.5, "decoupled": True}
     return cnn.admm(epochs, lr, rho, **more)
 
 
-def base(variant: str, hidden: int, epochs: tuple[int, int, int, int, int], lr: float, steps: int) -> Settings:
+def base(
+    variant: str, hidden: int, epochs: tuple[int, int, int, int, int], lr: float, every: int, updates: int = 1
+) -> Settings:
     """What all variants share.
 
     Args:
@@ -66,7 +70,8 @@ def base(variant: str, hidden: int, epochs: tuple[int, int, int, int, int], lr: 
       hidden: units.
       epochs: of the dense training, of BSP's first step (ADMM, retraining), and of its second.
       lr: of them all.
-      steps: an epoch.
+      every: steps between updates of Z and U.
+      updates: an epoch.
     """
     dense, column, column_retrain, row, row_retrain = epochs
     return {
@@ -82,6 +87,7 @@ def base(variant: str, hidden: int, epochs: tuple[int, int, int, int, int], lr: 
             "train": 0,  # utterances; 0 is all
             "dev": 0,
             "test": 0,
+            "speeds": (1.0,),
         },
         "features": {
             "kind": "mfcc",
@@ -98,9 +104,9 @@ def base(variant: str, hidden: int, epochs: tuple[int, int, int, int, int], lr: 
         "model": {"hidden": hidden, "layers": 2, "dropout": 0.2, "reset": "before"},
         "loss": "frames",
         "dense": cnn.fit(dense, lr, final=0.02),
-        "column": pull(column, lr, steps),
+        "column": pull(column * updates, lr, every, column),
         "column_retrain": cnn.fit(column_retrain, lr, final=0.3),
-        "row": pull(row, lr, steps),
+        "row": pull(row * updates, lr, every, row),
         "row_retrain": cnn.fit(row_retrain, lr, final=0.02),
         "arms": (arm("bsp", 10),),
         "strips": 4,
@@ -155,10 +161,10 @@ def timit(variant: str) -> Settings:
 def sample(variant: str, arms: tuple[Settings, ...]) -> Settings:
     """The free sample of TIMIT: 10 speakers to learn from, 2 others for dev and 2 for test; 2 x 192 units.
 
-    A stand-in: 5 minutes of training speech. The network is narrower than the paper's for the sake of CPU time.
+    A stand-in: 5 minutes of training speech, learned at three speeds. The network is narrower than the paper's for the sake of CPU time.
     """
-    c = base(variant, 192, (30, 14, 4, 10, 16), 3e-3, 25)
-    c["data"]["name"] = "timit_sample"
+    c = base(variant, 192, (10, 5, 1, 3, 6), 3e-3, 25, 3)
+    c["data"] |= {"name": "timit_sample", "speeds": SPEEDS}
     c["batch"] = 4
     c["model"]["dropout"] = 0.3
     c["arms"] = arms
@@ -178,10 +184,10 @@ def sample_two(variant: str) -> Settings:
 def digits(variant: str, arms: tuple[Settings, ...], by: str = "speaker") -> Settings:
     """Strings of spoken digits by CTC, 2 x 128 units, scored by word; by default the speaker george is never heard.
 
-    A stand-in for connected digits. Another unseen speaker: `--config.data.test_speakers=lucas`.
+    A stand-in for connected digits; five speakers, each at three speeds, to learn from. Another unseen speaker: `--config.data.test_speakers=lucas`.
     """
-    c = base(variant, 128, (24, 12, 2, 8, 10), 3e-3, 38)
-    c["data"] |= {"name": "fsdd", "by": by}
+    c = base(variant, 128, (12, 4, 1, 3, 5), 3e-3, 38, 3)
+    c["data"] |= {"name": "fsdd", "by": by, "speeds": SPEEDS}
     c["features"]["mels"] = 20  # 8 kHz
     c["loss"], c["batch"] = "ctc", 16
     c["arms"] = arms
@@ -199,6 +205,13 @@ def digits_two(variant: str) -> Settings:
     return digits(variant, (arm("bsp", 29), arm("bsp", 10), arm("bsp", 29, "one_shot"), arm("bsp", 10, "one_shot")))
 
 
+def digits_rtmobile(variant: str) -> Settings:
+    """`fsdd_two` with RTMobile's rule for rho and the penalty inside the gradient, in as many epochs."""
+    c = digits(variant, (arm("bsp", 29), arm("bsp", 10)))
+    c |= {"column": rtmobile(4, 3e-3, 38), "row": rtmobile(3, 3e-3, 38)}
+    return c
+
+
 def digits_official(variant: str) -> Settings:
     """`fsdd` at 10x and 29x on its official split: every speaker is heard in training."""
     return digits(variant, (arm("bsp", 29), arm("bsp", 10)), by="official")
@@ -211,6 +224,7 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
     "timit_sample_two": sample_two,
     "fsdd": digits_all,
     "fsdd_two": digits_two,
+    "fsdd_rtmobile": digits_rtmobile,
     "fsdd_official": digits_official,
 }
 

@@ -10,7 +10,10 @@ from compressx.training import Admm, ConfigError, Fit
 
 @dataclass(frozen=True)
 class Data:
-    """The corpus; see `speech.corpora.load`. `train`, `dev`, `test`: how many utterances, 0 is all."""
+    """The corpus; see `speech.corpora.load`. `train`, `dev`, `test`: how many utterances, 0 is all.
+
+    `speeds`: at which each training utterance is learned, see `speech.augment`.
+    """
 
     name: str = "tones"
     phones: int = 48
@@ -21,6 +24,7 @@ class Data:
     train: int = 0
     dev: int = 0
     test: int = 0
+    speeds: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ RELEASED = {
     245: (245.59, 0.242),
     301: (301.28, 0.255),
 }
-STRUCTURES = ("bsp", "unstructured", "block", "rows", "columns", "coarse", "bsp_columns", "bsp_rows")
+STRUCTURES = ("bsp", "unstructured", "block", "rows", "columns", "coarse", "bsp_columns", "bsp_rows", "bsp_tiles")
 Shapes = Mapping[str, tuple[int, int]]
 Rules = tuple[tuple[str, dict[str, Any]], ...]
 
@@ -89,7 +89,7 @@ def columns_first(shapes: Shapes, keep: Mapping[str, Keep]) -> bool:
 def rules(
     structure: str, shapes: Shapes, keep: Mapping[str, Keep], strips: int = 4, block: int = 4
 ) -> tuple[Rules, ...]:
-    """The rules of every stage, one stage but for "bsp" with both its steps.
+    """The rules of every stage, one stage but for BSP with both its steps.
 
     All structures keep r * c weights of a matrix, or as near as whole blocks, rows or columns come (at least one):
 
@@ -98,7 +98,8 @@ def rules(
         block          blocks of block x block
         rows, columns  whole rows (outputs) or whole columns (inputs) of the matrix
         coarse         r whole rows and c whole columns: a smaller dense matrix
-        bsp_columns    step 1 alone, bsp_rows: rows in strips of inputs alone: the ablations
+        bsp_tiles      step 2 chooses r rows in each strip of inputs, not in the whole matrix
+        bsp_columns    step 1 alone: the ablation; bsp_rows: bsp_tiles' step 2 alone (bsp's own is "rows")
 
     Raises:
       ValueError: no such structure.
@@ -109,12 +110,14 @@ def rules(
 
     def spec(name: str) -> dict[str, Any]:
         (inputs, outputs), k = shapes[name], keep[name]
-        if structure == "bsp":
+        if structure in ("bsp", "bsp_tiles"):
+            tiles = {"row_strips": strips} if structure == "bsp_tiles" else {}
             return {
                 "kind": "bsp",
                 "keep_columns": k.columns,
                 "keep_rows": k.rows,
                 "column_strips": strips,
+                **tiles,
             }
         if structure == "unstructured":
             return {"kind": "unstructured", "keep": k.weights}
@@ -134,7 +137,7 @@ def rules(
     if structure not in STRUCTURES:
         raise ValueError(f"structure={structure!r} is impossible; it must be one of {', '.join(STRUCTURES)}")
     last = tuple((name, spec(name)) for name in shapes)
-    if structure == "bsp" and columns_first(shapes, keep):
+    if structure in ("bsp", "bsp_tiles") and columns_first(shapes, keep):
         first = tuple((n, {"kind": "bsp_columns", "keep": keep[n].columns, "strips": strips}) for n in shapes)
         return first, last
     return (last,)
