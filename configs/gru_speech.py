@@ -161,7 +161,8 @@ def timit(variant: str) -> Settings:
 def sample(variant: str, arms: tuple[Settings, ...]) -> Settings:
     """The free sample of TIMIT: 10 speakers to learn from, 2 others for dev and 2 for test; 2 x 192 units.
 
-    A stand-in: 5 minutes of training speech, learned at three speeds. The network is narrower than the paper's for the sake of CPU time.
+    A stand-in: 5 minutes of training speech, learned at three speeds. The network is narrower than the paper's for the
+    sake of CPU time.
     """
     c = base(variant, 192, (10, 5, 1, 3, 6), 3e-3, 25, 3)
     c["data"] |= {"name": "timit_sample", "speeds": SPEEDS}
@@ -184,7 +185,8 @@ def sample_two(variant: str) -> Settings:
 def digits(variant: str, arms: tuple[Settings, ...], by: str = "speaker") -> Settings:
     """Strings of spoken digits by CTC, 2 x 128 units, scored by word; by default the speaker george is never heard.
 
-    A stand-in for connected digits; five speakers, each at three speeds, to learn from. Another unseen speaker: `--config.data.test_speakers=lucas`.
+    A stand-in for connected digits; five speakers, each at three speeds, to learn from. Another unseen speaker:
+    `--config.data.test_speakers=lucas`.
     """
     c = base(variant, 128, (12, 4, 1, 3, 5), 3e-3, 38, 3)
     c["data"] |= {"name": "fsdd", "by": by, "speeds": SPEEDS}
