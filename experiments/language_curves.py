@@ -3,13 +3,15 @@
     python -m experiments.language_curves --config=configs/language_curves.py:generated --workdir=runs/curves
 
 Every point is a run of `experiments.language_model` in a folder of its own below `runs/`, resumable like any other. All
-points of a seed start from one dense network, trained first, and get the same number of epochs after it.
+points of a seed start from one dense network, trained first, and get the same number of epochs after it. A folder may
+be gone on with at other points or seeds of the same experiment: runs that it holds are reused, the rest is made anew.
 """
 
 import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,7 +122,7 @@ def runs(config: Config, workdir: Any) -> list[Run]:
                 probe = dataclasses.replace(config.base.probe, run=False)  # once a seed is enough
                 source = str(workdir / "runs" / f"dense-s{seed}")
                 one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source, probe=probe)
-                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", one, p, seed))
+                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", language_model.dealt(one), p, seed))
     return todo
 
 
@@ -138,20 +140,36 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`; the runs done so far stay done.
     """
-    workdir = options.workdir
-    if (summary := driver.finished(workdir, dataclasses.asdict(config))) is not None:
+    workdir, written = options.workdir, dataclasses.asdict(config)
+    other = _holds_other_points(workdir, written)
+    if not other and (summary := driver.finished(workdir, written)) is not None:
         return summary
     todo = runs(config, workdir)
     job, _ = language_model.make_job(todo[0].config, options)
-    for r in todo:  # every point's rules, before anything is trained
+    for r in todo:  # every point's rules and folder, before anything is trained
         training.check_phases(job, language_model.plan_phases(r.config))
-    driver.claim(workdir, dataclasses.asdict(config))
+        driver.check_claim(workdir / "runs" / r.name, dataclasses.asdict(r.config))
+    if other:  # the summary first: without it the folder is unfinished under either config
+        (workdir / "summary.json").unlink(missing_ok=True)
+        (workdir / "config.json").unlink()
+    driver.claim(workdir, written)
     done = []
     for number, r in enumerate(todo):
         print(f"[{number + 1}/{len(todo)}] {r.name}", flush=True)
         there = dataclasses.replace(options, workdir=workdir / "runs" / r.name)
         done.append((r, language_model.train_and_evaluate(r.config, there)))
     return conclude(config, options, done)
+
+
+def _holds_other_points(workdir: Path, written: dict[str, Any]) -> bool:
+    """Whether the folder compares the same experiment at other points: its runs serve here, each checked by itself."""
+    try:
+        there = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError):  # none yet, or damaged, which `driver.claim` says
+        return False
+    now = json.loads(json.dumps(written))
+    same = isinstance(there, dict) and all(there.get(k) == now[k] for k in ("base", "variant"))
+    return same and there != now
 
 
 def evaluate(config: Config, options: Options) -> dict[str, Any]:

@@ -152,7 +152,27 @@ def read(config: Any) -> Config:
     Raises:
       ConfigError: a key or a value that is not allowed.
     """
-    return training.parse(Config, config)
+    return dealt(training.parse(Config, config))
+
+
+def dealt(config: Config) -> Config:
+    """The config with its seed in every rule that deals block sizes by chance and names no seed.
+
+    Otherwise all seeds of such a control would share one permutation, and their spread hold none of its variance.
+    Seed 0 is the constraint's own: there is nothing to name.
+    """
+
+    def deal(spec: Any) -> Any:
+        if isinstance(spec, dict) and "parts" in spec:
+            return {**spec, "parts": tuple(deal(p) for p in spec["parts"])}
+        chance = isinstance(spec, dict) and spec.get("assignment") == "permuted" and "seed" not in spec
+        return {**spec, "seed": config.seed} if chance and config.seed else spec
+
+    stages = tuple(
+        dataclasses.replace(s, rules=tuple((pattern, deal(spec)) for pattern, spec in s.rules))
+        for s in config.plan.stages
+    )
+    return dataclasses.replace(config, plan=dataclasses.replace(config.plan, stages=stages))
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
