@@ -24,7 +24,7 @@ from compressx.report.metrics import MetricsWriter
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError
 from compressx.training.config import METHODS, Rule
-from experiments import artifacts, driver, language_model
+from experiments import artifacts, driver, language_model, language_page, latency
 from experiments.driver import Options
 
 DENSE = "dense, same budget"
@@ -223,9 +223,25 @@ def rate_at(rows: list[dict[str, Any]], perplexity: float) -> tuple[str, float]:
     return ("below", at[0][0]) if perplexity < best else ("above", at[-1][0])
 
 
+def word_times(config: Config, options: Options, done: list[tuple[Run, Any]]) -> tuple[Any, dict[str, Any]]:
+    """`latency.of_words` of all networks at the headline rate, with the headline's first seed, measured in turn."""
+    (head,) = [p for p in config.points if (p.curve, p.name) == (config.main, config.at)]
+    seed, folder = (head.seeds or config.seeds)[0], options.workdir / "runs"
+    at = [r for r, _ in done if r.point and r.seed == seed and r.point.name == config.at]
+    mine = {r.point.curve: r for r in at if r.point and r.point.method != "dense"}
+    one = mine[config.main]
+    job, corpus = language_model.make_job(one.config, dataclasses.replace(options, workdir=folder / one.name))
+    model = language_model.build_model(one.config.model, len(corpus.words))
+    stored = {curve: artifacts.read(folder / r.name / artifacts.MODEL).saved.packed for curve, r in mine.items()}
+    return latency.of_words(model, job.first.params, stored)
+
+
 def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, Any]]]) -> dict[str, Any]:
     """Writes the table, the plot, the page and the summary."""
     workdir, rows = options.workdir, table(config, done)
+    times, facts = word_times(config, options, done)
+    for row in rows:
+        row["word_ms"] = times.get(row["curve"]) if times and row["point"] == config.at else None
     with MetricsWriter(workdir / "metrics.jsonl") as writer:
         for number, (r, s) in enumerate(done):
             writer.write(number, r.point.curve if r.point else "dense", run=r.name, rate=s["rate"], metric=s["metric"])
@@ -266,7 +282,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         bytes=None,
         residual=None,
         violations=sum(s["violations"] or 0 for _, s in done),
-        latency_ms=None,
+        latency_ms=times and {"dense": times["dense"], "compressed": times[config.main]},
         seconds=sum(s["seconds"] for _, s in done),
         paper=None,
         language_curves={
@@ -276,6 +292,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
                 _plain(c): {"how": how, "rate": rate, "text": words[c]} for c, (how, rate) in equal.items()
             },
             "spread": headline["spread"],
+            "latency": facts,
             "references": first["language_model"]["references"],
             "observations": first["language_model"].get("observations"),
             "run": run_record(options.command),
@@ -290,6 +307,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         sections=[
             ("Runs", _html_table(rows)),
             ("Rate at equal perplexity", [level, equals]),
+            (f"A word's time at {config.at}", language_page.word_times(facts)),
         ],
         links=[*artifacts.links(workdir), *((r.name, f"runs/{r.name}/report.html") for r, _ in done)],
     )

@@ -24,7 +24,7 @@ from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases
 from compressx.training.language import LOSSES, language, make_perplexity, sample
-from experiments import artifacts, driver, init_from, language_page
+from experiments import artifacts, driver, init_from, language_page, latency
 from experiments.driver import Options
 
 
@@ -295,7 +295,10 @@ def conclude(
     stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, network, facts)
     scene = language_page.Scene(model, corpus, dense.params, result, last.rules, stored, workdir)
     found = language_page.examine(scene, config.probe)
-    summary = make_summary(**_summary(config, options, job, corpus, last, outcome, stored, exact, found))
+    times, found["latency"] = None, {"reason": "nothing is compressed"}
+    if last.rules is not None:
+        times, found["latency"] = latency.of_words(model, dense.params, {"compressed": stored.saved.packed})
+    summary = make_summary(**_summary(config, options, job, corpus, last, outcome, stored, exact, times, found))
     texts = _texts(config, model, corpus, {"dense": dense.params, "compressed": result.params})
     page = html.Page(
         summary=summary,
@@ -339,6 +342,7 @@ def _summary(
     outcome: Outcome,
     stored: artifacts.Stored,
     exact: dict[str, dict[str, Any]],
+    times: dict[str, float] | None,
     found: dict[str, Any],
 ) -> dict[str, Any]:
     results = outcome.results
@@ -372,7 +376,7 @@ def _summary(
         "bytes": stored.size,
         "residual": {k: max(residuals[-1][k].values()) if residuals else None for k in ("primal", "dual")},
         "violations": stored.violations,
-        "latency_ms": None,
+        "latency_ms": times,
         "seconds": outcome.seconds,
         "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
         "language_model": {

@@ -228,7 +228,25 @@ def sections(scene: Scene, found: Mapping[str, Any]) -> list[tuple[str, html.Con
         heads = ("format", "indices read", "dependent additions", "products")
         note = "A decoder's work per non-zero weight, as compressx.formats.decoding counts it."
         out.append(("Decoding", [note, html.Table(heads, decoded, (False, True, True, True))]))
+    out.append(("A word's time", word_times(found["latency"])))
     return out
+
+
+def word_times(facts: Mapping[str, Any]) -> html.Content:
+    """What `latency.of_words` has measured, or the reason why not."""
+    if "reason" in facts:
+        return f"Not measured: {facts['reason']}."
+    names = {"dense_xla": "dense, on XLA", "dense_kernels": "dense, by the kernels"}
+    rows = []
+    for key, q in facts.items():
+        if isinstance(q, Mapping):
+            low, median, high = (f"{1e3 * q[k]:.1f}" for k in ("low", "median", "high"))
+            rows.append((names.get(key.removesuffix("_ms"), key.removesuffix("_ms")), median, low, high))
+    note = (
+        f"Batch 1, one word after the other, {facts['words']} in a call: vector, LSTM layers and logits, from the "
+        f"stored matrices by {facts['path']}; {facts['rounds']} rounds, each network once in a round."
+    )
+    return [note, html.Table(("network", "µs a word", "first quartile", "third"), rows, (False, True, True, True))]
 
 
 def _observed(scene: Scene, found: Mapping[str, Any]) -> html.Content:

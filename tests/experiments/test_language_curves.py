@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compressx import kernels
 from compressx.constraints import from_spec
 from compressx.training import ConfigError
 from configs import language_curves as configs
@@ -132,6 +133,9 @@ def test_a_tiny_comparison_from_end_to_end(tmp_path, monkeypatch) -> None:
     assert rows["row", "16x"]["rate"] == pytest.approx(16, rel=0.01)
     assert own["observations"] and set(own["equal_perplexity"]) == {"darb", "row", "darb_one_shot"}
     assert s["violations"] == 0
+    if kernels.recurrent.available():
+        assert s["latency_ms"]["compressed"] == rows["darb", "16x"]["word_ms"] > 0
+        assert rows["dense", "16x"]["word_ms"] == s["latency_ms"]["dense"] > 0 and rows["row", "8x"]["word_ms"] is None
     assert language_curves.run(config, Options(tmp_path / "c")) == s
     with pytest.raises(ConfigError, match="a comparison has no model"):
         language_curves.evaluate(config, Options(tmp_path / "c"))

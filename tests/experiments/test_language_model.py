@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx import cli, formats
+from compressx import cli, formats, kernels
 from compressx.data import text
 from compressx.report.summary import check_summary, read_summary
 from compressx.training import ConfigError
@@ -64,6 +64,17 @@ def test_it_leaves_everything_behind_and_says_what_happened(done) -> None:
     for b in own["blocks"].values():
         assert b["places"] >= b["nonzeros"] and set(map(int, b["sizes"])) <= {1, 2, 4, 8, 16, 32, 64, 128}
         assert b["spearman"] > 0.8
+
+
+def test_a_words_time_is_measured_or_says_why_not(done) -> None:
+    folder, s = done
+    facts, times = s["language_model"]["latency"], s["latency_ms"]
+    page = (folder / "report.html").read_text()
+    if kernels.recurrent.available():
+        assert times["compressed"] == facts["compressed_ms"]["median"] > 0 and times["dense"] > 0
+        assert facts["path"] in page
+    else:
+        assert times == {"dense": None, "compressed": None} and facts["reason"] in page
 
 
 def test_storage_is_counted_in_real_arrays(done) -> None:
