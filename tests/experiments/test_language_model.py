@@ -87,7 +87,11 @@ def test_storage_is_counted_in_real_arrays(done) -> None:
     assert storage["block-max"]["bytes"] == sum(formats.nbytes(p) for p in packed.values())
     assert storage["block-max"]["bytes"] == min(v["bytes"] for v in storage.values())
     assert storage["dense"]["bytes"] == 4 * 3 * 32 * 128
-    assert {"block-max", "bitmask", "csr16", "csr", "coo-delta", "dense"} <= set(storage)
+    assert {"block-max", "bitmask", "csr16", "csr", "coo-delta", "dense", "bank-balanced"} <= set(storage)
+    work = s["language_model"]["decoding"]["bank-balanced"]
+    assert work["reads"] == work["products"] >= 1 and work["additions"] == 0
+    entries = round(work["products"] * sum(b["nonzeros"] for b in s["language_model"]["blocks"].values()))
+    assert storage["bank-balanced"]["bytes"] == pytest.approx(entries * (4 + 6 / 8), abs=3)  # 6 bits in banks of 64
     assert cli.main(["verify", str(folder / "compressed.safetensors")]) == 0
 
 
