@@ -22,9 +22,9 @@ def curves(
     rates: Sequence[int],
     at: int,
     seeds: Sequence[int],
-    often: Sequence[str] = ("darb", "darb permuted", "bmwm", "irregular", "block"),
+    often: Sequence[str] = ("irregular", "darb", "bmwm", "bank-balanced", "block", "row", "darb permuted"),
 ) -> Settings:
-    """Six structures over rates with seed 0; at one rate some with all seeds, DARB's controls, one-shot and dense too.
+    """Six structures over rates with seed 0; at one rate with all seeds, and DARB's controls, one-shot and dense too.
 
     Args:
       variant: its name.
@@ -32,7 +32,7 @@ def curves(
       rates: of the curves.
       at: the rate of the headline row.
       seeds: of `often` there.
-      often: structures that are run with all seeds.
+      often: structures and controls that are run with all seeds there.
     """
     base["plan"]["baselines"] = ()
     points = []

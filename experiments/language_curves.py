@@ -3,13 +3,15 @@
     python -m experiments.language_curves --config=configs/language_curves.py:generated --workdir=runs/curves
 
 Every point is a run of `experiments.language_model` in a folder of its own below `runs/`, resumable like any other. All
-points of a seed start from one dense network, trained first, and get the same number of epochs after it.
+points of a seed start from one dense network, trained first, and get the same number of epochs after it. A folder may
+be gone on with at other points or seeds of the same experiment: runs that it holds are reused, the rest is made anew.
 """
 
 import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +24,7 @@ from compressx.report.metrics import MetricsWriter
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError
 from compressx.training.config import METHODS, Rule
-from experiments import artifacts, driver, language_model
+from experiments import artifacts, driver, language_model, language_page, latency
 from experiments.driver import Options
 
 DENSE = "dense, same budget"
@@ -120,7 +122,7 @@ def runs(config: Config, workdir: Any) -> list[Run]:
                 probe = dataclasses.replace(config.base.probe, run=False)  # once a seed is enough
                 source = str(workdir / "runs" / f"dense-s{seed}")
                 one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source, probe=probe)
-                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", one, p, seed))
+                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", language_model.dealt(one), p, seed))
     return todo
 
 
@@ -138,20 +140,36 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`; the runs done so far stay done.
     """
-    workdir = options.workdir
-    if (summary := driver.finished(workdir, dataclasses.asdict(config))) is not None:
+    workdir, written = options.workdir, dataclasses.asdict(config)
+    other = _holds_other_points(workdir, written)
+    if not other and (summary := driver.finished(workdir, written)) is not None:
         return summary
     todo = runs(config, workdir)
     job, _ = language_model.make_job(todo[0].config, options)
-    for r in todo:  # every point's rules, before anything is trained
+    for r in todo:  # every point's rules and folder, before anything is trained
         training.check_phases(job, language_model.plan_phases(r.config))
-    driver.claim(workdir, dataclasses.asdict(config))
+        driver.check_claim(workdir / "runs" / r.name, dataclasses.asdict(r.config))
+    if other:  # the summary first: without it the folder is unfinished under either config
+        (workdir / "summary.json").unlink(missing_ok=True)
+        (workdir / "config.json").unlink()
+    driver.claim(workdir, written)
     done = []
     for number, r in enumerate(todo):
         print(f"[{number + 1}/{len(todo)}] {r.name}", flush=True)
         there = dataclasses.replace(options, workdir=workdir / "runs" / r.name)
         done.append((r, language_model.train_and_evaluate(r.config, there)))
     return conclude(config, options, done)
+
+
+def _holds_other_points(workdir: Path, written: dict[str, Any]) -> bool:
+    """Whether the folder compares the same experiment at other points: its runs serve here, each checked by itself."""
+    try:
+        there = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError):  # none yet, or damaged, which `driver.claim` says
+        return False
+    now = json.loads(json.dumps(written))
+    same = isinstance(there, dict) and all(there.get(k) == now[k] for k in ("base", "variant"))
+    return same and there != now
 
 
 def evaluate(config: Config, options: Options) -> dict[str, Any]:
@@ -205,9 +223,25 @@ def rate_at(rows: list[dict[str, Any]], perplexity: float) -> tuple[str, float]:
     return ("below", at[0][0]) if perplexity < best else ("above", at[-1][0])
 
 
+def word_times(config: Config, options: Options, done: list[tuple[Run, Any]]) -> tuple[Any, dict[str, Any]]:
+    """`latency.of_words` of all networks at the headline rate, with the headline's first seed, measured in turn."""
+    (head,) = [p for p in config.points if (p.curve, p.name) == (config.main, config.at)]
+    seed, folder = (head.seeds or config.seeds)[0], options.workdir / "runs"
+    at = [r for r, _ in done if r.point and r.seed == seed and r.point.name == config.at]
+    mine = {r.point.curve: r for r in at if r.point and r.point.method != "dense"}
+    one = mine[config.main]
+    job, corpus = language_model.make_job(one.config, dataclasses.replace(options, workdir=folder / one.name))
+    model = language_model.build_model(one.config.model, len(corpus.words))
+    stored = {curve: artifacts.read(folder / r.name / artifacts.MODEL).saved.packed for curve, r in mine.items()}
+    return latency.of_words(model, job.first.params, stored)
+
+
 def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, Any]]]) -> dict[str, Any]:
     """Writes the table, the plot, the page and the summary."""
     workdir, rows = options.workdir, table(config, done)
+    times, facts = word_times(config, options, done)
+    for row in rows:
+        row["word_ms"] = times.get(row["curve"]) if times and row["point"] == config.at else None
     with MetricsWriter(workdir / "metrics.jsonl") as writer:
         for number, (r, s) in enumerate(done):
             writer.write(number, r.point.curve if r.point else "dense", run=r.name, rate=s["rate"], metric=s["metric"])
@@ -248,7 +282,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         bytes=None,
         residual=None,
         violations=sum(s["violations"] or 0 for _, s in done),
-        latency_ms=None,
+        latency_ms=times and {"dense": times["dense"], "compressed": times[config.main]},
         seconds=sum(s["seconds"] for _, s in done),
         paper=None,
         language_curves={
@@ -258,6 +292,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
                 _plain(c): {"how": how, "rate": rate, "text": words[c]} for c, (how, rate) in equal.items()
             },
             "spread": headline["spread"],
+            "latency": facts,
             "references": first["language_model"]["references"],
             "observations": first["language_model"].get("observations"),
             "run": run_record(options.command),
@@ -272,6 +307,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         sections=[
             ("Runs", _html_table(rows)),
             ("Rate at equal perplexity", [level, equals]),
+            (f"A word's time at {config.at}", language_page.word_times(facts)),
         ],
         links=[*artifacts.links(workdir), *((r.name, f"runs/{r.name}/report.html") for r, _ in done)],
     )

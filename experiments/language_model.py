@@ -24,7 +24,7 @@ from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases
 from compressx.training.language import LOSSES, language, make_perplexity, sample
-from experiments import artifacts, driver, init_from, language_page
+from experiments import artifacts, driver, init_from, language_page, latency
 from experiments.driver import Options
 
 
@@ -152,7 +152,27 @@ def read(config: Any) -> Config:
     Raises:
       ConfigError: a key or a value that is not allowed.
     """
-    return training.parse(Config, config)
+    return dealt(training.parse(Config, config))
+
+
+def dealt(config: Config) -> Config:
+    """The config with its seed in every rule that deals block sizes by chance and names no seed.
+
+    Otherwise all seeds of such a control would share one permutation, and their spread hold none of its variance.
+    Seed 0 is the constraint's own: there is nothing to name.
+    """
+
+    def deal(spec: Any) -> Any:
+        if isinstance(spec, dict) and "parts" in spec:
+            return {**spec, "parts": tuple(deal(p) for p in spec["parts"])}
+        chance = isinstance(spec, dict) and spec.get("assignment") == "permuted" and "seed" not in spec
+        return {**spec, "seed": config.seed} if chance and config.seed else spec
+
+    stages = tuple(
+        dataclasses.replace(s, rules=tuple((pattern, deal(spec)) for pattern, spec in s.rules))
+        for s in config.plan.stages
+    )
+    return dataclasses.replace(config, plan=dataclasses.replace(config.plan, stages=stages))
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
@@ -275,7 +295,10 @@ def conclude(
     stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, network, facts)
     scene = language_page.Scene(model, corpus, dense.params, result, last.rules, stored, workdir)
     found = language_page.examine(scene, config.probe)
-    summary = make_summary(**_summary(config, options, job, corpus, last, outcome, stored, exact, found))
+    times, found["latency"] = None, {"reason": "nothing is compressed"}
+    if last.rules is not None:
+        times, found["latency"] = latency.of_words(model, dense.params, {"compressed": stored.saved.packed})
+    summary = make_summary(**_summary(config, options, job, corpus, last, outcome, stored, exact, times, found))
     texts = _texts(config, model, corpus, {"dense": dense.params, "compressed": result.params})
     page = html.Page(
         summary=summary,
@@ -319,6 +342,7 @@ def _summary(
     outcome: Outcome,
     stored: artifacts.Stored,
     exact: dict[str, dict[str, Any]],
+    times: dict[str, float] | None,
     found: dict[str, Any],
 ) -> dict[str, Any]:
     results = outcome.results
@@ -352,7 +376,7 @@ def _summary(
         "bytes": stored.size,
         "residual": {k: max(residuals[-1][k].values()) if residuals else None for k in ("primal", "dual")},
         "violations": stored.violations,
-        "latency_ms": None,
+        "latency_ms": times,
         "seconds": outcome.seconds,
         "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
         "language_model": {

@@ -23,6 +23,7 @@ from compressx.training.language import language
 from experiments import artifacts
 
 FORMATS = ("block-max", "bitmask", "csr", "csr16", "coo-delta", "bspc", "dense")
+BANK = 64  # of the bank-balanced encoding, where the rules name no other
 STRUCTURES = {"block_max": "block maxima", "random_place": "a random place", "block": "8x8 blocks", "row": "rows"}
 
 
@@ -135,13 +136,22 @@ def _blocks(scene: Scene) -> dict[str, Any]:
     return out
 
 
+def _cut(spec: Mapping[str, Any]) -> tuple[int, str]:
+    """Length of a bank, and the axis along which banks and blocks run, of a rule or where it says nothing of them."""
+    known = spec["kind"] in ("darb", "block_max", "bank_balanced")
+    return spec.get("bank", BANK), spec["axis"] if known else "outputs"
+
+
 def _storage(scene: Scene) -> dict[str, Any]:
-    """Bytes of all constrained leaves in every format that holds them, and index bits a non-zero."""
+    """Bytes of all constrained leaves in every format that holds them, and index bits a non-zero.
+
+    "bank-balanced" is counted (`decoding.bank_balanced_nbytes`), all others are the bytes of packed arrays.
+    """
     assert scene.rules is not None
     leaves = jax.tree.leaves(scene.result.params)
     held = [b for b in resolve(scene.rules, scene.result.params) if not b.constraint.joint]
     nonzeros = sum(int(np.count_nonzero(np.asarray(b.take(leaves)))) for b in held)
-    out = {}
+    sizes = {}
     for name in FORMATS:
         total = 0
         try:
@@ -150,17 +160,26 @@ def _storage(scene: Scene) -> dict[str, Any]:
                 total += formats.nbytes(packed)
         except ValueError:
             continue  # the format does not hold such a structure
-        out[name] = {"bytes": total, "index_bits": (total - 4 * nonzeros) * 8 / max(nonzeros, 1)}
-    return out
+        sizes[name] = total
+    sizes["bank-balanced"] = sum(
+        decoding.bank_balanced_nbytes(w.reshape(-1, w.shape[-1]), *_cut(b.constraint.spec))
+        for b, w in ((b, np.asarray(b.take(leaves))) for b in held)
+    )
+    return {
+        name: {"bytes": total, "index_bits": (total - 4 * nonzeros) * 8 / max(nonzeros, 1)}
+        for name, total in sizes.items()
+    }
 
 
 def _decoding(scene: Scene) -> dict[str, Any]:
     """Decoder work a non-zero, over all constrained leaves; block-max where the rules cut rows into blocks."""
     assert scene.rules is not None
     sizes = _sizes(scene)
+    specs = {p: b.constraint.spec for b in resolve(scene.rules, scene.result.params) for p in b.paths}
     total: dict[str, list[Any]] = {}
     for path, w in _matrices(scene.result.params, scene.rules).items():
-        for name, done in decoding.work(w, sizes.get(path)).items():
+        bank, axis = _cut(specs[path])
+        for name, done in decoding.work(w, sizes.get(path), bank=bank, axis=axis).items():
             total.setdefault(name, []).append(done)
     whole = len(_matrices(scene.result.params, scene.rules))
     out = {}
@@ -219,7 +238,11 @@ def sections(scene: Scene, found: Mapping[str, Any]) -> list[tuple[str, html.Con
     if found.get("storage"):
         stored = [(n, fmt.size(s["bytes"]), f"{s['index_bits']:.2f}") for n, s in found["storage"].items()]
         table = html.Table(("format", "constrained weights", "bits beside each value"), stored, (False, True, True))
-        note = "From the arrays themselves, block-size codes, padding and stored zeros included. Values are float32."
+        note = (
+            "From the arrays themselves, block-size codes, padding and stored zeros included. Bank-balanced: counted, "
+            f"every bank (of {BANK} weights where the rules name no other) has the entries of the fullest. "
+            "Values are float32."
+        )
         out.append(("Storage", [note, table]))
     if found.get("decoding"):
         decoded = [
@@ -228,7 +251,25 @@ def sections(scene: Scene, found: Mapping[str, Any]) -> list[tuple[str, html.Con
         heads = ("format", "indices read", "dependent additions", "products")
         note = "A decoder's work per non-zero weight, as compressx.formats.decoding counts it."
         out.append(("Decoding", [note, html.Table(heads, decoded, (False, True, True, True))]))
+    out.append(("A word's time", word_times(found["latency"])))
     return out
+
+
+def word_times(facts: Mapping[str, Any]) -> html.Content:
+    """What `latency.of_words` has measured, or the reason why not."""
+    if "reason" in facts:
+        return f"Not measured: {facts['reason']}."
+    names = {"dense_xla": "dense, on XLA", "dense_kernels": "dense, by the kernels"}
+    rows = []
+    for key, q in facts.items():
+        if isinstance(q, Mapping):
+            low, median, high = (f"{1e3 * q[k]:.1f}" for k in ("low", "median", "high"))
+            rows.append((names.get(key.removesuffix("_ms"), key.removesuffix("_ms")), median, low, high))
+    note = (
+        f"Batch 1, one word after the other, {facts['words']} in a call: vector, LSTM layers and logits, from the "
+        f"stored matrices by {facts['path']}; {facts['rounds']} rounds, each network once in a round."
+    )
+    return [note, html.Table(("network", "µs a word", "first quartile", "third"), rows, (False, True, True, True))]
 
 
 def _observed(scene: Scene, found: Mapping[str, Any]) -> html.Content:

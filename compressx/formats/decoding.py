@@ -7,11 +7,14 @@ Decoding efficiency has no agreed definition; here it is counted per non-zero we
     products   multiplications, those with stored zeros included
 
     block-max                one offset a block, no pointer, no addition: position = block * B + offset
+    bank-balanced            one offset an entry, no pointer, no addition: position = bank * B + offset; every bank has
+                             as many entries as the fullest, the missing ones stored zeros
     relative-index columns   one 4-bit gap a weight and one addition each; a gap above 15 stores a zero in between
     compressed sparse rows   one column a weight, two row pointers a row
     blocks                   one position a kept tile, all of whose weights are multiplied
 
-Source: A. Ren et al., "DARB", 2020 (decoding, our reading); S. Han et al., "EIE", 2016 (relative indices).
+Source: A. Ren et al., "DARB", 2020 (decoding, our reading); S. Han et al., "EIE", 2016 (relative indices); S. Cao et
+al., "Efficient and Effective Sparse LSTM on FPGA with Bank-Balanced Sparsity", 2019.
 """
 
 from typing import NamedTuple
@@ -52,21 +55,32 @@ def multiply(packed: Packed, x: np.ndarray) -> np.ndarray:
     return out.reshape(*x.shape[:-1], packed.shape[-1])
 
 
-def work(w: np.ndarray, sizes: np.ndarray | None = None, tile: tuple[int, int] = (8, 8)) -> dict[str, Work]:
+def work(
+    w: np.ndarray,
+    sizes: np.ndarray | None = None,
+    tile: tuple[int, int] = (8, 8),
+    bank: int = 64,
+    axis: str = "outputs",
+) -> dict[str, Work]:
     """The decoder's work for one matrix `[in, out]` in each of the formats that hold it.
 
     Args:
       w: the matrix.
       sizes: block size of every row for block-max, or None to leave that format out.
       tile: of the block format.
+      bank: length of a bank.
+      axis: "outputs" or "inputs", along which block-max's blocks and banks run, as in `constraints.darb`.
     """
     mask = np.asarray(w) != 0
     rows, length = mask.shape
     number = int(mask.sum())
     out = {}
     if sizes is not None:
-        blocks = int((-(-length // np.asarray(sizes, np.int64))).sum())
-        out["block-max"] = Work(number, blocks + rows, 0, blocks)
+        lines, long = mask.shape if axis == "outputs" else mask.T.shape
+        blocks = int((-(-long // np.asarray(sizes, np.int64))).sum())
+        out["block-max"] = Work(number, blocks + lines, 0, blocks)
+    entries = bank_entries(w, bank, axis)
+    out["bank-balanced"] = Work(number, entries, 0, entries)
     stored = sum(_stored(np.flatnonzero(mask[:, j])) for j in range(length))
     out["relative-index columns"] = Work(number, stored + 2 * length, stored, stored)
     out["compressed sparse rows"] = Work(number, number + 2 * rows, 0, number)
@@ -76,6 +90,22 @@ def work(w: np.ndarray, sizes: np.ndarray | None = None, tile: tuple[int, int] =
     tiles = int(padded.reshape(down, tile[0], across, tile[1]).any(axis=(1, 3)).sum())
     out["blocks"] = Work(number, tiles, 0, tiles * tile[0] * tile[1])
     return out
+
+
+def bank_entries(w: np.ndarray, bank: int, axis: str = "outputs") -> int:
+    """Entries of a matrix `[in, out]` stored by banks: each has as many as the fullest; so do ragged last ones."""
+    m = np.asarray(w) != 0
+    lines = m if axis == "outputs" else m.T
+    whole = lines.shape[1] // bank * bank
+    full = lines[:, :whole].reshape(len(lines), -1, bank).sum(axis=2)
+    tail = lines[:, whole:].sum(axis=1)
+    return int(full.size * full.max(initial=0) + tail.size * tail.max(initial=0))
+
+
+def bank_balanced_nbytes(w: np.ndarray, bank: int, axis: str = "outputs") -> int:
+    """Bytes of a matrix `[in, out]` stored by banks: of every entry its value and log2(bank) bits, rounded up."""
+    entries = bank_entries(w, bank, axis)
+    return entries * w.dtype.itemsize + -(-entries * (bank - 1).bit_length() // 8)
 
 
 def _stored(places: np.ndarray, reach: int = 16) -> int:

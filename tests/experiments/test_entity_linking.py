@@ -54,6 +54,7 @@ def test_the_summary_says_what_happened(done) -> None:
     assert s["metric"]["compressed"] == own["compression"]["retrain"]["test"]["f1"]
     assert s["violations"] == 0
     assert s["rate"]["bytes"] > 7
+    assert s["latency_ms"]["compressed"] is None and "gathers rows" in own["latency"]["reason"]
     row = own["arms"]["dense"]["test"]
     wrong = sum(own["errors"]["dense"].values())
     assert round(row["accuracy"] * row["mentions"]) == row["mentions"] - wrong

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx import cli, formats
+from compressx import cli, formats, kernels
 from compressx.data import text
 from compressx.report.summary import check_summary, read_summary
 from compressx.training import ConfigError
@@ -66,6 +66,17 @@ def test_it_leaves_everything_behind_and_says_what_happened(done) -> None:
         assert b["spearman"] > 0.8
 
 
+def test_a_words_time_is_measured_or_says_why_not(done) -> None:
+    folder, s = done
+    facts, times = s["language_model"]["latency"], s["latency_ms"]
+    page = (folder / "report.html").read_text()
+    if kernels.recurrent.available():
+        assert times["compressed"] == facts["compressed_ms"]["median"] > 0 and times["dense"] > 0
+        assert facts["path"] in page
+    else:
+        assert times == {"dense": None, "compressed": None} and facts["reason"] in page
+
+
 def test_storage_is_counted_in_real_arrays(done) -> None:
     folder, s = done
     saved = formats.load_model(folder / "compressed.safetensors")
@@ -76,7 +87,11 @@ def test_storage_is_counted_in_real_arrays(done) -> None:
     assert storage["block-max"]["bytes"] == sum(formats.nbytes(p) for p in packed.values())
     assert storage["block-max"]["bytes"] == min(v["bytes"] for v in storage.values())
     assert storage["dense"]["bytes"] == 4 * 3 * 32 * 128
-    assert {"block-max", "bitmask", "csr16", "csr", "coo-delta", "dense"} <= set(storage)
+    assert {"block-max", "bitmask", "csr16", "csr", "coo-delta", "dense", "bank-balanced"} <= set(storage)
+    work = s["language_model"]["decoding"]["bank-balanced"]
+    assert work["reads"] == work["products"] >= 1 and work["additions"] == 0
+    entries = round(work["products"] * sum(b["nonzeros"] for b in s["language_model"]["blocks"].values()))
+    assert storage["bank-balanced"]["bytes"] == pytest.approx(entries * (4 + 6 / 8), abs=3)  # 6 bits in banks of 64
     assert cli.main(["verify", str(folder / "compressed.safetensors")]) == 0
 
 

@@ -1,11 +1,13 @@
 """The product from the packed form is the masked dense product; a decoder's work counted by hand."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from compressx import formats
-from compressx.constraints import block_max, darb
+from compressx.constraints import bank_balanced, block_max, darb
 from compressx.formats import decoding
 
 
@@ -33,6 +35,45 @@ def test_work_by_hand() -> None:
     assert work["compressed sparse rows"] == (3, 3 + 80, 0, 3)
     assert work["blocks"] == (3, 3, 0, 3 * 64)
     assert "block-max" not in decoding.work(w)
+
+
+@pytest.mark.parametrize("axis", ["outputs", "inputs"])
+@pytest.mark.parametrize(("shape", "bank"), [((6, 24), 8), ((24, 21), 8), ((5, 7), 16), ((9, 13), 6)])
+def test_bank_balanced_counted_entry_by_entry(rng, axis, shape, bank) -> None:
+    """Every bank written out with its padding, and the matrix read back from value and offset alone."""
+    w = (rng.normal(size=shape) * (rng.random(shape) < 0.2)).astype(np.float32)
+    m = w if axis == "outputs" else w.T
+    banks = [(r, s, m[r, s : s + bank]) for r in range(len(m)) for s in range(0, m.shape[1], bank)]
+    most = {n: max(np.count_nonzero(b) for _, _, b in banks if len(b) == n) for n in {len(b) for _, _, b in banks}}
+    entries, back = 0, np.zeros_like(m)
+    for r, start, b in banks:
+        offsets = list(np.flatnonzero(b))
+        entries += most[len(b)]  # those that are missing store a zero
+        assert len(offsets) <= most[len(b)] and all(offset < bank for offset in offsets)
+        for offset in offsets:
+            back[r, start + offset] = b[offset]
+    np.testing.assert_array_equal(back, m)
+    work = decoding.work(w, bank=bank, axis=axis)["bank-balanced"]
+    assert work == (np.count_nonzero(w), entries, 0, entries)
+    bits = {6: 3, 8: 3, 16: 4}[bank]
+    assert decoding.bank_balanced_nbytes(w, bank, axis) == 4 * entries + math.ceil(entries * bits / 8)
+
+
+def test_a_bank_balanced_matrix_has_no_padding(rng) -> None:
+    w = jnp.asarray(rng.normal(size=(12, 70)).astype(np.float32))
+    z = np.asarray(bank_balanced(0.25, 16).project(w, ()))
+    assert decoding.bank_entries(z, 16) == np.count_nonzero(z)
+    assert decoding.bank_entries(np.zeros((3, 9)), 4) == 0
+
+
+def test_blocks_along_the_inputs_are_counted_there(rng) -> None:
+    w = jnp.asarray(rng.normal(size=(24, 50)).astype(np.float32))
+    constraint = darb(0.2, (1, 2, 4, 8, 16), "inputs")
+    structure = constraint.init(w)
+    sizes = np.array((1, 2, 4, 8, 16))[np.asarray(structure)]
+    z = constraint.project(w, structure)
+    packed = formats.pack(z, constraint, structure, format="block-max")
+    assert decoding.work(np.asarray(z), sizes, axis="inputs")["block-max"].products == len(packed.arrays["values"])
 
 
 def test_gaps_of_four_bits() -> None:
