@@ -22,11 +22,14 @@ from compressx.formats.base import Packed
 from compressx.kernels import native, pallas, pattern_conv, schedule, tuning
 from compressx.kernels.graph import Conv, Other, Pool, Step, steps
 from compressx.kernels.grid import Grid, grid, valid, window_source
-from compressx.kernels.schedule import Plan, Sparse
+from compressx.kernels.schedule import Loads, Plan, Sparse
 
 
 class LayerReport(NamedTuple):
-    """What became of one convolution: its leaf, shapes, weights kept, its native plan or None, and what it runs on."""
+    """What became of one convolution: its leaf, shapes, weights kept, and what it runs on.
+
+    Natively there are also its plan, and its vector loads in an inference (`schedule.loads` of all output vectors).
+    """
 
     path: str | None
     shape: tuple[int, ...]
@@ -35,6 +38,7 @@ class LayerReport(NamedTuple):
     macs: int
     plan: Plan | None
     on: str = "xla"
+    loads: Loads | None = None
 
 
 class Compiled:
@@ -296,8 +300,9 @@ class _Builder:
             plan = tuning.tuned(sparse, geometry, g._replace(margin=inside.margin), threads=self.threads)
         else:
             plan = tuning.guess(sparse, geometry, g, tuning.cores(self.threads))
-        self.reports.append(report._replace(plan=plan, on=f"native/{self.isa}"))
         ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside)
+        loads = Loads(*(round(count * g.segment) for count in ready.loads))
+        self.reports.append(report._replace(plan=plan, on=f"native/{self.isa}", loads=loads))
         arrays = dict(ready.arrays)
         if strided:
             arrays["source"] = window_source(wide, inside, geometry.strides, geometry.phases())

@@ -18,7 +18,7 @@ from jax import lax
 from compressx.formats.base import Packed
 from compressx.kernels import native, pallas, schedule
 from compressx.kernels.grid import Grid, grid, valid, window_source
-from compressx.kernels.schedule import Geometry, Pads, Plan, Sparse
+from compressx.kernels.schedule import Geometry, Loads, Pads, Plan, Sparse
 
 ACTIVATIONS = ("none", "relu", "relu6")
 
@@ -114,10 +114,11 @@ def finish(y: jax.Array, bias: jax.Array | None, activation: str, residual: jax.
 
 
 class Layer(NamedTuple):
-    """A layer ready for the native loops: arrays (a pytree of jit arguments) and what is fixed about it."""
+    """A layer ready for the native loops: arrays (a pytree of jit arguments), what is fixed about it, and its loads."""
 
     arrays: dict[str, Any]
     fixed: "Fixed"
+    loads: Loads
 
 
 class Fixed(NamedTuple):
@@ -159,7 +160,7 @@ def layer(
     most = native.WIDTHS[native.isa_of(grid)][t.taps == 0]
     width = min(plan.width, most, grid.segment)
     fixed = Fixed(grid, len(geometry.phases()), t.taps, t.filters, width, t.groups, plan.columns, activation, couts)
-    return Layer(arrays, fixed)
+    return Layer(arrays, fixed, schedule.loads(t, width))
 
 
 def run(
