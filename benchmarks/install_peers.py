@@ -52,9 +52,7 @@ def install(package: str, command: Command = run) -> tuple[bool, str]:
     status, output = command(pip)
     if status:
         return False, f"not installed: {reason(output)}"
-    ask = (
-        f"import importlib.metadata as m, {PACKAGES[package]}; print(m.version({package!r}))"  # imported, not just found
-    )
+    ask = f"import importlib.metadata as m, {PACKAGES[package]}; print(m.version({package!r}))"
     status, output = command([sys.executable, "-c", ask])
     return (False, f"installed, not imported: {reason(output)}") if status else (True, output.split()[-1])
 

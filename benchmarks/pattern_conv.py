@@ -6,9 +6,9 @@
 Each round runs every system in turn, three times, of which the median counts: as in use, where one image follows
 another. Ratios are taken within a round and their median is quoted, the ratio of best samples beside it. The process is
 pinned to `--threads` cores before anything starts. Peers are those that can be imported (`make peers` installs what can
-be installed): jax (XLA, the same fused steps with the zeros in place), torch (channels last), onnxruntime, openvino, MNN,
-LiteRT, and TVM with the schedules it has without tuning, so its row is no goal of ours. Each peer that is left out is
-named with the reason, and the reasons are recorded. All get batch normalisation folded in, as ours do.
+be installed): jax (XLA, the same fused steps with the zeros in place), torch (channels last), onnxruntime, openvino,
+MNN, LiteRT, and TVM with the schedules it has without tuning, so that its ratio meets no goal. Each peer that is left
+out is named with the reason, and the reasons are recorded. All get batch normalisation folded in, as ours do.
 
 Weights are random: each 3x3 kernel keeps one of eight patterns, and 1 of rate / 2.25 kernels stays (1x1: 1 of rate);
 the first layer keeps its patterns only. `--model` runs a saved model instead, with the weights it was trained to.
@@ -234,7 +234,7 @@ def compare(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ablation(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """One layer with the parts added one after the other, as in PatDNN's ablation, and each variant's `schedule.loads`."""
+    """One layer with the parts added one after the other, as in PatDNN's ablation, and the loads of each."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -352,7 +352,10 @@ def main() -> int:
             for rate in rates
             if not (single and case in ("vgg16", "resnet50"))
         }
-    shown = [{k: v for k, v in row.items() if k not in ("plans", "layer_loads", "left_out") and not k.endswith("cpu_per_wall")} for row in rows.values()]
+    hidden = ("plans", "layer_loads", "left_out")
+    shown = [
+        {k: v for k, v in row.items() if k not in hidden and not k.endswith("cpu_per_wall")} for row in rows.values()
+    ]
     for case, row in zip(rows, shown, strict=True):
         print(f"\n{case}")
         print(table([{"": key, "value": value} for key, value in row.items()]))

@@ -15,7 +15,7 @@ Every kernel also knows its place: filters come in the order that FKW reorders t
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -375,7 +375,7 @@ class Loads(NamedTuple):
 
 
 def loads(t: Stream, width: int) -> Loads:
-    """Counts the loads of a stream whose tiles have `width` vectors; `runs` eliminate within kernels, visits between."""
+    """Counts the loads of a stream in tiles of `width` vectors: `runs` eliminate within kernels, visits between."""
     if t.taps:
         slots = len(t.members) * t.taps
         return Loads(slots, slots, len(t.visits) * t.taps, len(t.members))

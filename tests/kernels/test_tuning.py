@@ -109,7 +109,8 @@ def test_loads_are_those_of_the_loops(pattern):
     x = to_planes(image, g)
     expected = to_planes(kernels.reference(image, w, GEOMETRY).astype(np.float32), g)[:, g.margin : -g.margin]
     slots = {"kernels": len(s.place) * s.patterns.shape[1], "runs": np.count_nonzero(w)}
-    for plan in (Plan("kernels", 4, 4, 3), Plan("kernels", 4, 9, 2), Plan("runs", 3, 9, 4, 2), Plan("runs", 1, 9, 4, 5)):
+    plans = [Plan("kernels", 4, 4, 3), Plan("kernels", 4, 9, 2), Plan("runs", 3, 9, 4, 2), Plan("runs", 1, 9, 4, 5)]
+    for plan in plans:
         t = schedule.stream(s, GEOMETRY, g, plan)
         found = schedule.loads(t, plan.width)
         for j in (0, 2):
@@ -123,8 +124,8 @@ def test_loads_are_those_of_the_loops(pattern):
             assert found.none == slots["runs"]
             assert found.filter == found.kernel and (found.kernel < found.none) == (plan.taps > 1)
         else:
-            # no visit is shared by fewer kernels than there are (block, channel, pattern) triples
-            triples = {(int(p) // plan.filters, int(c), int(k)) for p, c, k in zip(s.place, s.channel, s.pattern)}
+            # a visit is a (block, channel, pattern)
+            triples = {(int(p) // plan.filters, int(c), int(k)) for p, c, k in zip(*s[1:4], strict=True)}
             parts = -(-s.patterns.shape[1] // schedule.WIDEST)
             width = -(-s.patterns.shape[1] // parts)
             assert found.filter == len(triples) * parts * width and found.none >= slots["kernels"]
