@@ -1,6 +1,6 @@
 """Convolutions and whole networks in compressed form beside the fastest engines for dense ones, round by round.
 
-    python -m benchmarks.pattern_conv [--cases=vgg16,resnet50,64x224x64] [--rates=2.25,8.1,12] [--threads=1]
+    python -m benchmarks.pattern_conv [--cases=vgg16,vgg16_whole,resnet50,64x224x64] [--rates=2.25,8.1,12] [--threads=1]
         [--rounds=15] [--tune] [--ablation] [--search] [--model=FILE] [--results=docs/results]
 
 Each round runs every system in turn, three times, of which the median counts: as in use, where one image follows
@@ -11,12 +11,14 @@ MNN, LiteRT, and TVM with the schedules it has without tuning, so that its ratio
 out is named with the reason, and the reasons are recorded. All get batch normalisation folded in, as ours do.
 
 Weights are random: each 3x3 kernel keeps one of eight patterns, and 1 of rate / 2.25 kernels stays (1x1: 1 of rate);
-the first layer keeps its patterns only. `--model` runs a saved model instead, with the weights it was trained to.
+the first layer keeps its patterns only. `vgg16` is the 13 convolutions and poolings, `vgg16_whole` has the three linear
+layers too, dense in every system. `--model` runs a saved model instead, with the weights it was trained to.
 A speedup is printed only where the native path is active.
 """
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -38,7 +40,9 @@ PATTERNS = (
     (1, 3, 4, 5),
 )
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+LINEAR = (7 * 7 * 512, 4096, 4096, 1000)
 LAYERS = (
+    "3x224x64",
     "64x224x64",
     "64x112x128",
     "128x112x128",
@@ -48,7 +52,8 @@ LAYERS = (
     "512x28x512",
     "512x14x512",
 )
-CASES = ("vgg16", "resnet50", *LAYERS)  # a layer: input channels x image x filters
+NETWORKS = ("vgg16", "vgg16_whole", "resnet50")
+CASES = (*NETWORKS, *LAYERS)  # a layer: input channels x image x filters
 BURST = 3
 NOT_DRIVEN = {"deepsparse": "at its end of life since June 2025; its last release does not install and is not driven"}
 
@@ -93,7 +98,7 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
             return rng.uniform(0.2, 0.4, leaf.shape).astype(np.float32)
 
         return lambda v, x: model.apply(v, x, train=False), jax.tree.map(fill, shapes), x
-    if case == "vgg16":
+    if case in NETWORKS:
         size, channels, stages = 224, 3, STAGES
     else:
         channels, size, filters = (int(part) for part in case.split("x"))
@@ -103,7 +108,11 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
     for features in (f for stage in stages for f in stage):
         kernels.append(sparse((3, 3, cin, features), rate, rng))
         cin = features
-    variables = {"w": kernels, "b": [np.full(w.shape[3], 0.01, np.float32) for w in kernels]}
+    variables = {"w": kernels, "b": [np.full(w.shape[3], 0.01, np.float32) for w in kernels], "linear": []}
+    if case == "vgg16_whole":
+        for m, n in itertools.pairwise(LINEAR):
+            w = rng.standard_normal((m, n), dtype=np.float32) * np.float32(np.sqrt(2 / m))
+            variables["linear"].append((w, np.full(n, 0.01, np.float32)))
 
     def forward(v: Any, x: Any) -> Any:
         weights = iter(zip(v["w"], v["b"], strict=True))
@@ -113,8 +122,12 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
                 numbers = ("NHWC", "HWIO", "NHWC")
                 y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
                 x = nn.relu(y + b[None, None, None])
-            if case == "vgg16":
+            if case in NETWORKS:
                 x = nn.max_pool(x, (2, 2), (2, 2))
+        if v["linear"]:
+            x = x.reshape(x.shape[0], -1)
+        for i, (w, b) in enumerate(v["linear"]):
+            x = (nn.relu(x) if i else x) @ w + b[None]
         return x
 
     return forward, variables, rng.standard_normal((1, size, size, channels), dtype=np.float32)
@@ -142,7 +155,9 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
     head = None
     if case == "resnet50":
         linear = variables["params"]["linear"]
-        head = (linear["kernel"], linear["bias"])
+        head = peers.Head([(linear["kernel"], linear["bias"])], True)
+    elif variables["linear"]:
+        head = peers.Head(variables["linear"], False)
     model = peers.onnx_bytes(fused, head, x.shape, start) if _has("onnx") else b""
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
         "torch": lambda: peers.torch_step(fused, head, x, start, args.threads),
@@ -350,7 +365,7 @@ def main() -> int:
             f"{tag}{case}-{rate:g}x-{args.threads}t": what(case, rate, args)
             for case in names
             for rate in rates
-            if not (single and case in ("vgg16", "resnet50"))
+            if not (single and case in NETWORKS)
         }
     hidden = ("plans", "layer_loads", "left_out")
     shown = [

@@ -1,8 +1,9 @@
 """What the benchmarks compute besides times: installs reported, cases, ratios within a round."""
 
+import numpy as np
 import pytest
 
-from benchmarks import install_peers, speech_step
+from benchmarks import install_peers, peers, speech_step
 
 
 def test_installs_are_reported_with_their_reason():
@@ -40,3 +41,31 @@ def test_speech_steps_are_compared_within_a_round_and_only_natively():
     row = speech_step.times(dense, ours, True)
     assert row["step_ms"]["median"] == 3000 and row["dense_over_this"]["median"] == 2
     assert speech_step.times(dense, ours, False) == {"step_ms": row["step_ms"]}
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_heads_are_the_same_network_in_onnx(average):
+    import jax
+    import jax.numpy as jnp
+
+    from compressx.compaction.program import trace
+    from compressx.kernels import graph
+
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
+    v = {"k": draw(3, 3, 2, 5), "linear": [(draw(5 if average else 60, 6), draw(6)), (draw(6, 4), draw(4))]}
+
+    def forward(v, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, v["k"], (2, 2), "SAME", dimension_numbers=numbers)
+        y = y.mean((1, 2)) if average else y.reshape(len(y), -1)
+        (a, b), (c, d) = v["linear"]
+        return jnp.maximum(y @ a + b[None], 0) @ c + d[None]
+
+    x = draw(1, 8, 6, 2)
+    program = trace(forward, v, x)
+    fused = [s for s in graph.steps(program, v)[0] if not isinstance(s, graph.Other)]
+    model = peers.onnx_bytes(fused, peers.Head(v["linear"], average), x.shape, program.inputs[0])
+    np.testing.assert_allclose(peers.ort_step(model, x, 1)(), jax.jit(forward)(v, x), atol=1e-4)
