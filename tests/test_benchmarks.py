@@ -1,9 +1,11 @@
 """What the benchmarks compute besides times: installs reported, cases, ratios within a round."""
 
+import argparse
+
 import numpy as np
 import pytest
 
-from benchmarks import install_peers, peers, speech_step
+from benchmarks import install_peers, peers, recurrent, speech_step
 
 
 def test_installs_are_reported_with_their_reason():
@@ -69,3 +71,31 @@ def test_heads_are_the_same_network_in_onnx(average):
     fused = [s for s in graph.steps(program, v)[0] if not isinstance(s, graph.Other)]
     model = peers.onnx_bytes(fused, peers.Head(v["linear"], average), x.shape, program.inputs[0])
     np.testing.assert_allclose(peers.ort_step(model, x, 1)(), jax.jit(forward)(v, x), atol=1e-4)
+
+
+def test_recurrent_rows_of_a_saved_network(tmp_path):
+    import jax
+    import jax.numpy as jnp
+
+    import compressx
+    from compressx import models
+
+    model = models.build("gru", classes=5, hidden=24)
+    params = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, 1, 6))))
+    for layer in ("gru_0", "gru_1"):
+        for gate in "zrh":
+            w = np.array(params["params"][layer][f"u{gate}"])
+            w[::2] = 0
+            params["params"][layer][f"u{gate}"] = w
+    file = tmp_path / "tones" / "seed0" / "compressed.safetensors"
+    file.parent.mkdir(parents=True)
+    compressx.save_model(file, params, layout=[(".*/u[zrh]", "bspc")])
+    args = argparse.Namespace(threads=1, steps=3, rounds=2)
+    rows = recurrent.saved(file, args)
+    assert list(rows) == ["model-tones-seed0-gru_0-1t", "model-tones-seed0-gru_1-1t"]
+    for row in rows.values():
+        assert row["format"] == "bspc" and row["hidden"] == 24 and row["rate_counted"] == 2
+        assert ("jax_over_ours" in row) == (row["path"] != "xla")
+    compressx.save_model(file, {"w": np.ones((2, 2), np.float32)})
+    with pytest.raises(ValueError, match="saved GRU"):
+        recurrent.saved(file, args)

@@ -67,6 +67,34 @@ def test_blocks_load_each_input_once_for_all_their_outputs():
     assert found["input_loads_eliminated"] < found["input_loads"] / 8
 
 
+@pytest.mark.parametrize("kind", ["bspc", "csr"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_spread_is_that_of_the_weights(kind, threads):
+    rng, lanes = np.random.default_rng(8), 4
+    w = FORMATS[kind](rng, 40, 46)
+    tiles = recurrent.tiles_of([formats.pack(w, format=kind)], lanes)
+    shares = [0] * threads
+    for vector, start in enumerate(range(0, 46, lanes)):
+        longest = max(sum(w[i, o] != 0 for i in range(40)) for o in range(start, min(46, start + lanes)))
+        shares[vector % threads] += longest
+    stored, number = [0] * threads, 0
+    for _, vectors, n, *_ in tiles.tiles:
+        for _ in range(vectors):
+            stored[number % threads] += n
+            number += 1
+    expected = (max(shares) * threads / sum(shares), max(stored) * threads / sum(stored))
+    assert recurrent.spread(tiles, 46, lanes, threads) == pytest.approx(expected)
+
+
+def test_reordering_levels_the_work_of_threads():
+    w = np.zeros((9, 16), np.float32)
+    for output in range(16):
+        w[: 8 if output // 4 % 2 == 0 else 2, output] = 1  # long vectors would all be the first thread's
+    assert recurrent.spread(recurrent.tiles_of_matrix(w, 4), 16, 4, 2) == (1.6, 1.0)
+    none = recurrent.tiles_of_matrix(np.zeros((9, 16), np.float32), 4)
+    assert recurrent.spread(none, 16, 4, 2) == (1.0, 1.0)
+
+
 @needs_native
 def test_gates_with_the_same_inputs_share_a_list():
     w = blocky(np.random.default_rng(2), 30, 16)
