@@ -22,7 +22,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test test-all lint types tables bench clean
+.PHONY: help env demo test test-all lint types tables bench peers clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -61,10 +61,13 @@ tables: env  ## rebuild the tables of README and docs from docs/results
 	$(BIN)/python -m compressx.report.tables
 
 bench: env  ## list the benchmarks and how to run them
-	@echo "Install what they compare with:  $(PIP) install -c constraints.txt -e '.[benchmarks]'"
+	@echo "Install what they compare with:  make peers"
 	@$(BIN)/python -c 'import ast, pathlib; \
 	[print(f"$(BIN)/python -m benchmarks.{p.stem:20} # {(ast.get_docstring(ast.parse(p.read_text())) or str()).split(chr(10))[0]}") \
 	for p in sorted(pathlib.Path("benchmarks").glob("[!_]*.py"))]'
+
+peers: env  ## install the engines that the benchmarks compare with, one by one, and say what failed and why
+	$(BIN)/python -m benchmarks.install_peers $(ARGS)
 
 clean:  ## remove caches and build outputs; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

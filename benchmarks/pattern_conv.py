@@ -1,21 +1,24 @@
 """Convolutions and whole networks in compressed form beside the fastest engines for dense ones, round by round.
 
-    python -m benchmarks.pattern_conv [--cases=vgg16,resnet50,64x224x64] [--rates=2.25,8.1,12] [--threads=1]
+    python -m benchmarks.pattern_conv [--cases=vgg16,vgg16_whole,resnet50,64x224x64] [--rates=2.25,8.1,12] [--threads=1]
         [--rounds=15] [--tune] [--ablation] [--search] [--model=FILE] [--results=docs/results]
 
 Each round runs every system in turn, three times, of which the median counts: as in use, where one image follows
 another. Ratios are taken within a round and their median is quoted, the ratio of best samples beside it. The process is
-pinned to `--threads` cores before anything starts. Peers are those that can be imported: jax (XLA, the same fused steps
-with the zeros in place), torch (channels last), onnxruntime, openvino, MNN, LiteRT; the others are named as absent. All
-get batch normalisation folded in, as ours do.
+pinned to `--threads` cores before anything starts. Peers are those that can be imported (`make peers` installs what can
+be installed): jax (XLA, the same fused steps with the zeros in place), torch (channels last), onnxruntime, openvino,
+MNN, LiteRT, and TVM with the schedules it has without tuning, so that its ratio meets no goal. Each peer that is left
+out is named with the reason, and the reasons are recorded. All get batch normalisation folded in, as ours do.
 
 Weights are random: each 3x3 kernel keeps one of eight patterns, and 1 of rate / 2.25 kernels stays (1x1: 1 of rate);
-the first layer keeps its patterns only. `--model` runs a saved model instead, with the weights it was trained to.
+the first layer keeps its patterns only. `vgg16` is the 13 convolutions and poolings, `vgg16_whole` has the three linear
+layers too, dense in every system. `--model` runs a saved model instead, with the weights it was trained to.
 A speedup is printed only where the native path is active.
 """
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -37,7 +40,9 @@ PATTERNS = (
     (1, 3, 4, 5),
 )
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+LINEAR = (7 * 7 * 512, 4096, 4096, 1000)
 LAYERS = (
+    "3x224x64",
     "64x224x64",
     "64x112x128",
     "128x112x128",
@@ -47,9 +52,10 @@ LAYERS = (
     "512x28x512",
     "512x14x512",
 )
-CASES = ("vgg16", "resnet50", *LAYERS)  # a layer: input channels x image x filters
+NETWORKS = ("vgg16", "vgg16_whole", "resnet50")
+CASES = (*NETWORKS, *LAYERS)  # a layer: input channels x image x filters
 BURST = 3
-PEERS = ("jax", "torch", "onnxruntime", "openvino", "MNN", "ai_edge_litert", "tvm", "deepsparse")
+NOT_DRIVEN = {"deepsparse": "at its end of life since June 2025; its last release does not install and is not driven"}
 
 
 def sparse(shape: tuple[int, ...], rate: float, rng: Any) -> Any:
@@ -92,7 +98,7 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
             return rng.uniform(0.2, 0.4, leaf.shape).astype(np.float32)
 
         return lambda v, x: model.apply(v, x, train=False), jax.tree.map(fill, shapes), x
-    if case == "vgg16":
+    if case in NETWORKS:
         size, channels, stages = 224, 3, STAGES
     else:
         channels, size, filters = (int(part) for part in case.split("x"))
@@ -102,7 +108,11 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
     for features in (f for stage in stages for f in stage):
         kernels.append(sparse((3, 3, cin, features), rate, rng))
         cin = features
-    variables = {"w": kernels, "b": [np.full(w.shape[3], 0.01, np.float32) for w in kernels]}
+    variables = {"w": kernels, "b": [np.full(w.shape[3], 0.01, np.float32) for w in kernels], "linear": []}
+    if case == "vgg16_whole":
+        for m, n in itertools.pairwise(LINEAR):
+            w = rng.standard_normal((m, n), dtype=np.float32) * np.float32(np.sqrt(2 / m))
+            variables["linear"].append((w, np.full(n, 0.01, np.float32)))
 
     def forward(v: Any, x: Any) -> Any:
         weights = iter(zip(v["w"], v["b"], strict=True))
@@ -112,8 +122,12 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
                 numbers = ("NHWC", "HWIO", "NHWC")
                 y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
                 x = nn.relu(y + b[None, None, None])
-            if case == "vgg16":
+            if case in NETWORKS:
                 x = nn.max_pool(x, (2, 2), (2, 2))
+        if v["linear"]:
+            x = x.reshape(x.shape[0], -1)
+        for i, (w, b) in enumerate(v["linear"]):
+            x = (nn.relu(x) if i else x) @ w + b[None]
         return x
 
     return forward, variables, rng.standard_normal((1, size, size, channels), dtype=np.float32)
@@ -141,7 +155,9 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
     head = None
     if case == "resnet50":
         linear = variables["params"]["linear"]
-        head = (linear["kernel"], linear["bias"])
+        head = peers.Head([(linear["kernel"], linear["bias"])], True)
+    elif variables["linear"]:
+        head = peers.Head(variables["linear"], False)
     model = peers.onnx_bytes(fused, head, x.shape, start) if _has("onnx") else b""
     makers: dict[str, Callable[[], Callable[[], Any]]] = {
         "torch": lambda: peers.torch_step(fused, head, x, start, args.threads),
@@ -149,14 +165,19 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
         "openvino": lambda: peers.openvino_step(model, x, args.threads),
         "MNN": lambda: peers.mnn_step(model, x, args.threads),
         "ai_edge_litert": lambda: peers.litert_step(peers.tflite_bytes(fused, head, x.shape, start), x, args.threads),
+        "tvm": lambda: peers.tvm_step(model, x, args.threads),
     }
+    left_out = dict(NOT_DRIVEN)
     for name, make in makers.items():
-        if not _has(name) or (name in ("onnxruntime", "openvino", "MNN") and not model):
-            continue
-        try:
-            runs[name] = make()
-        except Exception as e:  # a peer that does not run is reported, and does not end the run
-            print(f"{case}: {name} does not run: {type(e).__name__}: {str(e)[:200]}")
+        if not _has(name):
+            left_out[name] = "not installed"
+        elif name in ("onnxruntime", "openvino", "MNN", "tvm") and not model:
+            left_out[name] = "needs onnx, which is not installed"
+        else:
+            try:
+                runs[name] = make()
+            except Exception as e:  # a peer that does not run is reported, and does not end the run
+                left_out[name] = f"does not run: {type(e).__name__}: {str(e)[:200]}"
     expected = np.asarray(runs["jax"]())
     scale = np.abs(expected).max()
     for name, run in list(runs.items()):
@@ -167,8 +188,10 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
         if not error < 1e-3:
             if name == "ours":
                 raise RuntimeError(f"{case}: ours differs from jax by {error:.1e} of the largest output")
-            print(f"{case}: {name} is left out: it differs from jax by {error:.1e} of the largest output")
+            left_out[name] = f"differs from jax by {error:.1e} of the largest output"
             del runs[name]
+    for name, why in left_out.items():
+        print(f"{case}: {name} is left out: {why}")
     layers = ours.layers(x)
     dense = sum(round(r.macs / max(r.density, 1e-12)) for r in layers)
     macs = sum(r.macs for r in layers)
@@ -176,6 +199,7 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
     kept = sum(r.density * np.prod(r.shape) for r in layers)
     return runs, {
         "path": ours.path,
+        "left_out": left_out,
         "rate": rate,
         "rate_counted": float(weights / kept),
         "gflop": 2e-9 * macs,
@@ -186,7 +210,15 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
             int(np.prod(r.image)) + round(r.macs / max(1, r.density * np.prod(r.shape))) * r.shape[3] for r in layers
         ),
         "plans": [list(r.plan) if r.plan else None for r in layers],
-    }
+    } | loads([r.loads for r in layers if r.loads])
+
+
+def loads(layers: list[Any]) -> dict[str, Any]:
+    """Vector loads of an inference, in millions: at each stage of the elimination, of sums, and of each layer."""
+    if not layers:
+        return {}
+    total = {f"loads_{name}_m": sum(getattr(one, name) for one in layers) / 1e6 for name in layers[0]._fields}
+    return total | {"layer_loads": [list(one) for one in layers]}
 
 
 def _has(name: str) -> bool:
@@ -217,7 +249,7 @@ def compare(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ablation(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """One layer with the parts added one after the other, as in PatDNN's ablation, and the loads counted."""
+    """One layer with the parts added one after the other, as in PatDNN's ablation, and the loads of each."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -240,15 +272,17 @@ def ablation(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]
     }
     x = jnp.asarray(rng.standard_normal((channels, g.plane, g.lanes), dtype=np.float32))
     runs: dict[str, Callable[[], Any]] = {}
+    counted = {}
     for name, (s, plan) in variants.items():
         ready = pattern_conv.layer(s, geometry, g, plan, activation="relu")
         arrays = jax.tree.map(jnp.asarray, ready.arrays)
         f = jax.jit(lambda a, x, fixed=ready.fixed: pattern_conv.run(fixed, a, x, None, args.threads))
         runs[name] = lambda f=f, a=arrays: jax.block_until_ready(f(a, x))  # type: ignore[misc]
+        counted[name] = ready.loads._asdict()
     elapsed, _ = measure(runs, args.rounds, BURST)
-    row: dict[str, Any] = {"case": case, "rate": rate, "plan": list(tuned)}
+    row: dict[str, Any] = {"case": case, "rate": rate, "plan": list(tuned), "loads": counted}
     row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in elapsed.items()}
-    return row | schedule.counts(reordered, geometry, size, size, schedule.Plan())
+    return row | schedule.counts(reordered, geometry, size, size)
 
 
 def searches(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -319,7 +353,7 @@ def main() -> int:
     from compressx import kernels
 
     kernels.keep_memory()  # for every system of this process alike
-    print(f"path: {kernels.active_path()}; absent peers: {', '.join(p for p in PEERS if not _has(p)) or 'none'}")
+    print(f"path: {kernels.active_path()}")
     if args.model:
         rows = {f"model-{args.model.parent.name}": saved(args.model, args)}
     else:
@@ -331,14 +365,17 @@ def main() -> int:
             f"{tag}{case}-{rate:g}x-{args.threads}t": what(case, rate, args)
             for case in names
             for rate in rates
-            if not (single and case in ("vgg16", "resnet50"))
+            if not (single and case in NETWORKS)
         }
-    shown = [{k: v for k, v in row.items() if k != "plans" and not k.endswith("cpu_per_wall")} for row in rows.values()]
+    hidden = ("plans", "layer_loads", "left_out")
+    shown = [
+        {k: v for k, v in row.items() if k not in hidden and not k.endswith("cpu_per_wall")} for row in rows.values()
+    ]
     for case, row in zip(rows, shown, strict=True):
         print(f"\n{case}")
         print(table([{"": key, "value": value} for key, value in row.items()]))
     if args.results:
-        about = environment(("jax", "torch", "onnxruntime", "openvino", "MNN", "ai-edge-litert"))
+        about = environment(("jax", "torch", "onnxruntime", "openvino", "MNN", "ai-edge-litert", "apache-tvm"))
         record(args.results, "pattern_conv", rows, about)
     return 0
 

@@ -1,9 +1,9 @@
-"""The fused steps of a network in other engines: PyTorch, onnxruntime, OpenVINO, MNN and LiteRT, each as one callable.
+"""The fused steps of a network in PyTorch, onnxruntime, OpenVINO, MNN, TVM and LiteRT, each as one callable.
 
     run = ort_step(onnx_bytes(steps, head, x.shape, start), x, threads)      # run() is an inference
 
 `steps` are those of `compressx.kernels.graph`, batch normalisation folded in, `start` the number of the image, `head`
-the weight and bias of a last linear layer over averaged channels, or None. Weights are dense, their zeros in place.
+the linear layers after them, or None. Weights are dense, their zeros in place.
 """
 
 import shutil
@@ -12,7 +12,42 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Head(NamedTuple):
+    """Linear layers at a network's end, rectified between.
+
+    Attributes:
+      layers: weight `[in, out]` and bias of each.
+      average: over rows and columns first; else the image is flattened, in the order rows, columns, channels.
+    """
+
+    layers: list[tuple[Any, Any]]
+    average: bool
+
+    def channels_first(self, image: tuple[int, ...]) -> list[tuple[Any, Any]]:
+        """The layers for engines whose images `[n, c, h, w]` are flattened in that order."""
+        import numpy as np
+
+        layers = [(np.asarray(w), np.asarray(b)) for w, b in self.layers]
+        if not self.average:
+            _, c, h, width = image
+            w, b = layers[0]
+            layers[0] = (w.reshape(h, width, c, -1).transpose(2, 0, 1, 3).reshape(h * width * c, -1), b)
+        return layers
+
+
+def _image(steps: list[Any], shape: tuple[int, ...], start: int) -> tuple[int, ...]:
+    """Of the last step, `[n, c, h, w]`, for images `[n, h, w, c]`."""
+    shapes = {start: shape}
+    for s in steps:
+        size, strides, pads = s.geometry[:3] if hasattr(s, "geometry") else (s.window, s.strides, s.pads)
+        n, h, w, c = shapes[s.x]
+        out = [(a + sum(p) - k) // d + 1 for a, k, d, p in zip((h, w), size, strides, pads, strict=True)]
+        shapes[s.y] = (n, *out, s.w.shape[3] if hasattr(s, "geometry") else c)
+    n, h, w, c = shapes[steps[-1].y]
+    return n, c, h, w
 
 
 def _folded(s: Any) -> tuple[Any, Any]:
@@ -22,7 +57,7 @@ def _folded(s: Any) -> tuple[Any, Any]:
     return np.ascontiguousarray((s.w * s.scale).transpose(3, 2, 0, 1)), s.bias
 
 
-def torch_step(steps: list[Any], head: tuple[Any, Any] | None, x: Any, start: int, threads: int) -> Callable[[], Any]:
+def torch_step(steps: list[Any], head: Head | None, x: Any, start: int, threads: int) -> Callable[[], Any]:
     """The steps in PyTorch, channels last, without gradients."""
     import torch
 
@@ -33,7 +68,8 @@ def torch_step(steps: list[Any], head: tuple[Any, Any] | None, x: Any, start: in
     weights = {i: tuple(torch.tensor(a) for a in _folded(s)) for i, s in enumerate(steps) if isinstance(s, Conv)}
     weights = {i: (w.contiguous(memory_format=last), b) for i, (w, b) in weights.items()}
     image = torch.tensor(x).permute(0, 3, 1, 2).contiguous(memory_format=last)
-    dense = None if head is None else (torch.tensor(head[0]).T.contiguous(), torch.tensor(head[1]))
+    dense = head.channels_first(_image(steps, x.shape, start)) if head else []
+    dense = [(torch.tensor(w).T.contiguous(), torch.tensor(b)) for w, b in dense]
 
     def run() -> Any:
         with torch.inference_mode():
@@ -49,12 +85,16 @@ def torch_step(steps: list[Any], head: tuple[Any, Any] | None, x: Any, start: in
                     y += values[s.residual]
                 values[s.y] = torch.relu_(y) if s.activation == "relu" else y
             y = values[steps[-1].y]
-            return y if dense is None else torch.nn.functional.linear(y.mean((2, 3)), *dense)
+            if head:
+                y = y.mean((2, 3)) if head.average else y.contiguous().flatten(1)
+            for i, (w, b) in enumerate(dense):
+                y = torch.nn.functional.linear(torch.relu_(y) if i else y, w, b)
+            return y
 
     return run
 
 
-def onnx_bytes(steps: list[Any], head: tuple[Any, Any] | None, shape: tuple[int, ...], start: int) -> bytes:
+def onnx_bytes(steps: list[Any], head: Head | None, shape: tuple[int, ...], start: int) -> bytes:
     """The steps as an ONNX model, NCHW, float32."""
     import numpy as np
     import onnx
@@ -87,10 +127,17 @@ def onnx_bytes(steps: list[Any], head: tuple[Any, Any] | None, shape: tuple[int,
             nodes.append(helper.make_node("Add" if name == "add" else "Relu", inputs, [out]))
     result = f"v{steps[-1].y}"
     if head is not None:
-        nodes.append(helper.make_node("GlobalAveragePool", [result], ["mean"]))
-        nodes.append(helper.make_node("Flatten", ["mean"], ["flat"]))
-        nodes.append(helper.make_node("Gemm", ["flat", constant("hw", head[0]), constant("hb", head[1])], ["out"]))
-        result = "out"
+        if head.average:
+            nodes.append(helper.make_node("GlobalAveragePool", [result], ["mean"]))
+        nodes.append(helper.make_node("Flatten", ["mean" if head.average else result], ["flat"]))
+        result = "flat"
+        for i, (w, b) in enumerate(head.channels_first(_image(steps, shape, start))):
+            if i:
+                nodes.append(helper.make_node("Relu", [result], [f"hr{i}"]))
+                result = f"hr{i}"
+            names = [result, constant(f"hw{i}", w), constant(f"hb{i}", b)]
+            nodes.append(helper.make_node("Gemm", names, [f"h{i}"]))
+            result = f"h{i}"
     n, h, w_, c = shape
     images = helper.make_tensor_value_info(f"v{start}", TensorProto.FLOAT, [n, c, h, w_])
     outputs = helper.make_tensor_value_info(result, TensorProto.FLOAT, list("nchw"[: 4 if head is None else 2]))
@@ -151,7 +198,24 @@ def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
     return run
 
 
-def tflite_bytes(steps: list[Any], head: tuple[Any, Any] | None, shape: tuple[int, ...], start: int) -> bytes:
+def tvm_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
+    """TVM with its default schedules, for this processor: not tuned, so not what TVM is capable of."""
+    import os
+
+    import onnx
+    import tvm
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+    from tvm.target.codegen import llvm_get_system_cpu
+
+    os.environ["TVM_NUM_THREADS"] = str(threads)
+    target = tvm.target.Target({"kind": "llvm", "mcpu": str(llvm_get_system_cpu()), "num-cores": threads})
+    network = relax.VirtualMachine(tvm.compile(from_onnx(onnx.load_from_string(model)), target=target), tvm.cpu())
+    image = tvm.runtime.tensor(x.transpose(0, 3, 1, 2).copy())
+    return lambda: network["main"](image).numpy()
+
+
+def tflite_bytes(steps: list[Any], head: Head | None, shape: tuple[int, ...], start: int) -> bytes:
     """The steps as a LiteRT (TensorFlow Lite) model, NHWC, float32, written with the schema that its package brings.
 
     Padding is `SAME` where that pads alike, and an operation of its own otherwise.
@@ -229,10 +293,16 @@ def tflite_bytes(steps: list[Any], head: tuple[Any, Any] | None, shape: tuple[in
     result = values[steps[-1].y]
     if head is not None:
         n, _, _, c = shapes[result]
-        axes = constant(np.array([1, 2], np.int32))
-        result = add("MEAN", [result, axes], (n, c), "ReducerOptions", keepDims=False)
-        inputs = [result, constant(np.asarray(head[0]).T), constant(np.asarray(head[1]))]
-        result = add("FULLY_CONNECTED", inputs, (n, head[0].shape[1]), "FullyConnectedOptions")
+        if head.average:
+            axes = constant(np.array([1, 2], np.int32))
+            result = add("MEAN", [result, axes], (n, c), "ReducerOptions", keepDims=False)
+        for i, (weight, bias) in enumerate(head.layers):  # the first flattens its image
+            inputs = [result, constant(np.asarray(weight).T), constant(np.asarray(bias))]
+            last = i + 1 == len(head.layers)
+            act = tfl.ActivationFunctionType.NONE if last else tfl.ActivationFunctionType.RELU
+            dims = (n, weight.shape[1])
+            options = {"fusedActivationFunction": act}
+            result = add("FULLY_CONNECTED", inputs, dims, "FullyConnectedOptions", **options)
     graph.inputs, graph.outputs = [image], [result]
     model = tfl.ModelT()
     model.version, model.subgraphs, model.buffers, model.operatorCodes = 3, [graph], buffers, []

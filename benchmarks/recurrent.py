@@ -1,17 +1,22 @@
 """GRU and LSTM steps on compressed recurrent matrices beside dense jax, onnxruntime and PyTorch, round by round.
 
     python -m benchmarks.recurrent [--cell=gru_after] [--hidden=1024] [--rates=1,10,29,103,300] [--steps=100]
-        [--formats=bspc,block-max,csr] [--threads=1] [--rounds=15] [--results=docs/results]
+        [--formats=bspc,block-max,csr] [--threads=1] [--rounds=15] [--model=FILE] [--results=docs/results]
 
 One call runs a sequence of `--steps` steps of one layer, batch 1, given the input's part of the gates; a step's time is
 that over the steps, so that a call's overhead is spread as it is in use. Ratios are taken within a round. Weights are
 random: for BSPC four strips of outputs keep the same share of inputs and of outputs, each strip its own; block-max
 keeps one weight of each block of a row; CSR scattered ones. onnxruntime and PyTorch run their own GRU or LSTM, whose
 input is a single feature: they compute no input product to speak of, as the other two do not.
+
+`--model` takes the recurrent matrices of a saved GRU instead, layer by layer: `compressed.safetensors` of a finished
+run of `experiments.gru_speech`. `spread_own` and `spread_stored` say how unevenly a product's work would be shared by
+8 threads, outputs in their own order and as they are stored (`recurrent.spread`): counted, for every format.
 """
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -98,41 +103,77 @@ def ort_step(cell: str, u: Any, steps: int, threads: int) -> Callable[[], Any]:
 
 
 def compare(kind: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """One row: microseconds of a step by each system, and each peer's time over ours."""
+    """The row of a format at a rate, with random weights."""
+    import numpy as np
+
+    from compressx import formats
+
+    rng = np.random.default_rng(0)
+    gates = [matrix(kind, args.hidden, rate, rng) for _ in range(4 if args.cell == "lstm" else 3)]
+    packed = gates if rate == 1 else [formats.pack(g, format=kind) for g in gates]
+    return {"format": kind, "rate": rate} | measured(args.cell, packed, gates, rng, args)
+
+
+def saved(file: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The rows of a saved GRU's layers, with the weights they were trained to.
+
+    Raises:
+      ValueError: the file holds no `params/gru_<i>/u<z, r, h>`.
+    """
+    import numpy as np
+
+    import compressx
+    from compressx import formats
+
+    held = compressx.load_model(file).packed
+    rows: dict[str, dict[str, Any]] = {}
+    for layer in itertools.takewhile(lambda i: f"params/gru_{i}/uz" in held, itertools.count()):
+        prefix = f"params/gru_{layer}/"
+        packed = [held[f"{prefix}u{gate}"] for gate in "zrh"]
+        cell = "gru_after" if f"{prefix}bu" in held else "gru_before"
+        gates, kinds = [formats.unpack(p) for p in packed], sorted({p.format for p in packed})
+        row = {"format": ", ".join(kinds)} | measured(cell, packed, gates, np.random.default_rng(0), args)
+        rows[f"model-{'-'.join(file.parts[-3:-1])}-gru_{layer}-{args.threads}t"] = row
+    if not rows:
+        raise ValueError(f"{file}: no matrices params/gru_0/u<z, r, h>; it must be a saved GRU")
+    return rows
+
+
+def measured(cell: str, packed: list[Any], gates: list[Any], rng: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Microseconds of a step by each system, each peer's time over ours, and what is counted."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from compressx import formats, kernels
+    from compressx import kernels
     from compressx.kernels import recurrent
 
-    rng = np.random.default_rng(0)
-    number = 4 if args.cell == "lstm" else 3
-    gates = [matrix(kind, args.hidden, rate, rng) for _ in range(number)]
-    packed = gates if rate == 1 else [formats.pack(g, format=kind) for g in gates]
-    ours = kernels.prepare_recurrent(args.cell, packed, threads=args.threads)
-    dense = kernels.prepare_recurrent(args.cell, gates, path="xla")
-    x = jnp.asarray(rng.standard_normal((args.steps, 1, number * args.hidden), dtype=np.float32))
     u = np.concatenate(gates, axis=1)
+    hidden = u.shape[0]
+    ours = kernels.prepare_recurrent(cell, packed, threads=args.threads)
+    dense = kernels.prepare_recurrent(cell, gates, path="xla")
+    x = jnp.asarray(rng.standard_normal((args.steps, 1, u.shape[1]), dtype=np.float32))
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: jax.block_until_ready(ours(x)),
         "jax": lambda: jax.block_until_ready(dense(x)),
     }
-    if importlib.util.find_spec("torch") and args.cell != "gru_before":
-        runs["torch"] = torch_step(args.cell, u, args.steps, args.threads)
+    if importlib.util.find_spec("torch") and cell != "gru_before":
+        runs["torch"] = torch_step(cell, u, args.steps, args.threads)
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
-        runs["onnxruntime"] = ort_step(args.cell, u, args.steps, args.threads)
+        runs["onnxruntime"] = ort_step(cell, u, args.steps, args.threads)
     error = float(jnp.abs(ours(x)[0] - dense(x)[0]).max())
     if not error < 1e-4:
-        raise RuntimeError(f"{kind} at {rate}x differs from the dense cell by {error:.1e}")
+        raise RuntimeError(f"{ours.path} differs from the dense cell by {error:.1e}")
     elapsed, _ = measure(runs, args.rounds)
-    row: dict[str, Any] = {"format": kind, "rate": rate, "path": ours.path, "cell": args.cell, "hidden": args.hidden}
+    row: dict[str, Any] = {"path": ours.path, "cell": cell, "hidden": hidden}
     row["rate_counted"] = float(u.size / max(1, np.count_nonzero(u)))
     for name, seconds in elapsed.items():
         row[f"{name}_us"] = spread([1e6 * t / args.steps for t in seconds])
         row[f"{name}_best_us"] = 1e6 * min(seconds) / args.steps
     if ours.path != "xla":
-        row |= recurrent.loads(recurrent.tiles_of(packed, 16), 16)
+        tiles = recurrent.tiles_of(packed, 16)
+        row |= recurrent.loads(tiles, 16)
+        row["spread_own"], row["spread_stored"] = recurrent.spread(tiles, u.shape[1], 16, 8)
         for name in elapsed:
             if name != "ours":
                 pairs = zip(elapsed[name], elapsed["ours"], strict=True)
@@ -150,6 +191,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="of a sequence")
     parser.add_argument("--threads", type=int, default=1, help="cores for every system (default 1)")
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds, at least 2")
+    parser.add_argument("--model", type=Path, help="a saved GRU instead of random weights")
     parser.add_argument("--results", type=Path, help="folder for the summaries, docs/results")
     args = parser.parse_args()
     kinds, rates = args.formats.split(","), [float(rate) for rate in args.rates.split(",")]
@@ -166,9 +208,15 @@ def main() -> int:
     from compressx import kernels
 
     print(f"path: {kernels.active_path()}")
-    rows = {
-        f"{args.cell}-{kind}-{rate:g}x-{args.threads}t": compare(kind, rate, args) for kind in kinds for rate in rates
-    }
+    rows = (
+        saved(args.model, args)
+        if args.model
+        else {
+            f"{args.cell}-{kind}-{rate:g}x-{args.threads}t": compare(kind, rate, args)
+            for kind in kinds
+            for rate in rates
+        }
+    )
     for case, row in rows.items():
         print(f"\n{case}")
         print(table([{"": key, "value": value} for key, value in row.items()]))

@@ -54,7 +54,10 @@ def isa() -> str:
 
 
 def active_path() -> str:
-    """What convolutions run on: `native/avx512`, `native/avx2`, `native/generic`, or `xla`."""
+    """What convolutions run on: `native/avx512`, `native/avx2`, `native/generic`, or `xla`.
+
+    On a GPU or TPU that is `xla`, though single layers may run on Pallas: their own `path` says so.
+    """
     return f"native/{isa()}" if available() else "xla"
 
 

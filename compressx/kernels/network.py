@@ -5,7 +5,8 @@
 
 Activations stay in planes from the first convolution to the last; layouts are converted only at the ends and around
 operations that have no kernel here. Convolutions run as the plan of each layer says, with their batch normalisation,
-bias, residual addition and rectifier inside. Where the native kernels do not run, the same fused steps run on XLA.
+bias, residual addition and rectifier inside. Where the native kernels do not run, the same fused steps run on XLA,
+on a GPU or TPU with Pallas for the layers whose weights have enough blocks of zeros.
 """
 
 import threading
@@ -18,14 +19,17 @@ import numpy as np
 
 from compressx.compaction.program import Program, trace
 from compressx.formats.base import Packed
-from compressx.kernels import native, pattern_conv, schedule, tuning
+from compressx.kernels import native, pallas, pattern_conv, schedule, tuning
 from compressx.kernels.graph import Conv, Other, Pool, Step, steps
 from compressx.kernels.grid import Grid, grid, valid, window_source
-from compressx.kernels.schedule import Plan, Sparse
+from compressx.kernels.schedule import Loads, Plan, Sparse
 
 
 class LayerReport(NamedTuple):
-    """What became of one convolution: its leaf, shapes, weights kept, and the plan it runs by (None on XLA)."""
+    """What became of one convolution: its leaf, shapes, weights kept, and what it runs on.
+
+    Natively there are also its plan, and its vector loads in an inference (`schedule.loads` of all output vectors).
+    """
 
     path: str | None
     shape: tuple[int, ...]
@@ -33,6 +37,8 @@ class LayerReport(NamedTuple):
     density: float
     macs: int
     plan: Plan | None
+    on: str = "xla"
+    loads: Loads | None = None
 
 
 class Compiled:
@@ -41,7 +47,8 @@ class Compiled:
     Specialised once for each shape of the input, at its first call (safe from several threads). No gradient.
 
     Attributes:
-      path: `native/<instruction set>` or `xla`.
+      path: `native/<instruction set>`, `pallas/<gpu, tpu or interpret>` or `xla`. With Pallas, layers that it does not
+        support run on XLA: see `layers`.
     """
 
     def __init__(
@@ -49,7 +56,14 @@ class Compiled:
     ):
         self._model, self._variables, self._packed = model, variables, packed
         self._threads, self._tune = threads, tune
-        self.path = "xla" if path == "xla" or not native.available() else native.active_path()
+        backend, interpret = pallas.target()
+        if path != "xla" and path != "pallas" and native.available():
+            self.path = native.active_path()
+        elif path == "pallas" or (path is None and not interpret):
+            self.path = f"pallas/{'interpret' if interpret else backend}"
+        else:
+            self.path = "xla"
+        self._most = 1.0 if path == "pallas" else 0.5
         self._ready: dict[tuple[Any, ...], tuple[Callable[..., Any], Any, list[LayerReport]]] = {}
         self._lock = threading.Lock()
 
@@ -59,7 +73,9 @@ class Compiled:
             if key not in self._ready:
                 spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
                 program = trace(self._model, self._variables, spec)
-                builder = _Builder(program, self._variables, self._packed, self._threads, self._tune, self.path)
+                builder = _Builder(
+                    program, self._variables, self._packed, self._threads, self._tune, self.path, self._most
+                )
                 self._ready[key] = builder.build()
             return self._ready[key]
 
@@ -94,7 +110,9 @@ def compile(
       variables: concrete pytree, zeros in place; left out for a `SavedModel`.
       threads: at most so many, 0 for all of XLA's pool.
       tune: measure plans of each layer (kept in a cache) rather than trust the model.
-      path: "xla" for the fused steps on XLA, "native", or None for the native path where it runs.
+      path: "xla" for the fused steps on XLA, "native", "pallas" (interpreted on a CPU, for every layer that it
+        supports), or None for the native path where it runs, else Pallas on a GPU or TPU for the layers half of whose
+        blocks or more are zero, else XLA.
 
     Raises:
       ValueError: a saved model without a name, a missing argument, or a path that does not run here.
@@ -112,8 +130,8 @@ def compile(
         known = {"classes": facts["classes"]} if isinstance(facts, dict) and "classes" in facts else {}
         model = models.build(about["name"], **known | about.get("options", {}))
         variables, packed = packed_model.params, packed_model.packed
-    if path not in (None, "native", "xla"):
-        raise ValueError(f"no path {path!r}; the paths are native and xla")
+    if path not in (None, "native", "pallas", "xla"):
+        raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")
     if path == "native" and not native.available():
         raise ValueError("the native path does not run: no compiler, COMPRESSX_NATIVE=off, or not on the CPU")
     return Compiled(model, variables, packed, threads, tune, path)
@@ -151,11 +169,19 @@ class _Builder:
     """Steps to one function: grids first, then a closure for every step."""
 
     def __init__(
-        self, program: Program, variables: Any, packed: Mapping[str, Packed], threads: int, tune: bool, path: str
+        self,
+        program: Program,
+        variables: Any,
+        packed: Mapping[str, Packed],
+        threads: int,
+        tune: bool,
+        path: str,
+        most: float,
     ):
         self.program, self.packed, self.threads, self.tune = program, packed, threads, tune
         self.steps, self.known = steps(program, variables)
-        self.isa = path.removeprefix("native/") if path != "xla" else None
+        self.isa = path.removeprefix("native/") if path.startswith("native") else None
+        self.path, self.most = path, most
         self.arrays: dict[str, Any] = {}
         self.reports: list[LayerReport] = []
         self.groups = _Groups()
@@ -254,15 +280,18 @@ class _Builder:
         live = np.count_nonzero(s.w)
         report = LayerReport(s.path, s.w.shape, (n, h, w, cin), live / s.w.size, int(live) * oh * ow * n, None)
         if self.isa is None:
-            self.reports.append(report)
-            self.arrays[name] = {"w": s.w * s.scale, "bias": s.bias}
+            scaled = s.w * s.scale
+            found = "" if self.path == "xla" else pallas.prepared(scaled, geometry, (n, h, w, cin), self.most)
+            self.reports.append(report if isinstance(found, str) else report._replace(on=self.path))
+            self.arrays[name] = {"w": scaled if isinstance(found, str) else found, "bias": s.bias}
+            multiply = pattern_conv.xla if isinstance(found, str) else pattern_conv.on_blocks
 
-            def on_xla(env: "_Values", arrays: dict[str, Any]) -> None:
+            def dense(env: "_Values", arrays: dict[str, Any]) -> None:
                 residual = env.images(s.residual) if s.residual >= 0 else None
                 a = arrays[name]
-                env.dense[s.y] = pattern_conv.xla(env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual)
+                env.dense[s.y] = multiply(env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual)
 
-            return on_xla
+            return dense
         sparse, g, wide, reach = self._sparse(s), self._grid(s.y), self._grid(s.x), geometry.reach()
         strided = geometry.strides != (1, 1)
         phases = pattern_conv.phase_grid(geometry, g, h, w)._replace(margin=reach[0] * g.row + reach[1])
@@ -271,8 +300,9 @@ class _Builder:
             plan = tuning.tuned(sparse, geometry, g._replace(margin=inside.margin), threads=self.threads)
         else:
             plan = tuning.guess(sparse, geometry, g, tuning.cores(self.threads))
-        self.reports.append(report._replace(plan=plan))
         ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside)
+        loads = Loads(*(round(count * g.segment) for count in ready.loads))
+        self.reports.append(report._replace(plan=plan, on=f"native/{self.isa}", loads=loads))
         arrays = dict(ready.arrays)
         if strided:
             arrays["source"] = window_source(wide, inside, geometry.strides, geometry.phases())

@@ -1,4 +1,4 @@
-"""Convolution with sparse kernels: reference, XLA path, and the native one behind a single call.
+"""Convolution with sparse kernels: reference, XLA path, the native one and Pallas behind a single call.
 
     conv = kernels.prepare(packed, (1, 56, 56, 256), bias=b, activation="relu")
     y = conv(x)                                        # NHWC in and out; `conv.path` says what it runs on
@@ -16,9 +16,9 @@ import numpy as np
 from jax import lax
 
 from compressx.formats.base import Packed
-from compressx.kernels import native, schedule
+from compressx.kernels import native, pallas, schedule
 from compressx.kernels.grid import Grid, grid, valid, window_source
-from compressx.kernels.schedule import Geometry, Pads, Plan, Sparse
+from compressx.kernels.schedule import Geometry, Loads, Pads, Plan, Sparse
 
 ACTIVATIONS = ("none", "relu", "relu6")
 
@@ -83,6 +83,25 @@ def xla(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=geometry.groups,
     )
+    return finish(y, bias, activation, residual)
+
+
+def on_blocks(
+    x: jax.Array,
+    w: pallas.Blocks,
+    geometry: Geometry,
+    bias: jax.Array | None = None,
+    activation: str = "none",
+    residual: jax.Array | None = None,
+) -> jax.Array:
+    """The same from live blocks, by Pallas on `pallas.target()`; what follows the sum is XLA's."""
+    backend, interpret = pallas.target()
+    y = pallas.block_sparse_conv(x, w, geometry=geometry, backend=backend, interpret=interpret)
+    return finish(y, bias, activation, residual)
+
+
+def finish(y: jax.Array, bias: jax.Array | None, activation: str, residual: jax.Array | None) -> jax.Array:
+    """`act(y + bias + residual)`."""
     if bias is not None:
         y = y + bias[None, None, None]
     if residual is not None:
@@ -95,10 +114,11 @@ def xla(
 
 
 class Layer(NamedTuple):
-    """A layer ready for the native loops: arrays (a pytree of jit arguments) and what is fixed about it."""
+    """A layer ready for the native loops: arrays (a pytree of jit arguments), what is fixed about it, and its loads."""
 
     arrays: dict[str, Any]
     fixed: "Fixed"
+    loads: Loads
 
 
 class Fixed(NamedTuple):
@@ -140,7 +160,7 @@ def layer(
     most = native.WIDTHS[native.isa_of(grid)][t.taps == 0]
     width = min(plan.width, most, grid.segment)
     fixed = Fixed(grid, len(geometry.phases()), t.taps, t.filters, width, t.groups, plan.columns, activation, couts)
-    return Layer(arrays, fixed)
+    return Layer(arrays, fixed, schedule.loads(t, width))
 
 
 def run(
@@ -201,7 +221,7 @@ class Convolution:
     """A prepared convolution, called with NHWC images; differentiable in its image and residual, not in its weights.
 
     Attributes:
-      path: `native/<instruction set>` or `xla`.
+      path: `native/<instruction set>`, `pallas/<gpu, tpu or interpret>` or `xla`.
       plan: how it is run natively, or None.
     """
 
@@ -215,13 +235,18 @@ class Convolution:
         plan: Plan | None,
         threads: int,
         path: str,
+        blocks: pallas.Blocks | None = None,
     ):
         self.geometry, self.activation, self.threads, self.path, self.plan = geometry, activation, threads, path, plan
         self.shape = shape
         self.weight = jnp.asarray(schedule.dense(s))
         self.bias = None if bias is None else jnp.asarray(bias, jnp.float32)
         if path == "xla":
-            self._native = None
+            self._fast = None
+            return
+        if blocks is not None:
+            self._fast = jax.jit(lambda a, x, r: on_blocks(x, a["blocks"], geometry, a["bias"], activation, r))
+            self._arrays: dict[str, Any] = {"blocks": blocks, "bias": self.bias}
             return
         n, h, w, _ = shape
         lanes = native.LANES[path.removeprefix("native/")]
@@ -248,7 +273,7 @@ class Convolution:
             extra = None if residual is None else native.to_planes(residual, g, threads)
             return native.from_planes(run(ready.fixed, arrays, planes, extra, threads), g, threads)
 
-        self._native = jax.jit(native_call)
+        self._fast = jax.jit(native_call)
         self._arrays = arrays
 
     def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
@@ -263,15 +288,15 @@ class Convolution:
             (n, h, w, _), expected = self.shape, self.weight.shape[3]
             if tuple(residual.shape) != (n, *self.geometry.out(h, w), expected):
                 raise ValueError(f"residual of shape {list(residual.shape)} does not fit the output")
-        if self._native is None:
+        if self._fast is None:
             return xla(x, self.weight, self.geometry, self.bias, self.activation, residual)
         return _differentiable(self, x, residual)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(conv: Convolution, x: jax.Array, residual: jax.Array | None) -> jax.Array:
-    assert conv._native is not None
-    return conv._native(conv._arrays, x, residual)
+    assert conv._fast is not None
+    return conv._fast(conv._arrays, x, residual)
 
 
 def _backward(conv: Convolution, saved: Any, g: jax.Array) -> Any:
@@ -323,7 +348,8 @@ def prepare(
       activation: one of `ACTIVATIONS`.
       plan: how it is run; None: what the model of `tuning` predicts to be best.
       threads: at most so many, 0 for all of XLA's pool.
-      path: "xla", "native", or None for the native one where it runs.
+      path: "xla", "native", "pallas", or None for the native one where it runs, else Pallas on a GPU or TPU that
+        supports the layer and has half of its blocks or more to skip, else XLA. "pallas" on a CPU interprets.
 
     Raises:
       ValueError: shapes that do not fit each other, or a path that does not run here.
@@ -352,9 +378,18 @@ def prepare(
     if min(geometry.out(shape[1], shape[2])) < 1:
         raise ValueError(f"kernels {geometry.size} do not fit images of {shape[1]}x{shape[2]} with pads {padding}")
     reason = supports(w, geometry, shape)
-    if path not in (None, "xla", "native"):
-        raise ValueError(f"no path {path!r}; the paths are native and xla")
+    if path not in (None, "xla", "native", "pallas"):
+        raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")
     if path == "native" and reason is not True:
         raise ValueError(f"the native path does not run: {reason}")
-    where = "xla" if path == "xla" or reason is not True else native.active_path()
-    return Convolution(s, shape, geometry, bias, activation, plan, threads, where)
+    if path in (None, "native") and reason is True:
+        return Convolution(s, shape, geometry, bias, activation, plan, threads, native.active_path())
+    backend, interpret = pallas.target()
+    if path == "pallas" or (path is None and not interpret):
+        held = pallas.prepared(schedule.dense(s), geometry, shape, most=0.5 if path is None else 1.0)
+        if not isinstance(held, str):
+            where = f"pallas/{'interpret' if interpret else backend}"
+            return Convolution(s, shape, geometry, bias, activation, plan, threads, where, held)
+        if path == "pallas":
+            raise ValueError(f"the Pallas path does not run: {held}")
+    return Convolution(s, shape, geometry, bias, activation, plan, threads, "xla")

@@ -179,6 +179,34 @@ def loads(t: Tiles, lanes: int) -> dict[str, int]:
     return {"macs": macs, "input_loads": macs, "input_loads_eliminated": loaded}
 
 
+def spread(t: Tiles, outputs: int, lanes: int, threads: int) -> tuple[float, float]:
+    """Most over mean work of threads that share one product: outputs in their own order, and as the tiles store them.
+
+    Outputs are taken a vector at a time, the vectors by the threads in turn. A vector's work is its lanes times the
+    weights of its longest output, for lanes go together. This is counted, not run: here a sequence is one thread's.
+
+    Args:
+      t: of a matrix `[inputs, outputs]`.
+      outputs: of it.
+      lanes: that the tiles were made for.
+      threads: that share the vectors.
+    """
+    length = np.zeros(outputs + 1, np.int64)  # the last is the waste slot
+    stored: list[int] = []
+    for _, vectors, n, _, weight, place in t.tiles.astype(np.int64):
+        wide = vectors * lanes
+        live = np.count_nonzero(t.weights[weight : weight + n * wide].reshape(n, wide), axis=0)
+        np.add.at(length, t.places[place : place + wide], live)
+        stored += [n] * vectors
+    own = np.pad(length[:outputs], (0, -outputs % lanes)).reshape(-1, lanes).max(axis=1)
+
+    def most(work: np.ndarray) -> float:
+        shares = np.array([work[k::threads].sum() for k in range(threads)])
+        return float(shares.max() / shares.mean()) if shares.any() else 1.0
+
+    return most(own), most(np.array(stored, np.int64))
+
+
 def reference(
     cell: str, x: np.ndarray, u: np.ndarray, h: np.ndarray, c: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,7 @@ Three orders, one of which a `Plan` names:
 
 - `kernels`: FKW as it is. Kernels are sorted by block of filters, input channel, pattern. A run of equal (block,
   channel, pattern) is a visit: its inputs are loaded once into registers and serve every kernel of the run (load
-  redundancy elimination between filters), and each register serves all taps and output vectors that need it (within
-  a kernel).
+  redundancy elimination between filters).
 - `chunks`: E consecutive (channel, tap) positions are a pattern of their own, across channels where they must be. For
   layers that are dense or nearly so: unpruned 1x1, whole kernels.
 - `runs`: filter after filter, weights that read neighbouring vectors as one run with one place: an input is loaded
@@ -16,7 +15,7 @@ Every kernel also knows its place: filters come in the order that FKW reorders t
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -359,28 +358,39 @@ def stream_nbytes(s: Stream) -> int:
     return sum(x.nbytes for x in s if isinstance(x, np.ndarray))
 
 
-def counts(s: Sparse, g: Geometry, h: int, w: int, plan: Plan | None = None) -> dict[str, Any]:
-    """Counted work of a layer for one image: multiply-adds, dense and left, and vector loads an output vector.
+class Loads(NamedTuple):
+    """Vector loads for one output vector of every filter, in full tiles.
 
-    Loads are counted for `kernels`: without elimination each tap of each kernel loads an input and each kernel its sum;
-    with it a visit loads its inputs once for all kernels of the run.
+    Attributes:
+      none: of inputs if every multiply-add loaded its own.
+      kernel: with the elimination within a kernel: a run of K weights loads F + K - 1 vectors for F output vectors.
+      filter: and with that between filters: a visit loads its inputs once for all kernels of a block. As executed.
+      sums: of partial sums, as executed.
     """
+
+    none: int
+    kernel: float
+    filter: float
+    sums: int
+
+
+def loads(t: Stream, width: int) -> Loads:
+    """Counts the loads of a stream in tiles of `width` vectors: `runs` eliminate within kernels, visits between."""
+    if t.taps:
+        slots = len(t.members) * t.taps
+        return Loads(slots, slots, len(t.visits) * t.taps, len(t.members))
+    items = t.groups * len(t.order)
+    lengths = np.diff(t.starts[: items * LONGEST + 1]).reshape(items, LONGEST).sum(axis=0)
+    kernel = sum(int(n) * (width + k) for k, n in enumerate(lengths)) / width
+    return Loads(len(t.weight), kernel, kernel, items)
+
+
+def counts(s: Sparse, g: Geometry, h: int, w: int) -> dict[str, int]:
+    """Counted work of a layer for one image: multiply-adds, dense and left, and kernels left."""
     oh, ow = g.out(h, w)
     kh, kw, cin, cout = s.shape
-    nonzero = int(np.count_nonzero(s.weight))
-    result: dict[str, Any] = {
+    return {
         "macs_dense": kh * kw * cin * cout * oh * ow,
-        "macs": nonzero * oh * ow,
+        "macs": int(np.count_nonzero(s.weight)) * oh * ow,
         "kernels": len(s.place),
     }
-    if plan is not None and plan.order == "kernels":
-        taps = s.patterns.shape[1]
-        block = s.place // min(plan.filters, len(s.order), MOST_FILTERS)
-        key = (block * s.shape[2] + s.channel) * len(s.patterns) + s.pattern
-        visits = len(np.unique(key))
-        result |= {
-            "visits": visits,
-            "input_loads": len(s.place) * taps,
-            "input_loads_eliminated": visits * taps,
-        }
-    return result

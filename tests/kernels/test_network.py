@@ -1,6 +1,7 @@
 """Whole networks in compressed form against flax, and what is fused."""
 
 import concurrent.futures
+import json
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import pytest
 import compressx
 from compressx import kernels, models
 from compressx.compaction.program import trace
-from compressx.kernels import graph
+from compressx.kernels import graph, native
 
 
 def sparse_variables(model, x, seed=0):
@@ -107,6 +108,24 @@ def test_a_saved_model_runs(tmp_path):
     close(f(x), jax.jit(lambda v, x: model.apply(v, x))(variables, x))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert len({np.asarray(y).tobytes() for y in pool.map(lambda _: f(x), range(16))}) == 1
+
+
+@pytest.mark.skipif(not native.available(), reason="no compiler, so no native kernels")
+def test_tuned_plans_compute_the_same_and_are_kept(tmp_path, monkeypatch):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="a")(x))
+            return nn.relu(nn.Conv(8, (1, 1), strides=2, name="c")(nn.Conv(8, (3, 3), name="b")(x)))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, x = Net(), np.random.default_rng(5).standard_normal((1, 13, 10, 4), dtype=np.float32)
+    variables = sparse_variables(model, x)
+    f = kernels.compile(model, variables, tune=True, threads=1)
+    close(f(x), jax.jit(lambda v, x: model.apply(v, x))(variables, x))
+    plans = [r.plan for r in f.layers(x)]
+    held = json.loads((tmp_path / "compressx" / "tuning.json").read_text())
+    assert len(plans) == 3 and all(list(plan) in held.values() for plan in plans)
 
 
 def test_bad_arguments_are_named():

@@ -1,10 +1,6 @@
 """Sparse convolution: every path and plan against a NumPy loop, gradients, concurrency, hostile arrays."""
 
 import concurrent.futures
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -207,30 +203,8 @@ def test_corrupted_arrays_are_refused_or_harmless():
 
 @needs_native
 @pytest.mark.slow
-def test_corrupted_arrays_under_the_address_sanitizer(tmp_path):
-    compiler = os.environ.get("CXX", "g++")
-    names = ("libasan.so", "libstdc++.so.6")  # the second, so that the first finds what it intercepts of exceptions
-    ask = lambda name: subprocess.run(
-        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    )
-    preload = [ask(name).stdout.strip() for name in names]
-    if not all(Path(name).is_absolute() for name in preload):
-        pytest.skip("the compiler has no address sanitizer")
-    code = (
-        "import importlib.util as u; s = u.spec_from_file_location('t', r'" + __file__ + "');"
-        "m = u.module_from_spec(s); s.loader.exec_module(m);"
-        "from compressx.kernels import native; assert native.available();"
-        "print('refused', m.attack(300, seed=1))"
-    )
-    environment = os.environ | {
-        "LD_PRELOAD": ":".join(preload),
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
-        "COMPRESSX_NATIVE_FLAGS": "-fsanitize=address -g1",
-        "XDG_CACHE_HOME": str(tmp_path),
-    }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0 and "AddressSanitizer" not in done.stderr, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) > 50
+def test_corrupted_arrays_under_the_address_sanitizer(under_address_sanitizer):
+    assert under_address_sanitizer(__file__, "attack(300, seed=1)") > 50
 
 
 @pytest.mark.parametrize(

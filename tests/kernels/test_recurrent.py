@@ -1,5 +1,7 @@
 """Sparse products and recurrent cells from every format, against NumPy; gradients, threads, hostile arrays."""
 
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,13 @@ def scattered(rng, inputs, outputs):
     return rng.standard_normal((inputs, outputs), dtype=np.float32) * (rng.random((inputs, outputs)) < 0.15)
 
 
+def use(isa, monkeypatch):
+    monkeypatch.delenv("COMPRESSX_ISA", raising=False)
+    if native.ISAS.index(isa) > native.ISAS.index(native.isa()):
+        pytest.skip(f"this processor lacks {isa}")
+    monkeypatch.setenv("COMPRESSX_ISA", isa)
+
+
 FORMATS = {"bspc": blocky, "block-max": one_per_block, "csr": scattered, "dense": scattered}
 
 
@@ -41,10 +50,7 @@ FORMATS = {"bspc": blocky, "block-max": one_per_block, "csr": scattered, "dense"
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("isa", native.ISAS)
 def test_products_from_every_format(name, isa, monkeypatch):
-    monkeypatch.delenv("COMPRESSX_ISA", raising=False)
-    if native.ISAS.index(isa) > native.ISAS.index(native.isa()):
-        pytest.skip(f"this processor lacks {isa}")
-    monkeypatch.setenv("COMPRESSX_ISA", isa)
+    use(isa, monkeypatch)
     rng = np.random.default_rng(0)
     w = FORMATS[name](rng, 37, 75)
     x = rng.standard_normal((3, 37), dtype=np.float32)
@@ -61,6 +67,34 @@ def test_blocks_load_each_input_once_for_all_their_outputs():
     assert found["input_loads_eliminated"] < found["input_loads"] / 8
 
 
+@pytest.mark.parametrize("kind", ["bspc", "csr"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_spread_is_that_of_the_weights(kind, threads):
+    rng, lanes = np.random.default_rng(8), 4
+    w = FORMATS[kind](rng, 40, 46)
+    tiles = recurrent.tiles_of([formats.pack(w, format=kind)], lanes)
+    shares = [0] * threads
+    for vector, start in enumerate(range(0, 46, lanes)):
+        longest = max(sum(w[i, o] != 0 for i in range(40)) for o in range(start, min(46, start + lanes)))
+        shares[vector % threads] += longest
+    stored, number = [0] * threads, 0
+    for _, vectors, n, *_ in tiles.tiles:
+        for _ in range(vectors):
+            stored[number % threads] += n
+            number += 1
+    expected = (max(shares) * threads / sum(shares), max(stored) * threads / sum(stored))
+    assert recurrent.spread(tiles, 46, lanes, threads) == pytest.approx(expected)
+
+
+def test_reordering_levels_the_work_of_threads():
+    w = np.zeros((9, 16), np.float32)
+    for output in range(16):
+        w[: 8 if output // 4 % 2 == 0 else 2, output] = 1  # long vectors would all be the first thread's
+    assert recurrent.spread(recurrent.tiles_of_matrix(w, 4), 16, 4, 2) == (1.6, 1.0)
+    none = recurrent.tiles_of_matrix(np.zeros((9, 16), np.float32), 4)
+    assert recurrent.spread(none, 16, 4, 2) == (1.0, 1.0)
+
+
 @needs_native
 def test_gates_with_the_same_inputs_share_a_list():
     w = blocky(np.random.default_rng(2), 30, 16)
@@ -71,7 +105,9 @@ def test_gates_with_the_same_inputs_share_a_list():
 
 @needs_native
 @pytest.mark.parametrize("cell", recurrent.CELLS)
-def test_cells_equal_the_reference(cell):
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_cells_equal_the_reference(cell, isa, monkeypatch):
+    use(isa, monkeypatch)
     rng = np.random.default_rng(3)
     m, gates = 37, 4 if cell == "lstm" else 3
     mats = [0.4 * blocky(rng, m, m) for _ in range(gates)]
@@ -82,6 +118,7 @@ def test_cells_equal_the_reference(cell):
     expected, last = recurrent.reference(cell, x, u, h, c, bias)
     for given in ([formats.pack(w, format="bspc") for w in mats], [formats.pack(w, format="csr") for w in mats], [u]):
         prepared = kernels.prepare_recurrent(cell, given)
+        assert prepared.path == f"native/{isa}"
         y, end = prepared(*map(jnp.asarray, (x, h, c, bias)))
         np.testing.assert_allclose(y, expected, atol=2e-6)
         np.testing.assert_allclose(end, last, atol=4e-6)
@@ -109,23 +146,85 @@ def test_gradients_are_those_of_the_dense_cell():
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def corrupt(rng, tiles):
+    """One array with a few bytes changed, a number moved a little (past an end by one), or cut."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(np.array, tiles))
+    k = rng.choice([k for k, a in enumerate(leaves) if a.size])
+    a, how = leaves[k], rng.integers(3)
+    if how == 0:
+        flat = a.view(np.uint8).reshape(-1)
+        flat[rng.integers(0, flat.size, 2)] = rng.integers(0, 256, 2)
+    elif how == 1:
+        flat = a.reshape(-1)
+        flat[rng.integers(0, flat.size, 2)] += rng.choice([1, 2, 4, 16, 37]).astype(a.dtype)
+    else:
+        leaves[k] = a[: rng.integers(0, len(a))]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def attack(tries, seed=0):
+    """Calls the native products and cells with corrupted tiles; returns how many calls were refused."""
+    rng, m, isa = np.random.default_rng(seed), 21, native.isa()
+    lanes, refused = native.LANES[isa], 0
+    targets = []
+    for kind in ("bspc", "csr"):
+        gates = [formats.pack(FORMATS[kind](rng, m, m), format=kind) for _ in range(4)]
+        targets.append((None, recurrent.tiles_of(gates, lanes)))
+        for cell in recurrent.CELLS:
+            targets.append((cell, recurrent.cell_tiles(cell, gates if cell == "lstm" else gates[:3], lanes)))
+    h, bias = jnp.zeros((2, m), jnp.float32), jnp.zeros(m, jnp.float32)
+    for i in range(tries):
+        cell, tiles = targets[i % len(targets)]
+        try:
+            if cell is None:
+                call = recurrent.native_product(corrupt(rng, tiles), h, 4 * m, isa)
+            else:
+                x = jnp.zeros((2, 2, (4 if cell == "lstm" else 3) * m), jnp.float32)
+                call = recurrent.native_cell(cell, corrupt(rng, tiles), x, h, h, bias, isa)
+            jax.block_until_ready(call)
+        except (jax.errors.JaxRuntimeError, ValueError) as e:
+            refused += "recurrent:" in str(e)
+    return refused
+
+
 @needs_native
 def test_corrupted_tiles_are_refused_or_harmless():
-    rng = np.random.default_rng(5)
-    cell = kernels.prepare_recurrent("gru_before", [formats.pack(blocky(rng, 20, 20), format="bspc")] * 3)
-    x, h = jnp.zeros((2, 1, 60), jnp.float32), jnp.zeros((1, 20), jnp.float32)
-    refused = 0
-    for _ in range(40):
-        tiles = [np.array(a) for a in jax.tree.leaves(cell.tiles)]
-        k = rng.choice([0, 1, 2, 4, 5, 6])
-        flat = tiles[k].view(np.uint8).reshape(-1)
-        flat[rng.integers(0, flat.size, 2)] = rng.integers(0, 256, 2)
-        broken = jax.tree.unflatten(jax.tree.structure(cell.tiles), tiles)
-        try:
-            jax.block_until_ready(cell.native(broken, x, h, h, jnp.zeros(20, jnp.float32)))
-        except (jax.errors.JaxRuntimeError, ValueError):
-            refused += 1
-    assert refused > 10
+    assert attack(64) > 16
+
+
+@needs_native
+@pytest.mark.slow
+def test_corrupted_tiles_under_the_address_sanitizer(under_address_sanitizer):
+    assert under_address_sanitizer(__file__, "attack(600, seed=1)") > 150
+
+
+@needs_native
+def test_operands_of_other_shapes_are_refused():
+    tiles = recurrent.cell_tiles("gru_after", [np.ones((5, 5), np.float32)] * 3, native.LANES[native.isa()])
+    x, h, bias = jnp.zeros((2, 1, 15)), jnp.zeros((1, 5)), jnp.zeros(5)
+    call = lambda *args: jax.block_until_ready(recurrent.native_cell("gru_after", tiles, *args, native.isa()))
+    call(x, h, h, bias)
+    for wrong in ((x[..., :14], h, h, bias), (x, h[:, :4], h, bias), (x, h, h[:, :4], bias), (x, h, h, bias[:4])):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="recurrent: "):
+            call(*wrong)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="recurrent: "):
+        jax.block_until_ready(recurrent.native_product(tiles[0], h[:, :4], 15, native.isa()))
+
+
+@needs_native
+def test_concurrent_calls_and_threads_give_the_same_bits():
+    rng = np.random.default_rng(6)
+    gates = [formats.pack(0.3 * blocky(rng, 40, 40), format="bspc") for _ in range(3)]
+    one, many = (kernels.prepare_recurrent("gru_before", gates, threads=n) for n in (1, 4))
+    a, b = (kernels.prepare_product(gates[0], threads=n) for n in (1, 4))
+    x = jnp.asarray(rng.standard_normal((8, 5, 120), dtype=np.float32))
+    v = jnp.asarray(rng.standard_normal((7, 40), dtype=np.float32))
+    calls = (lambda: one(x)[0], lambda: many(x)[0], lambda: a(v), lambda: b(v))
+    states, product = (np.asarray(f()).tobytes() for f in (calls[0], calls[2]))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: np.asarray(calls[i % 4]()).tobytes(), range(128)))
+    assert set(found[0::4]) | set(found[1::4]) == {states}
+    assert set(found[2::4]) | set(found[3::4]) == {product}
 
 
 def test_bad_arguments_are_named():
