@@ -1,6 +1,7 @@
 """What models come to on ReRAM crossbars: accuracy, saturation, zero skipping, device variation, arrays and cost."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ class Placed(NamedTuple):
     """A model on the grid, with everything that is known about its layers.
 
     Attributes:
-      subject: the model; grid: its weights on levels; layers: as matrices.
+      subject: the model; grid: its weights on levels; layers: as matrices, with the rows that are programmed.
       designs: by module path, flip encoding; input_scales: by module path; signed: layers with negative inputs.
     """
 
@@ -36,7 +37,7 @@ class Placed(NamedTuple):
     def deploy(self, encoding: str, prove: bool) -> dict[str, Deployed]:
         """Its arrays under an ADC encoding."""
         designs = {path: d.but(encoding=encoding) for path, d in self.designs.items()}
-        rows = {path: h.rows for path, h in self.subject.held.items() if h.rows is not None}
+        rows = {layer.name: layer.rows for layer in self.layers if layer.rows is not None}
         groups = {layer.name: layer.kept.shape[0] for layer in self.layers}
         return network.deploy_network(self.grid, designs, self.input_scales, rows, groups, prove=prove)
 
@@ -48,7 +49,9 @@ def place(subject: Subject, scene: Scene, hardware: Any) -> Placed:
     columns. Inputs that are negative on the calibration images are fed as two planes.
     """
     one = scene.prepare(jnp.asarray(scene.calibration[:1]))
+    held = {path: h.rows for path, h in subject.held.items()}
     found = network.find_layers(scene.apply, subject.variables, one, train=False)
+    found = [replace(layer, rows=held.get(layer.name)) for layer in found]
     base = {layer.name: _design(subject, layer.name, hardware) for layer in found}
     scales = {p: h.scale for p, h in subject.held.items() if h.scale is not None and h.grid == "cells" and p in base}
     grid = network.on_grid(subject.variables, {p: network.levels_of(d) for p, d in base.items()}, scales)
@@ -208,7 +211,7 @@ def _skip_rows(skips: Mapping[str, Skipping], p: Placed) -> dict[str, Any]:
     """
     histogram = np.sum([s.histogram for s in skips.values()], axis=0)
     full = next(iter(p.designs.values())).cycles
-    rows = {layer.name: int(layer.kept.any(axis=2).sum()) * layer.uses for layer in p.layers}
+    rows = {layer.name: sum(len(layer.laid(g)) for g in range(len(layer.kept))) * layer.uses for layer in p.layers}
     mean = sum(rows[path] * s.mean for path, s in skips.items()) / max(1, sum(rows[path] for path in skips))
     return {
         "histogram": [int(n) for n in histogram],
@@ -267,6 +270,7 @@ def _engines(
 ) -> dict[str, Any]:
     """Area, power, energy and frames per second of the network on several engines, and ratios in factors."""
     dense = [Layer(layer.name, np.ones_like(layer.kept), layer.uses) for layer in main.layers]
+    squeezed = [replace(layer, rows=None) for layer in main.layers]  # where signs bind no rows, empty ones can all go
     isaac, puma, prime = presets.isaac(), presets.puma_like(), presets.prime_like()
     chip = {name: make() for name, make in chips.CHIPS.items()}
     wide = isaac.but(name="ISAAC", weight_bits=BASE_BITS, signs="differential_digital")
@@ -279,8 +283,8 @@ def _engines(
         "PUMA-like, dense, 16 bit": run(dense, puma, chip["puma"]),
         "PRIME-like, dense, 6-bit inputs": run(dense, prime, chip["prime_like"]),
         "FORMS-8, dense, no skipping": run(dense, flat, chip["forms"]),
-        "ISAAC, compressed": run(main.layers, isaac.but(**eight), chip["isaac"]),
-        "PUMA-like, compressed": run(main.layers, puma.but(**eight), chip["puma"]),
+        "ISAAC, compressed": run(squeezed, isaac.but(**eight), chip["isaac"]),
+        "PUMA-like, compressed": run(squeezed, puma.but(**eight), chip["puma"]),
     }
     twins = {m: p for m, p in _by_fragment(placed, main).items() if m}
     for m, p in sorted(twins.items()):
@@ -336,7 +340,8 @@ def _single(main: Placed, skips: Any, chip: Mapping[str, chips.Chip], hardware: 
     """Latency wants one frame at a time."""
     m = main.subject.fragment
     out = {"ISAAC, compressed": presets.isaac().but(weight_bits=hardware.weight_bits)}
-    plans = {n: _plan(main.layers, d, chip["isaac"], main.signed, hardware, frames=1) for n, d in out.items()}
+    squeezed = [replace(layer, rows=None) for layer in main.layers]
+    plans = {n: _plan(squeezed, d, chip["isaac"], main.signed, hardware, frames=1) for n, d in out.items()}
     if m:
         sweeps = {path: s.mean_slowest for path, s in skips[m].items()}
         design = presets.forms(m)
