@@ -13,7 +13,7 @@ from compressx.crossbar.design import Design
 from compressx.crossbar.layers import Deployed
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.zero_skip import Skipping
-from experiments.crossbar_models import Scene, Subject
+from experiments.crossbar_models import Scene, Subject, cut
 
 SIZES = (4, 8, 16, 128)  # fragments whose effective cycles are drawn; 128 is a whole array
 BASE_BITS = 32  # of the weights of the network that reductions and frame rates are compared with
@@ -110,7 +110,7 @@ def measure(
     clipped = network.saturated(observe, chosen.deploy("saturating", True), chosen.grid.variables, few)
     return {
         "models": models,
-        "images": len(_cut(scene, hardware.images)[0]),
+        "images": len(cut(scene, hardware.images)[0]),
         "skip_images": len(few),
         "signed_inputs": list(chosen.signed),
         "layers": _layer_rows(chosen, clipped),
@@ -123,15 +123,10 @@ def measure(
     }
 
 
-def _cut(scene: Scene, images: int) -> tuple[np.ndarray, np.ndarray]:
-    n = images or len(scene.images)
-    return scene.images[:n], scene.labels[:n]
-
-
 def _scores(p: Placed, scene: Scene, hardware: Any, score: network.Scorer) -> dict[str, Any]:
     """Accuracies: float weights, weights on levels, the engine, and a saturating ADC on fewer images."""
-    lots = network.batches(*_cut(scene, hardware.images), hardware.batch)
-    few = network.batches(*_cut(scene, min(hardware.slow_images, len(scene.images))), hardware.batch)
+    lots = network.batches(*cut(scene, hardware.images), hardware.batch)
+    few = network.batches(*cut(scene, min(hardware.slow_images, len(scene.images))), hardware.batch)
     variables = p.grid.variables
     flip, clipping = p.deploy("flip", True), p.deploy("saturating", True)
     return {
@@ -180,7 +175,7 @@ def _variation(
     p: Placed, scene: Scene, hardware: Any, config: Any, score: network.Scorer, seed: int
 ) -> dict[str, Any]:
     """Accuracy over devices: mean, spread and interval for every sigma, on the first images."""
-    images, labels = _cut(scene, min(config.images, len(scene.images)))
+    images, labels = cut(scene, min(config.images, len(scene.images)))
     lots = network.batches(images, labels, hardware.batch)
     deployed, key = p.deploy("flip", False), jax.random.key(seed)
     rows = []

@@ -29,6 +29,12 @@ class Scene(NamedTuple):
     info: Info
 
 
+def cut(scene: Scene, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first so many test images, or as many as there are; 0 is all. With their labels."""
+    n = images or len(scene.images)
+    return scene.images[:n], scene.labels[:n]
+
+
 class Held(NamedTuple):
     """What a layer's sets say.
 

@@ -316,7 +316,8 @@ def _sot_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "FPS",
         "energy",
     )
-    text = f"{found['images']} test images through bit planes, AND and population count, exactly; 8-bit inputs."
+    text = f"{found['images']} test images through bit planes, AND and population count, exactly; "
+    text += f"{dense['input_bits']}-bit inputs. Models of any row, the dense one too, see the same images."
     out: list[tuple[str, Any]] = [("SOT-MRAM engine", [text, Table(head, rows, (False, *[True] * 11))])]
     keys = list(found["layers"][0])
     body: list[Any] = [

@@ -147,9 +147,12 @@ def test_a_finished_run_can_be_taken(done, tmp_path):
 def test_sot_mram(tmp_path, monkeypatch):
     monkeypatch.setattr(crossbar_sot, "WIDTHS", (8, 4))  # every width is programs of its own to compile
     settings = configs.get_config("digits_sot_tiny").unlock()
-    settings.one_shot = False
+    settings.one_shot, settings.hardware.images = False, 1000
     summary = crossbar.run(crossbar.read(settings), Options(tmp_path))
     found = summary["crossbar"]
+    assert found["images"] == summary["dataset"]["test"] == 50  # what there is, not what was asked for
+    assert all(configs.get_config(v).hardware.images == 0 for v in configs.VARIANTS)
+    assert summary["metric"]["dense"] == pytest.approx(found["models"]["dense"]["float"])  # of the same images
     assert set(found["models"]) == {"dense", "pruned", "bits_8", "bits_4"}
     dense, pruned, eight, four = (found["models"][n] for n in ("dense", "pruned", "bits_8", "bits_4"))
     assert dense["ands"] > pruned["ands"] >= eight["ands"] == 2 * four["ands"]  # energy goes with kept x bits x bits
