@@ -13,7 +13,7 @@ from compressx.crossbar.design import Design
 from compressx.crossbar.layers import Deployed
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.zero_skip import Skipping
-from experiments.crossbar_models import Scene, Subject, cut
+from experiments.crossbar_models import Scene, Subject, cut, live_weights
 
 SIZES = (4, 8, 16, 128)  # fragments whose effective cycles are drawn; 128 is a whole array
 BASE_BITS = 32  # of the weights of the network that reductions and frame rates are compared with
@@ -25,6 +25,7 @@ class Placed(NamedTuple):
     Attributes:
       subject: the model; grid: its weights on levels; layers: as matrices, with the rows that are programmed.
       designs: by module path, flip encoding; input_scales: by module path; signed: layers with negative inputs.
+      live: weights on a path from an input to an output, by module path, or None (`live_weights`).
     """
 
     subject: Subject
@@ -33,6 +34,7 @@ class Placed(NamedTuple):
     designs: dict[str, Design]
     input_scales: dict[str, float]
     signed: tuple[str, ...]
+    live: dict[str, int] | None
 
     def deploy(self, encoding: str, prove: bool) -> dict[str, Deployed]:
         """Its arrays under an ADC encoding."""
@@ -60,7 +62,8 @@ def place(subject: Subject, scene: Scene, hardware: Any) -> Placed:
     input_scales, seen = layers.calibrate(scene.apply, widest, grid.variables, images, train=False)
     signed = tuple(p for p in base if bool(jnp.any(seen[p] < 0)))
     designs = {p: d.but(inputs="sign_planes") if p in signed else d for p, d in base.items()}
-    return Placed(subject, grid, found, designs, input_scales, signed)
+    live = live_weights(scene, grid.variables, list(base))
+    return Placed(subject, grid, found, designs, input_scales, signed, live)
 
 
 def _design(subject: Subject, path: str, hardware: Any) -> Design:
@@ -151,6 +154,7 @@ def _about(p: Placed) -> dict[str, Any]:
         "trained_bits": next((h.bits for h in p.subject.held.values() if h.bits), None),
         "signs": next(iter(p.designs.values())).signs,
         "weights": sum(m.weights for m in mapped),
+        "live_weights": None if p.live is None else sum(p.live.values()),
         "arrays": sum(m.arrays for m in mapped),
         "arrays_unsqueezed": sum(m.dense_arrays for m in mapped),
         "utilisation": cells / max(1, sum(m.arrays * m.array_cells for m in mapped)),
@@ -230,6 +234,7 @@ def _layer_rows(p: Placed, clipped: Mapping[str, tuple[int, int]]) -> list[dict[
         rows.append(
             {
                 **mapped.row(),
+                "live weights": None if p.live is None else p.live[layer.name],
                 "design": p.designs[layer.name].name,
                 "fragment": held.fragment if held else None,
                 "frees whole arrays": frees,

@@ -11,7 +11,7 @@ from compressx.crossbar import layers, network, sot_mram
 from compressx.crossbar.design import Design
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.sot_mram import Engine, Operands
-from experiments.crossbar_models import Scene, Subject, cut
+from experiments.crossbar_models import Scene, Subject, cut, live_weights
 
 WRITE_FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 WIDTHS = (8, 7, 6, 5, 4)
@@ -84,7 +84,13 @@ def measure(
     for s in subjects:
         p = place(s, scene, hardware)
         chosen = p if s.name == main else chosen
-        models[s.name] = {**_cost(p, engine), **_scores(p, scene, hardware, score)}
+        live = live_weights(scene, p.grid.variables, list(p.operands))
+        models[s.name] = {
+            **_cost(p, engine),
+            "nonzero_weights": sum(int(layer.kept.sum()) for layer in p.layers),
+            "live_weights": None if live is None else sum(live.values()),
+            **_scores(p, scene, hardware, score),
+        }
     assert chosen is not None
     x_bits, w_bits = _bits(chosen)
     return {

@@ -294,8 +294,8 @@ def reduction(layers: Sequence[Layer], design: Design, baseline_bits: int = 32) 
 def frees_whole_arrays(mapped: Mapped, design: Design) -> bool:
     """Whether not one more row or column could be kept in the same arrays (of a layer without groups).
 
-    True where kept rows fill whole arrays or nothing was pruned, and columns likewise: then no weight was given away
-    without an array for it.
+    True where programmed rows fill whole arrays or nothing was pruned, and columns likewise. It says nothing of what
+    lies in them: a row may be empty (a hole in the order), or read what is always zero.
     """
     if mapped.groups != 1:
         raise ValueError(f"layer {mapped.name} has {mapped.groups} groups; this holds for one matrix")
