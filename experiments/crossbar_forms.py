@@ -1,6 +1,7 @@
 """What models come to on ReRAM crossbars: accuracy, saturation, zero skipping, device variation, arrays and cost."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from compressx.crossbar.design import Design
 from compressx.crossbar.layers import Deployed
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.zero_skip import Skipping
-from experiments.crossbar_models import Scene, Subject
+from experiments.crossbar_models import Scene, Subject, cut, live_weights
 
 SIZES = (4, 8, 16, 128)  # fragments whose effective cycles are drawn; 128 is a whole array
 BASE_BITS = 32  # of the weights of the network that reductions and frame rates are compared with
@@ -22,8 +23,9 @@ class Placed(NamedTuple):
     """A model on the grid, with everything that is known about its layers.
 
     Attributes:
-      subject: the model; grid: its weights on levels; layers: as matrices.
+      subject: the model; grid: its weights on levels; layers: as matrices, with the rows that are programmed.
       designs: by module path, flip encoding; input_scales: by module path; signed: layers with negative inputs.
+      live: weights on a path from an input to an output, by module path, or None (`live_weights`).
     """
 
     subject: Subject
@@ -32,11 +34,12 @@ class Placed(NamedTuple):
     designs: dict[str, Design]
     input_scales: dict[str, float]
     signed: tuple[str, ...]
+    live: dict[str, int] | None
 
     def deploy(self, encoding: str, prove: bool) -> dict[str, Deployed]:
         """Its arrays under an ADC encoding."""
         designs = {path: d.but(encoding=encoding) for path, d in self.designs.items()}
-        rows = {path: h.rows for path, h in self.subject.held.items() if h.rows is not None}
+        rows = {layer.name: layer.rows for layer in self.layers if layer.rows is not None}
         groups = {layer.name: layer.kept.shape[0] for layer in self.layers}
         return network.deploy_network(self.grid, designs, self.input_scales, rows, groups, prove=prove)
 
@@ -48,7 +51,9 @@ def place(subject: Subject, scene: Scene, hardware: Any) -> Placed:
     columns. Inputs that are negative on the calibration images are fed as two planes.
     """
     one = scene.prepare(jnp.asarray(scene.calibration[:1]))
+    held = {path: h.rows for path, h in subject.held.items()}
     found = network.find_layers(scene.apply, subject.variables, one, train=False)
+    found = [replace(layer, rows=held.get(layer.name)) for layer in found]
     base = {layer.name: _design(subject, layer.name, hardware) for layer in found}
     scales = {p: h.scale for p, h in subject.held.items() if h.scale is not None and h.grid == "cells" and p in base}
     grid = network.on_grid(subject.variables, {p: network.levels_of(d) for p, d in base.items()}, scales)
@@ -57,7 +62,8 @@ def place(subject: Subject, scene: Scene, hardware: Any) -> Placed:
     input_scales, seen = layers.calibrate(scene.apply, widest, grid.variables, images, train=False)
     signed = tuple(p for p in base if bool(jnp.any(seen[p] < 0)))
     designs = {p: d.but(inputs="sign_planes") if p in signed else d for p, d in base.items()}
-    return Placed(subject, grid, found, designs, input_scales, signed)
+    live = live_weights(scene, grid.variables, list(base))
+    return Placed(subject, grid, found, designs, input_scales, signed, live)
 
 
 def _design(subject: Subject, path: str, hardware: Any) -> Design:
@@ -107,7 +113,7 @@ def measure(
     clipped = network.saturated(observe, chosen.deploy("saturating", True), chosen.grid.variables, few)
     return {
         "models": models,
-        "images": len(_cut(scene, hardware.images)[0]),
+        "images": len(cut(scene, hardware.images)[0]),
         "skip_images": len(few),
         "signed_inputs": list(chosen.signed),
         "layers": _layer_rows(chosen, clipped),
@@ -120,15 +126,10 @@ def measure(
     }
 
 
-def _cut(scene: Scene, images: int) -> tuple[np.ndarray, np.ndarray]:
-    n = images or len(scene.images)
-    return scene.images[:n], scene.labels[:n]
-
-
 def _scores(p: Placed, scene: Scene, hardware: Any, score: network.Scorer) -> dict[str, Any]:
     """Accuracies: float weights, weights on levels, the engine, and a saturating ADC on fewer images."""
-    lots = network.batches(*_cut(scene, hardware.images), hardware.batch)
-    few = network.batches(*_cut(scene, min(hardware.slow_images, len(scene.images))), hardware.batch)
+    lots = network.batches(*cut(scene, hardware.images), hardware.batch)
+    few = network.batches(*cut(scene, min(hardware.slow_images, len(scene.images))), hardware.batch)
     variables = p.grid.variables
     flip, clipping = p.deploy("flip", True), p.deploy("saturating", True)
     return {
@@ -153,6 +154,7 @@ def _about(p: Placed) -> dict[str, Any]:
         "trained_bits": next((h.bits for h in p.subject.held.values() if h.bits), None),
         "signs": next(iter(p.designs.values())).signs,
         "weights": sum(m.weights for m in mapped),
+        "live_weights": None if p.live is None else sum(p.live.values()),
         "arrays": sum(m.arrays for m in mapped),
         "arrays_unsqueezed": sum(m.dense_arrays for m in mapped),
         "utilisation": cells / max(1, sum(m.arrays * m.array_cells for m in mapped)),
@@ -177,7 +179,7 @@ def _variation(
     p: Placed, scene: Scene, hardware: Any, config: Any, score: network.Scorer, seed: int
 ) -> dict[str, Any]:
     """Accuracy over devices: mean, spread and interval for every sigma, on the first images."""
-    images, labels = _cut(scene, min(config.images, len(scene.images)))
+    images, labels = cut(scene, min(config.images, len(scene.images)))
     lots = network.batches(images, labels, hardware.batch)
     deployed, key = p.deploy("flip", False), jax.random.key(seed)
     rows = []
@@ -208,7 +210,7 @@ def _skip_rows(skips: Mapping[str, Skipping], p: Placed) -> dict[str, Any]:
     """
     histogram = np.sum([s.histogram for s in skips.values()], axis=0)
     full = next(iter(p.designs.values())).cycles
-    rows = {layer.name: int(layer.kept.any(axis=2).sum()) * layer.uses for layer in p.layers}
+    rows = {layer.name: sum(len(layer.laid(g)) for g in range(len(layer.kept))) * layer.uses for layer in p.layers}
     mean = sum(rows[path] * s.mean for path, s in skips.items()) / max(1, sum(rows[path] for path in skips))
     return {
         "histogram": [int(n) for n in histogram],
@@ -232,6 +234,7 @@ def _layer_rows(p: Placed, clipped: Mapping[str, tuple[int, int]]) -> list[dict[
         rows.append(
             {
                 **mapped.row(),
+                "live weights": None if p.live is None else p.live[layer.name],
                 "design": p.designs[layer.name].name,
                 "fragment": held.fragment if held else None,
                 "frees whole arrays": frees,
@@ -267,6 +270,7 @@ def _engines(
 ) -> dict[str, Any]:
     """Area, power, energy and frames per second of the network on several engines, and ratios in factors."""
     dense = [Layer(layer.name, np.ones_like(layer.kept), layer.uses) for layer in main.layers]
+    squeezed = [replace(layer, rows=None) for layer in main.layers]  # where signs bind no rows, empty ones can all go
     isaac, puma, prime = presets.isaac(), presets.puma_like(), presets.prime_like()
     chip = {name: make() for name, make in chips.CHIPS.items()}
     wide = isaac.but(name="ISAAC", weight_bits=BASE_BITS, signs="differential_digital")
@@ -279,8 +283,8 @@ def _engines(
         "PUMA-like, dense, 16 bit": run(dense, puma, chip["puma"]),
         "PRIME-like, dense, 6-bit inputs": run(dense, prime, chip["prime_like"]),
         "FORMS-8, dense, no skipping": run(dense, flat, chip["forms"]),
-        "ISAAC, compressed": run(main.layers, isaac.but(**eight), chip["isaac"]),
-        "PUMA-like, compressed": run(main.layers, puma.but(**eight), chip["puma"]),
+        "ISAAC, compressed": run(squeezed, isaac.but(**eight), chip["isaac"]),
+        "PUMA-like, compressed": run(squeezed, puma.but(**eight), chip["puma"]),
     }
     twins = {m: p for m, p in _by_fragment(placed, main).items() if m}
     for m, p in sorted(twins.items()):
@@ -336,7 +340,8 @@ def _single(main: Placed, skips: Any, chip: Mapping[str, chips.Chip], hardware: 
     """Latency wants one frame at a time."""
     m = main.subject.fragment
     out = {"ISAAC, compressed": presets.isaac().but(weight_bits=hardware.weight_bits)}
-    plans = {n: _plan(main.layers, d, chip["isaac"], main.signed, hardware, frames=1) for n, d in out.items()}
+    squeezed = [replace(layer, rows=None) for layer in main.layers]
+    plans = {n: _plan(squeezed, d, chip["isaac"], main.signed, hardware, frames=1) for n, d in out.items()}
     if m:
         sweeps = {path: s.mean_slowest for path, s in skips[m].items()}
         design = presets.forms(m)

@@ -1,10 +1,13 @@
 """A model on its way to an engine: its weights, the sets they lie in, and what these say about each layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
+from compressx import compaction
+from compressx.crossbar import network
 from compressx.crossbar.program import rows_of
 from compressx.data import Info
 from compressx.rules import Rules, resolve
@@ -27,6 +30,12 @@ class Scene(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     info: Info
+
+
+def cut(scene: Scene, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first so many test images, or as many as there are; 0 is all. With their labels."""
+    n = images or len(scene.images)
+    return scene.images[:n], scene.labels[:n]
 
 
 class Held(NamedTuple):
@@ -95,6 +104,26 @@ def make_subject(name: str, weights: Weights, rules: Rules, results: dict[str, A
                 found = found._replace(bits=part.spec["bits"], grid=part.spec["grid"], scale=float(piece))
         held[path] = found
     return Subject(name, weights, rules, held, results)
+
+
+def live_weights(scene: Scene, variables: Any, names: Sequence[str]) -> dict[str, int] | None:
+    """Non-zero weights of each layer on a path from an input to an output: the others could go (`compaction.dead`).
+
+    A filter that nobody reads, a row that reads an empty filter: their weights are kept, and programmed, for nothing.
+    None where the network has a primitive that channels cannot be followed through.
+    """
+    x = scene.prepare(jnp.asarray(scene.calibration[:1]))
+    try:
+        kept = compaction.dead(lambda v, x: scene.apply(v, x, train=False), variables, x).kept
+    except compaction.CompactionError:
+        return None
+    live = {}
+    for name in names:
+        w = network.kernel(variables, name)
+        for axis, ids in enumerate(kept.get(f"params/{name}/kernel", ())):
+            w = w if ids is None else np.take(w, ids, axis)
+        live[name] = int(np.count_nonzero(w))
+    return live
 
 
 def _leaf(tree: Any, path: str) -> np.ndarray:

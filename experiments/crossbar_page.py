@@ -17,6 +17,12 @@ _SENSE = (
 )
 
 
+_LIVE = (
+    "Kept weights are not zero. Live ones lie on a path from an input to an output: the others feed a filter that "
+    "nobody reads, or read one that is empty, and are programmed for nothing."
+)
+
+
 def pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
     """The plots, as PNGs in the work directory."""
     return _forms_pictures(workdir, found) if found["engine"] == "forms" else _sot_pictures(workdir, found)
@@ -148,7 +154,13 @@ def _forms_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         head = ("model", "sigma", "devices", "ideal", "mean", "95 % interval of the mean", "points lost")
         out.append(("Device variation", Table(head, rows, (False, *[True] * 6))))
     out.append(("Reduction of arrays", _reduction(found["reduction"])))
-    keys = ("matrix", "kept rows", "kept columns", "uses", "arrays dense", "arrays")
+    rows = [
+        (name, *(fmt.text(m[k]) for k in ("weights", "live_weights", "arrays")), fmt.percent(m["utilisation"], 1))
+        for name, m in models.items()
+    ]
+    head = ("model", "kept weights", "live", "arrays", "utilisation")
+    out.append(("Weights", [_LIVE, Table(head, rows, (False, *[True] * 4))]))
+    keys = ("matrix", "kept rows", "kept columns", "weights", "live weights", "uses", "arrays dense", "arrays")
     body: list[Any] = [
         (
             r["layer"],
@@ -159,8 +171,8 @@ def _forms_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         )
         for r in found["layers"]
     ]
-    head = ("layer", *keys, "utilisation", "no weight pruned in vain", "clipped if saturating")
-    out.append(("Mapping", Table(head, body, (False, *[True] * 9))))
+    head = ("layer", *keys, "utilisation", "fills whole arrays", "clipped if saturating")
+    out.append(("Mapping", Table(head, body, (False, *[True] * 11))))
     out.append(("Zero skipping", _skips(found)))
     out += _engine_tables(found["engines"])
     rows = [(i["where"], i["stated"], i["recomputed"], i["treatment"]) for i in found["inconsistencies"]]
@@ -290,6 +302,7 @@ def _sot_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         (
             name,
             fmt.count(m["weights"]),
+            fmt.text(m["live_weights"]),
             f"{m['weight_bits']}" + ("" if m["trained_bits"] else " (rounded)"),
             *(fmt.percent(m[k]) for k in ("float", "hardware")),
             fmt.count(m["subarrays"]),
@@ -305,6 +318,7 @@ def _sot_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     head: tuple[str, ...] = (
         "model",
         "weights",
+        "live",
         "bits",
         "float",
         "engine",
@@ -316,8 +330,10 @@ def _sot_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "FPS",
         "energy",
     )
-    text = f"{found['images']} test images through bit planes, AND and population count, exactly; 8-bit inputs."
-    out: list[tuple[str, Any]] = [("SOT-MRAM engine", [text, Table(head, rows, (False, *[True] * 11))])]
+    text = f"{found['images']} test images through bit planes, AND and population count, exactly; "
+    text += f"{dense['input_bits']}-bit inputs. Models of any row, the dense one too, see the same images."
+    text += f" Weights are those of kept rows and columns. {_LIVE}"
+    out: list[tuple[str, Any]] = [("SOT-MRAM engine", [text, Table(head, rows, (False, *[True] * 12))])]
     keys = list(found["layers"][0])
     body: list[Any] = [
         tuple(f"{r[k]:.4g}" if isinstance(r[k], float) else fmt.text(r[k]) for k in keys) for r in found["layers"]

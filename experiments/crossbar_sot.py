@@ -11,7 +11,7 @@ from compressx.crossbar import layers, network, sot_mram
 from compressx.crossbar.design import Design
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.sot_mram import Engine, Operands
-from experiments.crossbar_models import Scene, Subject
+from experiments.crossbar_models import Scene, Subject, cut, live_weights
 
 WRITE_FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 WIDTHS = (8, 7, 6, 5, 4)
@@ -57,8 +57,7 @@ def scores(subject: Subject, scene: Scene, hardware: Any) -> dict[str, Any]:
 
 
 def _lots(scene: Scene, hardware: Any) -> Any:
-    n = hardware.images or len(scene.images)
-    return network.batches(scene.images[:n], scene.labels[:n], hardware.batch)
+    return network.batches(*cut(scene, hardware.images), hardware.batch)
 
 
 def _scores(p: Placed, scene: Scene, hardware: Any, score: network.Scorer) -> dict[str, Any]:
@@ -85,12 +84,18 @@ def measure(
     for s in subjects:
         p = place(s, scene, hardware)
         chosen = p if s.name == main else chosen
-        models[s.name] = {**_cost(p, engine), **_scores(p, scene, hardware, score)}
+        live = live_weights(scene, p.grid.variables, list(p.operands))
+        models[s.name] = {
+            **_cost(p, engine),
+            "nonzero_weights": sum(int(layer.kept.sum()) for layer in p.layers),
+            "live_weights": None if live is None else sum(live.values()),
+            **_scores(p, scene, hardware, score),
+        }
     assert chosen is not None
     x_bits, w_bits = _bits(chosen)
     return {
         "models": models,
-        "images": hardware.images or len(scene.images),
+        "images": len(cut(scene, hardware.images)[0]),
         "layers": [work.row() for work in sot_mram.network(chosen.layers, engine, x_bits, w_bits).layers],
         "rounded": _rounded(subjects, scene, hardware, score),
         "write_sensitivity": _writes(chosen, engine),

@@ -8,6 +8,7 @@ program           weights laid on arrays (`program.program`); what cannot clip i
 kernels, mvm      the product's formulations, and the one call that picks
 tune              which formulation is fastest on this device
 layers, network   dense and convolution layers; whole flax models on simulated hardware
+recurrent         what a recurrent layer offers so that its products can be simulated
 aware             noise-aware training
 zero_skip         effective input cycles
 noise, ir_drop    devices that are not ideal, Monte Carlo; wire resistance

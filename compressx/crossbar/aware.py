@@ -17,6 +17,7 @@ from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
 from compressx.crossbar.noise import Variation, perturb
 from compressx.crossbar.program import TABLE_ROWS, Programmed, worst_limb_cycles
+from compressx.crossbar.recurrent import is_recurrent, path_of
 
 
 class Target(NamedTuple):
@@ -48,6 +49,10 @@ def training_hardware(
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         path = "/".join(module.path)
+        if context.method_name == "__call__" and is_recurrent(module):
+            mine = [p for p in targets if p.startswith(path_of(module, ""))]
+            if mine:
+                raise ValueError(f"{mine[0]}: recurrent layers cannot be trained through the simulator")
         if context.method_name != "__call__" or path not in targets:
             return next_fun(*args, **kwargs)
         return _call(module, args[0], path, targets[path], key, variation)

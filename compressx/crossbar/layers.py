@@ -22,6 +22,7 @@ from jax import Array, lax
 from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
 from compressx.crossbar.program import Programmed, program
+from compressx.crossbar.recurrent import Recurrent, is_recurrent, path_of, plain
 from compressx.crossbar.sot_mram import Operands, Planes
 
 
@@ -151,17 +152,17 @@ def patches(
 
 
 def simulate(apply: Callable[..., Any], deployed: Mapping[str, Deployed]) -> Callable[..., Any]:
-    """`apply` of a flax model with the products of some `nn.Dense` and `nn.Conv` layers done by crossbars.
+    """`apply` of a flax model with the products of some dense, convolution and recurrent layers done by crossbars.
 
     Args:
       apply: `model.apply`.
-      deployed: layer by module path (`Conv_0`, `block/Dense_1`), without `params` and `kernel`.
+      deployed: layer by module path (`Conv_0`, `block/Dense_1`, `gru_0/wz`), without `params` and `kernel`.
 
     Returns:
       A function of the same arguments; jit it with the deployed layers closed over, or use `hardware` inside one.
 
     Raises:
-      ValueError: when called: a deployed path is no Dense or Conv layer of the model.
+      ValueError: when called: a deployed path is no Dense or Conv layer, and no recurrent matrix, of the model.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -170,7 +171,9 @@ def simulate(apply: Callable[..., Any], deployed: Mapping[str, Deployed]) -> Cal
             result = apply(*args, **kwargs)
         missing = sorted(set(deployed) - used)
         if missing:
-            raise ValueError(f"no Dense or Conv layer of the model was called at {', '.join(missing)}")
+            raise ValueError(
+                f"no Dense or Conv layer or recurrent matrix of the model was called at {', '.join(missing)}"
+            )
         return result
 
     return run
@@ -203,11 +206,31 @@ def hardware(
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape).astype(y.dtype)
         return y
 
+    def run(module: Recurrent, args: Any, kwargs: Any) -> Any:
+        def product(x: Array, name: str, w: Array) -> Array:
+            layer = deployed.get(path_of(module, name))
+            if layer is None:
+                return x @ w
+            if layer.key is not None:
+                raise ValueError(f"{path_of(module, name)}: read noise is not simulated in recurrent layers")
+            return dense(x, layer)
+
+        y, fed = module.run_with(product, *args, **kwargs)
+        for path, x in ((path_of(module, name), x) for name, x in fed.items()):
+            if path in deployed and used is not None:
+                used.add(path)
+            if path in deployed and seen is not None:
+                seen[path] = (layer_inputs(x, deployed[path]),)
+        return y
+
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         path = "/".join(module.path)
         if context.method_name == "__call__" and path in deployed and isinstance(module, (nn.Dense, nn.Conv)):
             return call(module, args[0], path)
+        if context.method_name == "__call__" and is_recurrent(module):
+            if any(p.startswith(path_of(module, "")) for p in deployed):
+                return run(module, args, kwargs)
         return next_fun(*args, **kwargs)
 
     return nn.intercept_methods(intercept)
@@ -216,18 +239,22 @@ def hardware(
 def calibrate(
     apply: Callable[..., Any], design: Design, *args: Any, **kwargs: Any
 ) -> tuple[dict[str, float], dict[str, Array]]:
-    """Runs a model once and gives, for each Dense and Conv layer, the input scale and the inputs themselves.
+    """Runs a model once and gives, for each Dense and Conv layer and recurrent matrix, input scale and inputs.
 
     scale = max |x| / largest input of the design; unsigned designs take only layers whose inputs are not negative.
 
     Returns:
-      (scales, inputs) by module path; inputs are as the layer got them, before rounding.
+      (scales, inputs) by module path; inputs are as the layer got them, before rounding; recurrent ones at all steps.
     """
     seen: dict[str, Array] = {}
 
     def intercept(next_fun: Callable[..., Any], given: Any, named: Any, context: Any) -> Any:
         if context.method_name == "__call__" and isinstance(context.module, (nn.Dense, nn.Conv)):
             seen["/".join(context.module.path)] = given[0]
+        if context.method_name == "__call__" and is_recurrent(context.module):
+            y, fed = context.module.run_with(plain, *given, **named)
+            seen.update({path_of(context.module, name): x for name, x in fed.items()})
+            return y
         return next_fun(*given, **named)
 
     with nn.intercept_methods(intercept):
@@ -241,7 +268,7 @@ def calibrate(
     return scales, seen
 
 
-def layer_inputs(x: Array, layer: Deployed, module: nn.Module, group: int = 0) -> Array:
+def layer_inputs(x: Array, layer: Deployed, module: nn.Module | None = None, group: int = 0) -> Array:
     """The integers offered to a layer's word lines: int32 `[n * pixels, P]`, for `zero_skip` and `saturation`.
 
     All P rows in the order of the GEMM view; `Programmed.rows` picks those in use, in their order on the word lines.

@@ -24,11 +24,14 @@ class Layer:
       name: path of the weight.
       kept: bool `[groups, P, F]`: non-zero weights.
       uses: matrix-vector products for one inference: output pixels of a convolution, time steps of a recurrence, or 1.
+      rows: what `program` is given as `rows`: the rows that every group lays on its word lines, in this order, those
+        without a weight too; None: each group's rows with a weight.
     """
 
     name: str
     kept: np.ndarray
     uses: int = 1
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.kept.ndim != 3 or self.kept.dtype != np.bool_ or min(self.kept.shape) < 1:
@@ -38,11 +41,18 @@ class Layer:
             )
         if self.uses < 1:
             raise ValueError(f"layer {self.name}: uses must be at least 1, got {self.uses}")
+        for matrix in self.kept:
+            word_lines(matrix, self.rows, f"layer {self.name}")
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the dense layer for one inference."""
         return int(self.kept.size) * self.uses
+
+    def laid(self, group: int) -> np.ndarray:
+        """The rows that a group lays on word lines, in order; none where it has no weight."""
+        matrix = self.kept[group]
+        return word_lines(matrix, self.rows) if matrix.any() else np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Mapped:
     Attributes:
       name, groups, uses: of the layer.
       rows, cols: of the dense matrix of a group.
-      kept_rows, kept_cols: rows and columns that are not all zero, per group: int `[groups]`.
+      kept_rows, kept_cols: rows that are programmed and columns that are not all zero, per group: int `[groups]`.
       weights: non-zero weights of all groups.
       arrays: physical arrays; dense_arrays: the same without squeezing.
       cells: cells inside squeezed matrices (what has to be programmed, zeros among them).
@@ -98,6 +108,22 @@ class Mapped:
             "utilisation": self.utilisation,
             "non-zero cells": self.density,
         }
+
+
+def word_lines(matrix: np.ndarray, rows: Any = None, name: str = "weights") -> np.ndarray:
+    """The rows of a matrix `[P, F]` that are laid on word lines, in order: `rows`, or those with a non-zero weight.
+
+    Raises:
+      ValueError: `rows` repeats one, leaves the matrix, or leaves out a weight.
+    """
+    if rows is None:
+        return np.flatnonzero(matrix.any(axis=1))
+    order = np.asarray(rows)
+    if len(np.unique(order)) != len(order) or (order.size and not 0 <= order.min() <= order.max() < len(matrix)):
+        raise ValueError(f"{name}: rows must be distinct and in 0..{len(matrix) - 1}")
+    if np.delete(matrix, order, axis=0).any():
+        raise ValueError(f"{name}: rows leaves out rows with non-zero weights; leave it None, or take them in")
+    return order
 
 
 def dense_layer(name: str, weight: Any, uses: int = 1) -> Layer:
@@ -164,10 +190,10 @@ def map_layer(layer: Layer, design: Design, squeeze: bool = True) -> Mapped:
     Args:
       layer: what is stored.
       design: array size and columns per weight.
-      squeeze: leave out rows and columns that are all zero.
+      squeeze: leave out rows and columns that are all zero (rows among `layer.rows` stay).
     """
     groups, rows, cols = layer.kept.shape
-    kept_rows = layer.kept.any(axis=2).sum(axis=1)
+    kept_rows = np.array([len(layer.laid(group)) for group in range(groups)])
     kept_cols = layer.kept.any(axis=1).sum(axis=1)
     dense = _arrays(np.full(groups, rows), np.full(groups, cols), design)
     if not squeeze:
@@ -268,8 +294,8 @@ def reduction(layers: Sequence[Layer], design: Design, baseline_bits: int = 32) 
 def frees_whole_arrays(mapped: Mapped, design: Design) -> bool:
     """Whether not one more row or column could be kept in the same arrays (of a layer without groups).
 
-    True where kept rows fill whole arrays or nothing was pruned, and columns likewise: then no weight was given away
-    without an array for it.
+    True where programmed rows fill whole arrays or nothing was pruned, and columns likewise. It says nothing of what
+    lies in them: a row may be empty (a hole in the order), or read what is always zero.
     """
     if mapped.groups != 1:
         raise ValueError(f"layer {mapped.name} has {mapped.groups} groups; this holds for one matrix")
@@ -281,10 +307,11 @@ def frees_whole_arrays(mapped: Mapped, design: Design) -> bool:
 def occupancy(layer: Layer, design: Design, group: int = 0) -> np.ndarray:
     """The picture of a layer: share of non-zero weights in each physical array, float64 `[row arrays, column arrays]`.
 
-    Rows and columns are squeezed, in order; a weight that straddles two arrays counts in both by its columns.
+    Rows as they lie on the word lines, columns squeezed in order; a weight that straddles two arrays counts in both by
+    its columns.
     """
     kept = layer.kept[group]
-    kept = kept[kept.any(axis=1)][:, kept.any(axis=0)]
+    kept = kept[layer.laid(group)][:, kept.any(axis=0)]
     cells = np.repeat(kept, design.columns_per_weight, axis=1)
     down, across = ceil(cells.shape[0] / design.rows), ceil(cells.shape[1] / design.cols)
     full = np.zeros((down * design.rows, across * design.cols))

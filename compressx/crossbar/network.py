@@ -26,23 +26,27 @@ from compressx.crossbar.mapping import Layer
 from compressx.crossbar.mvm import saturation
 from compressx.crossbar.noise import Variation, perturb
 from compressx.crossbar.program import Programmed
+from compressx.crossbar.recurrent import is_recurrent, path_of, plain
 from compressx.crossbar.sot_mram import Operands, Planes
 from compressx.crossbar.zero_skip import Skipping, measure, merge
+from compressx.rules import paths
 
 
 def kernel(variables: Any, path: str) -> Any:
-    """The weight of the Dense or Conv layer at a module path."""
+    """The weight at a module path: the kernel of a layer, or a matrix that lies there itself (`gru_0/wz`)."""
     node = variables["params"]
     for part in path.split("/"):
         node = node[part]
-    return node["kernel"]
+    return node["kernel"] if isinstance(node, Mapping) else node
 
 
 def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any) -> list[Layer]:
-    """Every Dense and Conv layer of a flax model in the order of its calls, named by module path.
+    """Every Dense and Conv layer and recurrent matrix of a flax model in the order of its calls, by module path.
 
-    Nothing is computed: shapes alone are traced. A layer that is called several times is used as often; calls inside
-    `nn.scan` or `nn.RNN` are traced once and count once (`mapping.recurrent_layers` takes the steps).
+    Nothing is computed: shapes alone are traced. A layer that is called several times is used as often; a matrix of a
+    recurrent layer (`recurrent.Recurrent`: GRU, LSTM) as often as there are steps. Calls inside `nn.scan` or `nn.RNN`
+    are traced once and count once (`mapping.recurrent_layers` takes the steps). Tables that are only looked up
+    (`nn.Embed`) are no layers.
 
     Args:
       apply: `model.apply`.
@@ -50,23 +54,42 @@ def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs:
       args, kwargs: of `apply` besides the variables, for one input (leading axis 1).
 
     Raises:
-      ValueError: the leading axis of a layer's result is not 1.
+      ValueError: the input's leading axis is not 1; a weight of two or more axes belongs to no layer that was called.
     """
+    if (shape := np.shape(args[0]) if args else ())[:1] != (1,):
+        raise ValueError(f"give one input with a leading axis of 1; it is {shape}")
     uses: dict[str, int] = {}
     groups: dict[str, int] = {}
+    tables: dict[str, bool] = {}  # embeddings: whether they are only looked up
 
     def intercept(next_fun: Callable[..., Any], given: Any, named: Any, context: Any) -> Any:
-        y = next_fun(*given, **named)
         module, path = context.module, "/".join(context.module.path)
-        if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.Conv)):
-            if y.ndim < 2 or y.shape[0] != 1:
-                raise ValueError(f"{path}: give one input with a leading axis of 1; the layer's result is {y.shape}")
-            uses[path] = uses.get(path, 0) + prod(y.shape[1:-1])
+        called = context.method_name == "__call__"
+        if called and is_recurrent(module):
+            y, fed = module.run_with(plain, *given, **named)
+            for name, x in fed.items():
+                at = path_of(module, name)
+                uses[at], groups[at] = uses.get(at, 0) + prod(x.shape[:-1]), 1
+            return y
+        y = next_fun(*given, **named)
+        if called and isinstance(module, (nn.Dense, nn.Conv)):
+            uses[path] = uses.get(path, 0) + prod(y.shape[:-1])
             groups[path] = module.feature_group_count if isinstance(module, nn.Conv) else 1
+        if isinstance(module, nn.Embed) and context.method_name in ("__call__", "attend"):
+            tables[path] = tables.get(path, True) and called
         return y
 
     with nn.intercept_methods(intercept):
         jax.eval_shape(lambda *a: apply(*a, **kwargs), variables, *args)
+    held = {*uses, *(f"{path}/kernel" for path in uses)}
+    held |= {f"{path}/embedding" for path, looked_up in tables.items() if looked_up}
+    params = variables["params"]
+    lost = [p for p, w in zip(paths(params), jax.tree.leaves(params), strict=True) if w.ndim >= 2 and p not in held]
+    if lost:
+        raise ValueError(
+            f"{', '.join(lost)}: no Dense, Conv or recurrent layer that was called holds these weights, so an engine "
+            "would leave them out; build the network from such layers, or give theirs `run_with` (recurrent.Recurrent)"
+        )
     return [_layer(path, kernel(variables, path), groups[path], n) for path, n in uses.items()]
 
 
@@ -110,9 +133,11 @@ def on_grid(variables: Any, levels: Mapping[str, Levels], scales: Mapping[str, f
 
 def _with_kernel(variables: Any, path: str, w: np.ndarray) -> Any:
     def put(node: Any, parts: list[str]) -> Any:
-        return {**node, parts[0]: put(node[parts[0]], parts[1:])} if parts else w
+        if not parts:
+            return {**node, "kernel": w} if isinstance(node, Mapping) else w
+        return {**node, parts[0]: put(node[parts[0]], parts[1:])}
 
-    return put(variables, ["params", *path.split("/"), "kernel"])
+    return put(variables, ["params", *path.split("/")])
 
 
 def deploy_network(

@@ -14,6 +14,7 @@ from jax import Array
 from compressx.crossbar import kernels
 from compressx.crossbar.cells import Cells, encode, mixed_groups
 from compressx.crossbar.design import Design
+from compressx.crossbar.mapping import word_lines
 
 PATHS = ("popcount", "table", "folded", "integer")
 TABLE_BYTES = 2**28  # larger look-up tables are built group by group, in every call
@@ -106,11 +107,7 @@ def program(
     low, high = design.weight_range
     if w.size and (w.min() < low or w.max() > high):
         raise ValueError(f"{name}: weights {w.min()}..{w.max()} leave the range {low}..{high} of design {design.name}")
-    order = np.flatnonzero(w.any(axis=1)) if rows is None else np.asarray(rows)
-    if len(np.unique(order)) != len(order) or (order.size and not 0 <= order.min() <= order.max() < len(w)):
-        raise ValueError(f"{name}: rows must be distinct and in 0..{len(w) - 1}")
-    if np.delete(w, order, axis=0).any():
-        raise ValueError(f"{name}: rows leaves out rows with non-zero weights; leave it None, or take them in")
+    order = word_lines(w, rows, name)
     if order.size == 0:
         order = np.zeros(min(1, len(w)), np.int64)  # one row keeps every shape non-empty
     kept = np.flatnonzero(w.any(axis=0))

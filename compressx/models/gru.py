@@ -16,6 +16,7 @@ Sources: K. Cho et al., "Learning Phrase Representations using RNN Encoder-Decod
 2020, whose released training code is pytorch-kaldi's.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -50,6 +51,26 @@ class GRULayer(nn.Module):
             return reset_before(inputs, h, jnp.concatenate(u[:2], axis=1), u[2], mask)
         bu = self.param("bu", nn.initializers.zeros, (self.hidden,))
         return reset_after(inputs, h, jnp.concatenate(u, axis=1), bu, mask)
+
+
+    def run_with(
+        self, product: Callable[[Array, str, Array], Array], x: Array, h: Array, mask: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """`__call__` with every product made by `product(x, name, w)`, see `crossbar.recurrent.Recurrent`."""
+        p, after = self.variables["params"], self.reset == "after"
+        times = lambda v, name: product(v, name, p[name])
+        inputs = tuple(times(x, f"w{g}") + p[f"b{g}"][None, None] for g in GATES)
+
+        def step(h: Array, at: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+            z, r = (jax.nn.sigmoid(a + times(h, f"u{g}")) for a, g in zip(at[:2], "zr", strict=True))
+            c = jnp.tanh(at[2] + (r * (times(h, "uh") + p["bu"][None]) if after else times(r * h, "uh")))
+            h = z * h + (1 - z) * (c * mask)
+            return h, (h, r)
+
+        _, (states, r) = lax.scan(step, h, inputs)
+        past = _previous(h, states)
+        fed = {**dict.fromkeys(("wz", "wr", "wh"), x), "uz": past, "ur": past, "uh": past if after else r * past}
+        return states, fed
 
 
 class GRU(nn.Module):

@@ -7,6 +7,7 @@ gates of all cells: the row that DARB and block-max weight masking cut into bloc
 Source: W. Zaremba, I. Sutskever, O. Vinyals, "Recurrent Neural Network Regularization", 2014.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -33,20 +34,20 @@ def lstm_reference(x: Array, u: Array, carry: Carry) -> tuple[Array, Carry]:
     """
 
     def step(carry: Carry, x: Array) -> tuple[Carry, Array]:
-        h, c, _ = _cell(x, u, *carry)
+        h, c, _ = _cell(x + carry[0] @ u, carry[1])
         return (h, c), h
 
     carry, y = lax.scan(step, carry, x)
     return y, carry
 
 
-def _cell(x: Array, u: Array, h: Array, c: Array) -> tuple[Array, Array, Array]:
-    """h and c after a step, and the gates `[B, 4H]` after their functions.
+def _cell(a: Array, c: Array) -> tuple[Array, Array, Array]:
+    """h and c after a step, and the gates `[B, 4H]` after their functions, from the gates before them and c.
 
     sigmoid(a) is (1 + tanh(a / 2)) / 2: so one function serves all gates, where four would have to be joined again.
     """
-    half, shift = _halves(u.shape[0])
-    gates = jnp.tanh((x + h @ u) * half) * half + shift
+    half, shift = _halves(c.shape[1])
+    gates = jnp.tanh(a * half) * half + shift
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     c = f * c + i * g
     return o * jnp.tanh(c), c, gates
@@ -66,7 +67,7 @@ def lstm(x: Array, u: Array, carry: Carry) -> tuple[Array, Carry]:
 
 def _forward(x: Array, u: Array, carry: Carry) -> tuple[tuple[Array, Carry], Any]:
     def step(carry: Carry, x: Array) -> tuple[Carry, tuple[Array, Array, Array]]:
-        h, c, gates = _cell(x, u, *carry)
+        h, c, gates = _cell(x + carry[0] @ u, carry[1])
         return (h, c), (h, c, gates)
 
     last, (h, c, gates) = lax.scan(step, carry, x)
@@ -142,6 +143,20 @@ class LSTM(nn.Module):
         bias = self.param("bias", _uniform(self.scale), (4 * self.hidden,), jnp.float32)
         a = _flat(x) @ w + bias[None]
         return lstm(a.reshape(*x.shape[:2], -1), u, carry)
+
+    def run_with(
+        self, product: Callable[[Array, str, Array], Array], x: Array, carry: Carry
+    ) -> tuple[tuple[Array, Carry], dict[str, Array]]:
+        """`__call__` with every product made by `product(x, name, w)`, see `crossbar.recurrent.Recurrent`."""
+        p = self.variables["params"]
+        times = lambda v, name: product(v, name, p[name]["kernel"])
+
+        def step(carry: Carry, a: Array) -> tuple[Carry, Array]:
+            h, c, _ = _cell(a + times(carry[0], "recurrent"), carry[1])
+            return (h, c), h
+
+        last, y = lax.scan(step, carry, times(x, "input") + p["bias"][None, None])
+        return (y, last), {"input": x, "recurrent": jnp.concatenate([carry[0][None], y[:-1]])}
 
 
 class LanguageModel(nn.Module):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from compressx.crossbar import mapping
 from compressx.crossbar.design import Adc, Design, Device
 from compressx.crossbar.presets import forms, isaac
+from compressx.crossbar.program import program, rows_of
 
 SMALL = Design(rows=8, cols=16, active_rows=8, weight_bits=4, signs="polarized", adc=Adc(8))  # 2 columns a weight
 
@@ -34,6 +35,30 @@ def test_arrays_are_those_that_hold_a_cell(p, f, seed):
     picture = mapping.occupancy(layer, SMALL)
     assert picture.size == mapped.arrays
     assert picture.mean() == pytest.approx(mapped.density)
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31))
+def test_arrays_are_those_that_are_programmed_when_the_row_order_has_holes(p, f, seed):
+    rng = np.random.default_rng(seed)
+    w = _sparse(rng, p, f, rng.integers(1, p + 1), rng.integers(1, f + 1)).astype(np.int32)
+    rows = rows_of(rng.permutation(p), w)
+    layer = mapping.Layer("w", (w != 0)[None], rows=rows)
+    mapped = mapping.map_layer(layer, SMALL)
+    programmed = program(w, SMALL, rows=rows)
+    assert mapped.kept_rows == (len(programmed.rows),) and mapped.kept_rows[0] >= int(w.any(1).sum())
+    columns = len(programmed.proven) + len(programmed.simulated)
+    assert mapped.arrays == ceil(len(programmed.rows) / 8) * ceil(2 * columns / 16)
+    assert mapping.occupancy(layer, SMALL).mean() == pytest.approx(mapped.density)
+    assert mapping.reduction([layer], SMALL).arrays == mapped.arrays
+
+
+def test_holes_of_an_order_take_arrays_and_an_empty_group_none():
+    w = np.zeros((20, 2))
+    w[[0, 19]] = 1
+    squeezed, laid = mapping.Layer("w", (w != 0)[None]), mapping.Layer("w", (w != 0)[None], rows=np.arange(20))
+    assert mapping.map_layer(squeezed, SMALL).arrays == 1 and mapping.map_layer(laid, SMALL).arrays == 3
+    both = np.stack([w != 0, np.zeros_like(w, bool)])
+    assert mapping.map_layer(mapping.Layer("g", both, rows=np.arange(20)), SMALL).kept_rows == (20, 0)
 
 
 def test_differential_pairs_take_twice_the_columns():
@@ -116,6 +141,8 @@ def test_frees_whole_arrays(rng):
 def test_refuses():
     with pytest.raises(ValueError, match="fc: expected a weight of 2 axes"):
         mapping.dense_layer("fc", np.ones((2, 2, 2)))
+    with pytest.raises(ValueError, match="layer fc: rows leaves out rows with non-zero weights"):
+        mapping.Layer("fc", np.ones((1, 3, 2), bool), rows=np.array([0, 2]))
     with pytest.raises(ValueError, match="do not divide"):
         mapping.conv_layer("c", np.ones((1, 1, 2, 3)), (4, 4), groups=2)
     with pytest.raises(ValueError, match="leaves no output"):

@@ -14,6 +14,7 @@ from compressx.training import ConfigError
 from configs import crossbar as configs
 from experiments import crossbar, crossbar_sot
 from experiments.crossbar_config import plan_phases
+from experiments.crossbar_models import Scene, live_weights
 from experiments.driver import Options
 
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}
@@ -74,6 +75,35 @@ def test_models_lie_in_their_sets_and_on_the_engine_as_on_paper(done):
     assert found["full_8"]["on_levels"] == found["full_8"]["float"]  # trained on the levels, nothing to round
     # c1 9 x 16, c2 144 x 32, f1 512 x 64, f2 64 x 10: four cells a weight, twice that in pairs
     assert found["dense"]["arrays"] == 1 + 4 + 16 + 1 and found["full_8"]["arrays"] == 4
+
+
+def test_live_weights_are_those_on_a_path_from_input_to_output():
+    model, rng = models.build("digits_cnn", classes=10), np.random.default_rng(0)
+    images = rng.uniform(0, 1, (2, 8, 8, 1)).astype(np.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(images))
+    v = jax.tree.map(lambda w: rng.uniform(0.5, 1, w.shape).astype(np.float32), shapes)
+    p = v["params"]
+    for leaf in (p["c2"]["kernel"][..., 3], p["c2"]["bias"][3:4], p["f2"]["kernel"][5], p["c2"]["kernel"][:, :, 7]):
+        leaf[...] = 0  # an empty filter of c2, a filter of f1 and a channel of c1 that nobody reads
+    scene = Scene(model.apply, lambda x: x, images, images, np.zeros(2), None)
+    live = live_weights(scene, v, ["c1", "c2", "f1", "f2"])
+    c1, c2, f1, f2 = (p[n]["kernel"] for n in ("c1", "c2", "f1", "f2"))
+    per_channel = f1.shape[0] // c2.shape[-1]
+    assert live == {
+        "c1": c1.size - c1[..., 7].size,
+        "c2": np.count_nonzero(c2),
+        "f1": (f1.shape[0] - per_channel) * (f1.shape[1] - 1),
+        "f2": f2.size - f2.shape[1],
+    }
+
+
+def test_live_weights_are_reported_beside_the_kept_ones(done):
+    folder, s = done
+    for model in s["crossbar"]["models"].values():
+        assert 0 < model["live_weights"] <= model["weights"]
+    rows = s["crossbar"]["layers"]
+    assert sum(r["live weights"] for r in rows) == s["crossbar"]["models"]["full_8"]["live_weights"]
+    assert "Live ones lie on a path" in (folder / "report.html").read_text()
 
 
 def test_reduction_and_frame_rates_are_products_of_their_factors(done):
@@ -147,9 +177,12 @@ def test_a_finished_run_can_be_taken(done, tmp_path):
 def test_sot_mram(tmp_path, monkeypatch):
     monkeypatch.setattr(crossbar_sot, "WIDTHS", (8, 4))  # every width is programs of its own to compile
     settings = configs.get_config("digits_sot_tiny").unlock()
-    settings.one_shot = False
+    settings.one_shot, settings.hardware.images = False, 1000
     summary = crossbar.run(crossbar.read(settings), Options(tmp_path))
     found = summary["crossbar"]
+    assert found["images"] == summary["dataset"]["test"] == 50  # what there is, not what was asked for
+    assert all(configs.get_config(v).hardware.images == 0 for v in configs.VARIANTS)
+    assert summary["metric"]["dense"] == pytest.approx(found["models"]["dense"]["float"])  # of the same images
     assert set(found["models"]) == {"dense", "pruned", "bits_8", "bits_4"}
     dense, pruned, eight, four = (found["models"][n] for n in ("dense", "pruned", "bits_8", "bits_4"))
     assert dense["ands"] > pruned["ands"] >= eight["ands"] == 2 * four["ands"]  # energy goes with kept x bits x bits
