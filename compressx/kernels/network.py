@@ -97,7 +97,8 @@ def compile(
       path: "xla" for the fused steps on XLA, "native", or None for the native path where it runs.
 
     Raises:
-      ValueError: a saved model without a name, a missing argument, or a path that does not run here.
+      ValueError: a saved model without a name or a number of classes, a missing argument, or a path that does not run
+        here.
     """
     packed: Mapping[str, Packed] = {}
     model = packed_model
@@ -110,7 +111,13 @@ def compile(
 
         about, facts = packed_model.model, packed_model.extra
         known = {"classes": facts["classes"]} if isinstance(facts, dict) and "classes" in facts else {}
-        model = models.build(about["name"], **known | about.get("options", {}))
+        options = known | about.get("options", {})
+        if "classes" not in options:
+            raise ValueError(
+                f"the saved model {about['name']!r} does not say how many classes it has; give compile the module and "
+                "the variables"
+            )
+        model = models.build(about["name"], **options)
         variables, packed = packed_model.params, packed_model.packed
     if path not in (None, "native", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native and xla")

@@ -109,6 +109,14 @@ def test_a_saved_model_runs(tmp_path):
         assert len({np.asarray(y).tobytes() for y in pool.map(lambda _: f(x), range(16))}) == 1
 
 
+def test_a_saved_model_without_a_number_of_classes_is_refused(tmp_path):
+    model = models.build("digits_cnn", 10)
+    variables = sparse_variables(model, np.zeros((1, 8, 8, 1), np.float32))
+    compressx.save_model(tmp_path / "m.safetensors", variables, model={"name": "digits_cnn", "options": {}})
+    with pytest.raises(ValueError, match="how many classes"):
+        compressx.compile(compressx.load_model(tmp_path / "m.safetensors"))
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="SavedModel"):
         kernels.compile(lambda v, x: x)
