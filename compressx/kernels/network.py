@@ -267,7 +267,9 @@ class _Builder:
             def on_xla(env: "_Values", arrays: dict[str, Any]) -> None:
                 residual = env.images(s.residual) if s.residual >= 0 else None
                 a = arrays[name]
-                env.dense[s.y] = pattern_conv.xla(env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual)
+                env.dense[s.y] = pattern_conv.xla(
+                    env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual, s.residual_after
+                )
 
             return on_xla
         sparse, g, wide, reach = self._sparse(s), self._grid(s.y), self._grid(s.x), geometry.reach()
@@ -279,7 +281,7 @@ class _Builder:
         else:
             plan = tuning.guess(sparse, geometry, g, tuning.cores(self.threads))
         self.reports.append(report._replace(plan=plan))
-        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside)
+        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside, s.residual_after)
         arrays = dict(ready.arrays)
         if strided:
             arrays["source"] = window_source(wide, inside, geometry.strides, geometry.phases())

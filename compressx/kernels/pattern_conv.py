@@ -20,7 +20,8 @@ from compressx.kernels import native, schedule
 from compressx.kernels.grid import Grid, grid, valid, window_source
 from compressx.kernels.schedule import Geometry, Pads, Plan, Sparse
 
-ACTIVATIONS = ("none", "relu", "relu6")
+ACTIVATIONS = ("none", "relu", "relu6", "leaky")
+SLOPE = 0.1  # of "leaky", Darknet's: max(y, 0.1 y)
 
 
 def reference(
@@ -30,6 +31,7 @@ def reference(
     bias: np.ndarray | None = None,
     activation: str = "none",
     residual: np.ndarray | None = None,
+    residual_after: bool = False,
 ) -> np.ndarray:
     """The definition, in NumPy float64: `act(sum_{i,j,c} x[sy+i-top, sx+j-left, c] w[i, j, c, f] + b_f + residual)`.
 
@@ -40,6 +42,7 @@ def reference(
       bias: `[cout]`.
       activation: one of `ACTIVATIONS`.
       residual: `[n, oh, ow, cout]`, added before the activation.
+      residual_after: the residual is added after the activation instead, as in Darknet.
 
     Returns:
       float64 `[n, oh, ow, cout]`.
@@ -59,11 +62,15 @@ def reference(
                 y[..., outputs] += inputs @ w[i, j, :, outputs].astype(np.float64)
     if bias is not None:
         y += bias
-    if residual is not None:
+    if residual is not None and not residual_after:
         y += residual
-    if activation != "none":
+    if activation == "leaky":
+        y = np.maximum(y, SLOPE * y)
+    elif activation != "none":
         y = np.maximum(y, 0)
-    return np.minimum(y, 6) if activation == "relu6" else y
+    if activation == "relu6":
+        y = np.minimum(y, 6)
+    return y + residual if residual is not None and residual_after else y
 
 
 def xla(
@@ -73,6 +80,7 @@ def xla(
     bias: jax.Array | None = None,
     activation: str = "none",
     residual: jax.Array | None = None,
+    residual_after: bool = False,
 ) -> jax.Array:
     """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers; the fallback."""
     y = lax.conv_general_dilated(
@@ -85,13 +93,15 @@ def xla(
     )
     if bias is not None:
         y = y + bias[None, None, None]
-    if residual is not None:
+    if residual is not None and not residual_after:
         y = y + residual
     if activation == "relu":
         y = jnp.maximum(y, 0)
     if activation == "relu6":
         y = jnp.clip(y, 0, 6)
-    return y
+    if activation == "leaky":
+        y = jnp.maximum(y, SLOPE * y)
+    return y + residual if residual is not None and residual_after else y
 
 
 class Layer(NamedTuple):
@@ -112,6 +122,7 @@ class Fixed(NamedTuple):
     groups: int
     columns: bool
     activation: str
+    residual_after: bool
     couts: int
 
 
@@ -123,6 +134,7 @@ def layer(
     bias: np.ndarray | None = None,
     activation: str = "none",
     inside: Grid | None = None,
+    residual_after: bool = False,
 ) -> Layer:
     """Sorts the weights as the plan says and gathers what the native call needs.
 
@@ -139,8 +151,8 @@ def layer(
     arrays["valid"] = valid(grid)
     most = native.WIDTHS[native.isa_of(grid)][t.taps == 0]
     width = min(plan.width, most, grid.segment)
-    fixed = Fixed(grid, len(geometry.phases()), t.taps, t.filters, width, t.groups, plan.columns, activation, couts)
-    return Layer(arrays, fixed)
+    counts = (len(geometry.phases()), t.taps, t.filters, width, t.groups)
+    return Layer(arrays, Fixed(grid, *counts, plan.columns, activation, residual_after, couts))
 
 
 def run(
@@ -175,6 +187,7 @@ def run(
         groups=fixed.groups,
         columns=int(fixed.columns),
         activation=ACTIVATIONS.index(fixed.activation),
+        after=int(fixed.residual_after),
         threads=threads,
     )
 
@@ -212,12 +225,13 @@ class Convolution:
         geometry: Geometry,
         bias: np.ndarray | None,
         activation: str,
+        residual_after: bool,
         plan: Plan | None,
         threads: int,
         path: str,
     ):
         self.geometry, self.activation, self.threads, self.path, self.plan = geometry, activation, threads, path, plan
-        self.shape = shape
+        self.shape, self.residual_after = shape, residual_after
         self.weight = jnp.asarray(schedule.dense(s))
         self.bias = None if bias is None else jnp.asarray(bias, jnp.float32)
         if path == "xla":
@@ -230,7 +244,7 @@ class Convolution:
             from compressx.kernels import tuning
 
             self.plan = plan = tuning.guess(s, geometry, g, tuning.cores(threads))
-        ready = layer(s, geometry, g, plan, bias, activation)
+        ready = layer(s, geometry, g, plan, bias, activation, residual_after=residual_after)
         arrays = jax.tree.map(jnp.asarray, ready.arrays)
         inside = phase_grid(geometry, g, h, w)
         strided = geometry.strides != (1, 1)
@@ -252,7 +266,7 @@ class Convolution:
         self._arrays = arrays
 
     def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-        """Convolves images `[n, h, w, cin]`, adds bias and residual `[n, oh, ow, cout]`, and activates.
+        """Convolves images `[n, h, w, cin]`, adds bias and residual `[n, oh, ow, cout]`, and activates, in its order.
 
         Raises:
           ValueError: the shape or dtype is not what the convolution was prepared for.
@@ -264,7 +278,7 @@ class Convolution:
             if tuple(residual.shape) != (n, *self.geometry.out(h, w), expected):
                 raise ValueError(f"residual of shape {list(residual.shape)} does not fit the output")
         if self._native is None:
-            return xla(x, self.weight, self.geometry, self.bias, self.activation, residual)
+            return xla(x, self.weight, self.geometry, self.bias, self.activation, residual, self.residual_after)
         return _differentiable(self, x, residual)
 
 
@@ -277,7 +291,7 @@ def _differentiable(conv: Convolution, x: jax.Array, residual: jax.Array | None)
 def _backward(conv: Convolution, saved: Any, g: jax.Array) -> Any:
     """Through XLA's dense convolution: gradients are for training, where the weights are dense anyway."""
     x, residual = saved
-    f = lambda x, r: xla(x, conv.weight, conv.geometry, conv.bias, conv.activation, r)
+    f = lambda x, r: xla(x, conv.weight, conv.geometry, conv.bias, conv.activation, r, conv.residual_after)
     return jax.vjp(f, x, residual)[1](g)
 
 
@@ -307,6 +321,7 @@ def prepare(
     groups: int = 1,
     bias: np.ndarray | None = None,
     activation: str = "none",
+    residual_after: bool = False,
     plan: Plan | None = None,
     threads: int = 0,
     path: str | None = None,
@@ -321,6 +336,7 @@ def prepare(
       groups: of channels.
       bias: `[cout]`.
       activation: one of `ACTIVATIONS`.
+      residual_after: whether a residual is added after the activation.
       plan: how it is run; None: what the model of `tuning` predicts to be best.
       threads: at most so many, 0 for all of XLA's pool.
       path: "xla", "native", or None for the native one where it runs.
@@ -357,4 +373,4 @@ def prepare(
     if path == "native" and reason is not True:
         raise ValueError(f"the native path does not run: {reason}")
     where = "xla" if path == "xla" or reason is not True else native.active_path()
-    return Convolution(s, shape, geometry, bias, activation, plan, threads, where)
+    return Convolution(s, shape, geometry, bias, activation, residual_after, plan, threads, where)
