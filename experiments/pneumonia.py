@@ -274,7 +274,8 @@ def conclude(
     if jax.process_index() != 0:
         return {}
     last = by_name[f"retrain_{head.name}"]
-    facts = {"driver": "pneumonia", "seed": config.seed, **task.facts, "threshold": scores[head.name]["threshold"]}
+    facts = {"driver": "pneumonia", "seed": config.seed, **task.facts, "classes": task.classes}
+    facts["threshold"] = scores[head.name]["threshold"]
     model = {"name": config.model.name, "options": dict(config.model.options)}
     stored = artifacts.save(options.workdir / artifacts.MODEL, networks[head.name], last.rules, model, facts)
     block = {

@@ -123,22 +123,39 @@ def _score(images: Sequence[_Ranked], confidence: float, thresholds: Sequence[fl
     return Score(float(each[counted].mean()) if counted.any() else float("nan"), int(counted.sum()), each)
 
 
-def choose_threshold(images: Sequence[Found], candidates: int = 64) -> tuple[float, float]:
+def _by_kept(overlap: Array, thresholds: Sequence[float]) -> Array:
+    """`image_score` of an image's first 0, 1, ..., k predictions, `[k + 1]`; NaN where it is None.
+
+    A prediction's match depends on those before it alone, so one pass serves every confidence.
+    """
+    k, m = overlap.shape
+    hits = np.array([match(overlap, t) for t in thresholds]).reshape(len(thresholds), k)
+    tp = np.concatenate([np.zeros((len(thresholds), 1)), np.cumsum(hits, 1)], 1)
+    boxes = np.arange(k + 1) + m - tp
+    return np.divide(tp, boxes, out=np.full(tp.shape, np.nan), where=boxes > 0).mean(0)
+
+
+def choose_threshold(images: Sequence[Found]) -> tuple[float, float]:
     """The confidence with the best challenge score on these images, which must not be those that are reported.
+
+    Every confidence that makes a difference is tried: each score that was given, and one above all of them.
 
     Args:
       images: of a validation set.
-      candidates: how many confidences are tried: quantiles of the scores, and one above all of them.
 
     Returns:
       (confidence, its score); of equal ones the highest confidence.
     """
     ranked = [_ranked(image) for image in images]
     scores = np.unique(np.concatenate([image.scores for image in ranked] or [np.zeros(0)]))
-    tried = np.unique(np.quantile(scores, np.linspace(0, 1, candidates))) if scores.size else np.zeros(0)
     # stricter than every score seen, and still below certainty: nothing found can be the best answer
-    tried = np.append(tried, 0.5 * (scores[-1] + max(1.0, scores[-1])) if scores.size else 1.0)
-    values = [_score(ranked, float(t), THRESHOLDS).value for t in tried]
-    ordered = np.nan_to_num(np.array(values), nan=-1.0)
-    best = int(len(tried) - 1 - np.argmax(ordered[::-1]))
-    return float(tried[best]), float(values[best])
+    tried = np.append(scores, 0.5 * (scores[-1] + max(1.0, scores[-1])) if scores.size else 1.0)
+    total, counted = np.zeros(tried.size), np.zeros(tried.size)
+    for image in ranked:
+        kept = image.scores.size - np.searchsorted(image.scores[::-1], tried)
+        value = _by_kept(image.overlap, THRESHOLDS)[kept]
+        total += np.nan_to_num(value)
+        counted += ~np.isnan(value)
+    means = np.divide(total, counted, out=np.full(tried.size, -1.0), where=counted > 0).round(12)
+    best = float(tried[tried.size - 1 - int(np.argmax(means[::-1]))])
+    return best, _score(ranked, best, THRESHOLDS).value

@@ -2,7 +2,8 @@
 
 The traced program (`compaction.trace`) is read once. What depends on the variables alone is computed; scalings and
 shifts by channel that follow a convolution (batch normalisation) go into its weights and bias; an addition of two
-images and a rectifier go into the convolution that feeds them. Everything else stays the operation that it is.
+images and a rectifier, in either order, go into the convolution that feeds them. Everything else stays the operation
+that it is.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +13,15 @@ import numpy as np
 from jax import lax
 
 from compressx.compaction.program import Op, Program
+from compressx.kernels.pattern_conv import SLOPE
 from compressx.kernels.schedule import Geometry, Pads
 
 
 class Conv(NamedTuple):
-    """`y = act(conv(x, w) + bias + residual)`; values are numbers, -1 stands for none."""
+    """`y = act(conv(x, w) + bias + residual)`, or with `residual_after` `act(conv(x, w) + bias) + residual`.
+
+    Values are numbers, -1 stands for none.
+    """
 
     x: int
     y: int
@@ -27,6 +32,7 @@ class Conv(NamedTuple):
     geometry: Geometry
     residual: int
     activation: str
+    residual_after: bool = False
 
 
 class Pool(NamedTuple):
@@ -60,23 +66,34 @@ def steps(program: Program, variables: Any) -> tuple[list[Step], dict[int, Any]]
       The steps in order, and what is known of values without inputs (the program's outputs may be among them).
     """
     known: dict[int, Any] = dict(enumerate(jax.tree.leaves(variables))) | dict(program.constants)
-    readers = {value: len(uses) for value, uses in program.readers().items()}
+    uses = program.readers()
+    readers = {value: len(where) for value, where in uses.items()}
     found: list[Step] = []
     open_convs: dict[int, Conv] = {}  # value -> a convolution that later operations may still join
     nonnegative: set[int] = set()
+    rectified: set[int] = set()  # operations that are already part of a convolution
 
     def close(value: int) -> None:
         if value in open_convs:
             conv = open_convs.pop(value)
-            if conv.activation != "none":
+            if conv.activation in ("relu", "relu6") and not conv.residual_after:
                 nonnegative.add(value)
             found.append(conv)
 
-    for op in program.ops:
+    for number, op in enumerate(program.ops):
+        if number in rectified:
+            continue
         if all(v in known for v in op.inputs):
             known |= zip(op.outputs, _bind(op, [known[v] for v in op.inputs]), strict=True)
             continue
         out = op.outputs[0]
+        leaky = _leaky(op, open_convs, known, uses, program)
+        if leaky is not None:
+            before, last = leaky
+            out = program.ops[last].outputs[0]
+            open_convs[out] = open_convs.pop(before)._replace(y=out, activation="leaky")
+            rectified.add(last)
+            continue
         joined = _join(op, open_convs, known, readers, program.shapes)
         if joined is not None:
             before, conv = joined
@@ -171,6 +188,30 @@ def _by_channel(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return np.broadcast_to(row, shape[-1:]).astype(np.float32)
 
 
+def _leaky(
+    op: Op,
+    convs: dict[int, Conv],
+    known: dict[int, Any],
+    uses: dict[int, list[tuple[int, int]]],
+    program: Program,
+) -> tuple[int, int] | None:
+    """The open convolution y of which `op` is the first half of `max(y, 0.1 y)`, and the other half's number."""
+    if op.primitive.name != "mul" or len(op.inputs) != 2:
+        return None
+    out = op.outputs[0]
+    for value, factor in (op.inputs, op.inputs[::-1]):
+        if value not in convs or factor not in known or convs[value].activation != "none":
+            continue
+        slope = _by_channel(known[factor], program.shapes[value])
+        last = uses[out][0][0] if len(uses.get(out, ())) == 1 else -1
+        if last < 0 or slope is None or not (slope == np.float32(SLOPE)).all():
+            continue
+        other = program.ops[last]
+        if other.primitive.name == "max" and set(other.inputs) == {value, out} and len(uses[value]) == 2:
+            return value, last
+    return None
+
+
 def _join(
     op: Op,
     convs: dict[int, Conv],
@@ -189,8 +230,8 @@ def _join(
             continue
         if rest not in known:
             same = name in ("add", "add_any") and shapes[rest] == shapes[value] and rest != value
-            if same and conv.residual < 0 and conv.activation == "none":
-                return value, conv._replace(residual=rest)
+            if same and conv.residual < 0:
+                return value, conv._replace(residual=rest, residual_after=conv.activation != "none")
             continue
         v = _by_channel(known[rest], shapes[value])
         if v is None:

@@ -115,7 +115,8 @@ def compile(
         blocks or more are zero, else XLA.
 
     Raises:
-      ValueError: a saved model without a name, a missing argument, or a path that does not run here.
+      ValueError: a saved model without a name or a number of classes, a missing argument, or a path that does not run
+        here.
     """
     packed: Mapping[str, Packed] = {}
     model = packed_model
@@ -128,7 +129,13 @@ def compile(
 
         about, facts = packed_model.model, packed_model.extra
         known = {"classes": facts["classes"]} if isinstance(facts, dict) and "classes" in facts else {}
-        model = models.build(about["name"], **known | about.get("options", {}))
+        options = known | about.get("options", {})
+        if "classes" not in options:
+            raise ValueError(
+                f"the saved model {about['name']!r} does not say how many classes it has; give compile the module and "
+                "the variables"
+            )
+        model = models.build(about["name"], **options)
         variables, packed = packed_model.params, packed_model.packed
     if path not in (None, "native", "pallas", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")
@@ -289,7 +296,9 @@ class _Builder:
             def dense(env: "_Values", arrays: dict[str, Any]) -> None:
                 residual = env.images(s.residual) if s.residual >= 0 else None
                 a = arrays[name]
-                env.dense[s.y] = multiply(env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual)
+                env.dense[s.y] = multiply(
+                    env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual, s.residual_after
+                )
 
             return dense
         sparse, g, wide, reach = self._sparse(s), self._grid(s.y), self._grid(s.x), geometry.reach()
@@ -300,7 +309,7 @@ class _Builder:
             plan = tuning.tuned(sparse, geometry, g._replace(margin=inside.margin), threads=self.threads)
         else:
             plan = tuning.guess(sparse, geometry, g, tuning.cores(self.threads))
-        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside)
+        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside, s.residual_after)
         loads = Loads(*(round(count * g.segment) for count in ready.loads))
         self.reports.append(report._replace(plan=plan, on=f"native/{self.isa}", loads=loads))
         arrays = dict(ready.arrays)

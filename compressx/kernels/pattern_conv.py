@@ -20,7 +20,8 @@ from compressx.kernels import native, pallas, schedule
 from compressx.kernels.grid import Grid, grid, valid, window_source
 from compressx.kernels.schedule import Geometry, Loads, Pads, Plan, Sparse
 
-ACTIVATIONS = ("none", "relu", "relu6")
+ACTIVATIONS = ("none", "relu", "relu6", "leaky")
+SLOPE = 0.1  # of "leaky", Darknet's: max(y, 0.1 y)
 
 
 def reference(
@@ -30,6 +31,7 @@ def reference(
     bias: np.ndarray | None = None,
     activation: str = "none",
     residual: np.ndarray | None = None,
+    residual_after: bool = False,
 ) -> np.ndarray:
     """The definition, in NumPy float64: `act(sum_{i,j,c} x[sy+i-top, sx+j-left, c] w[i, j, c, f] + b_f + residual)`.
 
@@ -40,6 +42,7 @@ def reference(
       bias: `[cout]`.
       activation: one of `ACTIVATIONS`.
       residual: `[n, oh, ow, cout]`, added before the activation.
+      residual_after: the residual is added after the activation instead, as in Darknet.
 
     Returns:
       float64 `[n, oh, ow, cout]`.
@@ -59,11 +62,15 @@ def reference(
                 y[..., outputs] += inputs @ w[i, j, :, outputs].astype(np.float64)
     if bias is not None:
         y += bias
-    if residual is not None:
+    if residual is not None and not residual_after:
         y += residual
-    if activation != "none":
+    if activation == "leaky":
+        y = np.maximum(y, SLOPE * y)
+    elif activation != "none":
         y = np.maximum(y, 0)
-    return np.minimum(y, 6) if activation == "relu6" else y
+    if activation == "relu6":
+        y = np.minimum(y, 6)
+    return y + residual if residual is not None and residual_after else y
 
 
 def xla(
@@ -73,6 +80,7 @@ def xla(
     bias: jax.Array | None = None,
     activation: str = "none",
     residual: jax.Array | None = None,
+    residual_after: bool = False,
 ) -> jax.Array:
     """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers; the fallback."""
     y = lax.conv_general_dilated(
@@ -83,7 +91,7 @@ def xla(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=geometry.groups,
     )
-    return finish(y, bias, activation, residual)
+    return finish(y, bias, activation, residual, residual_after)
 
 
 def on_blocks(
@@ -93,24 +101,29 @@ def on_blocks(
     bias: jax.Array | None = None,
     activation: str = "none",
     residual: jax.Array | None = None,
+    residual_after: bool = False,
 ) -> jax.Array:
     """The same from live blocks, by Pallas on `pallas.target()`; what follows the sum is XLA's."""
     backend, interpret = pallas.target()
     y = pallas.block_sparse_conv(x, w, geometry=geometry, backend=backend, interpret=interpret)
-    return finish(y, bias, activation, residual)
+    return finish(y, bias, activation, residual, residual_after)
 
 
-def finish(y: jax.Array, bias: jax.Array | None, activation: str, residual: jax.Array | None) -> jax.Array:
-    """`act(y + bias + residual)`."""
+def finish(
+    y: jax.Array, bias: jax.Array | None, activation: str, residual: jax.Array | None, residual_after: bool
+) -> jax.Array:
+    """`act(y + bias + residual)`, or `act(y + bias) + residual`."""
     if bias is not None:
         y = y + bias[None, None, None]
-    if residual is not None:
+    if residual is not None and not residual_after:
         y = y + residual
     if activation == "relu":
         y = jnp.maximum(y, 0)
     if activation == "relu6":
         y = jnp.clip(y, 0, 6)
-    return y
+    if activation == "leaky":
+        y = jnp.maximum(y, SLOPE * y)
+    return y + residual if residual is not None and residual_after else y
 
 
 class Layer(NamedTuple):
@@ -132,6 +145,7 @@ class Fixed(NamedTuple):
     groups: int
     columns: bool
     activation: str
+    residual_after: bool
     couts: int
 
 
@@ -143,6 +157,7 @@ def layer(
     bias: np.ndarray | None = None,
     activation: str = "none",
     inside: Grid | None = None,
+    residual_after: bool = False,
 ) -> Layer:
     """Sorts the weights as the plan says and gathers what the native call needs.
 
@@ -159,7 +174,8 @@ def layer(
     arrays["valid"] = valid(grid)
     most = native.WIDTHS[native.isa_of(grid)][t.taps == 0]
     width = min(plan.width, most, grid.segment)
-    fixed = Fixed(grid, len(geometry.phases()), t.taps, t.filters, width, t.groups, plan.columns, activation, couts)
+    counts = (len(geometry.phases()), t.taps, t.filters, width, t.groups)
+    fixed = Fixed(grid, *counts, plan.columns, activation, residual_after, couts)
     return Layer(arrays, fixed, schedule.loads(t, width))
 
 
@@ -195,6 +211,7 @@ def run(
         groups=fixed.groups,
         columns=int(fixed.columns),
         activation=ACTIVATIONS.index(fixed.activation),
+        after=int(fixed.residual_after),
         threads=threads,
     )
 
@@ -232,20 +249,23 @@ class Convolution:
         geometry: Geometry,
         bias: np.ndarray | None,
         activation: str,
+        residual_after: bool,
         plan: Plan | None,
         threads: int,
         path: str,
         blocks: pallas.Blocks | None = None,
     ):
         self.geometry, self.activation, self.threads, self.path, self.plan = geometry, activation, threads, path, plan
-        self.shape = shape
+        self.shape, self.residual_after = shape, residual_after
         self.weight = jnp.asarray(schedule.dense(s))
         self.bias = None if bias is None else jnp.asarray(bias, jnp.float32)
         if path == "xla":
             self._fast = None
             return
         if blocks is not None:
-            self._fast = jax.jit(lambda a, x, r: on_blocks(x, a["blocks"], geometry, a["bias"], activation, r))
+            self._fast = jax.jit(
+                lambda a, x, r: on_blocks(x, a["blocks"], geometry, a["bias"], activation, r, residual_after)
+            )
             self._arrays: dict[str, Any] = {"blocks": blocks, "bias": self.bias}
             return
         n, h, w, _ = shape
@@ -255,7 +275,7 @@ class Convolution:
             from compressx.kernels import tuning
 
             self.plan = plan = tuning.guess(s, geometry, g, tuning.cores(threads))
-        ready = layer(s, geometry, g, plan, bias, activation)
+        ready = layer(s, geometry, g, plan, bias, activation, residual_after=residual_after)
         arrays = jax.tree.map(jnp.asarray, ready.arrays)
         inside = phase_grid(geometry, g, h, w)
         strided = geometry.strides != (1, 1)
@@ -277,7 +297,7 @@ class Convolution:
         self._arrays = arrays
 
     def __call__(self, x: jax.Array, residual: jax.Array | None = None) -> jax.Array:
-        """Convolves images `[n, h, w, cin]`, adds bias and residual `[n, oh, ow, cout]`, and activates.
+        """Convolves images `[n, h, w, cin]`, adds bias and residual `[n, oh, ow, cout]`, and activates, in its order.
 
         Raises:
           ValueError: the shape or dtype is not what the convolution was prepared for.
@@ -289,7 +309,7 @@ class Convolution:
             if tuple(residual.shape) != (n, *self.geometry.out(h, w), expected):
                 raise ValueError(f"residual of shape {list(residual.shape)} does not fit the output")
         if self._fast is None:
-            return xla(x, self.weight, self.geometry, self.bias, self.activation, residual)
+            return xla(x, self.weight, self.geometry, self.bias, self.activation, residual, self.residual_after)
         return _differentiable(self, x, residual)
 
 
@@ -302,7 +322,7 @@ def _differentiable(conv: Convolution, x: jax.Array, residual: jax.Array | None)
 def _backward(conv: Convolution, saved: Any, g: jax.Array) -> Any:
     """Through XLA's dense convolution: gradients are for training, where the weights are dense anyway."""
     x, residual = saved
-    f = lambda x, r: xla(x, conv.weight, conv.geometry, conv.bias, conv.activation, r)
+    f = lambda x, r: xla(x, conv.weight, conv.geometry, conv.bias, conv.activation, r, conv.residual_after)
     return jax.vjp(f, x, residual)[1](g)
 
 
@@ -332,6 +352,7 @@ def prepare(
     groups: int = 1,
     bias: np.ndarray | None = None,
     activation: str = "none",
+    residual_after: bool = False,
     plan: Plan | None = None,
     threads: int = 0,
     path: str | None = None,
@@ -346,6 +367,7 @@ def prepare(
       groups: of channels.
       bias: `[cout]`.
       activation: one of `ACTIVATIONS`.
+      residual_after: whether a residual is added after the activation.
       plan: how it is run; None: what the model of `tuning` predicts to be best.
       threads: at most so many, 0 for all of XLA's pool.
       path: "xla", "native", "pallas", or None for the native one where it runs, else Pallas on a GPU or TPU that
@@ -382,14 +404,14 @@ def prepare(
         raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")
     if path == "native" and reason is not True:
         raise ValueError(f"the native path does not run: {reason}")
+    more = (activation, residual_after, plan, threads)
     if path in (None, "native") and reason is True:
-        return Convolution(s, shape, geometry, bias, activation, plan, threads, native.active_path())
+        return Convolution(s, shape, geometry, bias, *more, native.active_path())
     backend, interpret = pallas.target()
     if path == "pallas" or (path is None and not interpret):
         held = pallas.prepared(schedule.dense(s), geometry, shape, most=0.5 if path is None else 1.0)
         if not isinstance(held, str):
-            where = f"pallas/{'interpret' if interpret else backend}"
-            return Convolution(s, shape, geometry, bias, activation, plan, threads, where, held)
+            return Convolution(s, shape, geometry, bias, *more, f"pallas/{'interpret' if interpret else backend}", held)
         if path == "pallas":
             raise ValueError(f"the Pallas path does not run: {held}")
-    return Convolution(s, shape, geometry, bias, activation, plan, threads, "xla")
+    return Convolution(s, shape, geometry, bias, *more, "xla")

@@ -50,8 +50,9 @@ INLINE Vec Shift(Vec v, int m) {
 }
 
 INLINE Vec Activate(Vec v, int activation) {
-  const Vec zero = {};
-  if (activation != kNone) v = v > zero ? v : zero;
+  if (activation == kNone) return v;
+  const Vec least = activation == kLeaky ? v * Splat(0.1f) : Vec{};
+  v = v > least ? v : least;
   if (activation == kRelu6) {
     const Vec six = Splat(6.f);
     v = v < six ? v : six;
@@ -79,8 +80,10 @@ NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float
     float* plane = c.y + filter * c.out.plane() * kLanes;
     Each<F>([&](auto f) {
       Vec v = Load(sums + f * kLanes);
-      if (add) v += Load(add + f * kLanes);
-      Put(c.out, plane, j + f, Activate(v, c.activation));
+      if (add && !c.after) v += Load(add + f * kLanes);
+      v = Activate(v, c.activation);
+      if (add && c.after) v += Load(add + f * kLanes);
+      Put(c.out, plane, j + f, v);
     });
   }
 }

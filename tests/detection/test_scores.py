@@ -112,12 +112,46 @@ def test_the_score_is_the_brute_one(rng) -> None:
     assert got.value == pytest.approx(np.mean(counted)) and got.images == len(counted) < len(images)
 
 
-def test_the_threshold_chosen_is_the_best_of_all_scores(rng) -> None:
-    images = _random_images(rng, 8)
-    confidence, value = score.choose_threshold(images, candidates=10_000)
-    every = {s for i in images for s in i.scores.tolist()} | {2.0}
-    assert value == pytest.approx(max(score.challenge_score(images, s).value for s in every))
-    assert score.challenge_score(images, confidence).value == pytest.approx(value)
+def _best_of_every_confidence(images) -> tuple[float, float]:
+    """(score, confidence) of the best, the highest confidence of equal ones, by trying them one at a time."""
+    found = (-1.0, 0.0)
+    for confidence in sorted({s for i in images for s in i.scores.tolist()} | {2.0}):
+        each = []
+        for image in images:
+            above = [k for k, s in enumerate(image.scores) if s >= confidence]
+            each.append(_brute_image(image.boxes[above].tolist(), image.scores[above].tolist(), image.truth.tolist()))
+        counted = [v for v in each if v is not None]
+        value = float(np.mean(counted)) if counted else -1.0
+        found = max(found, (round(value, 12), confidence))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_confidence_chosen_is_the_best_of_all_scores(seed) -> None:
+    images = _random_images(np.random.default_rng(seed), 8)
+    confidence, value = score.choose_threshold(images)
+    want, at = _best_of_every_confidence(images)
+    assert value == pytest.approx(want) and score.challenge_score(images, confidence).value == value
+    assert confidence == at if at < 2 else confidence > max(i.scores.max(initial=0) for i in images)
+
+
+def test_many_weak_boxes_do_not_hide_the_best_confidence(rng) -> None:
+    """A thousand boxes of no worth and thirty of some: quantiles of all scores would fall among the former."""
+    far, images = np.array([80.0, 80, 90, 90]), []
+    for _ in range(30):
+        moved = BOX[0] * rng.uniform(0.3, 1.6)
+        scores = np.concatenate([[rng.uniform(0.1, 0.9)], rng.uniform(0, 0.02, 30)])
+        images.append(_found(np.stack([moved, *[far] * 30]), scores, BOX if rng.uniform() < 0.6 else NONE))
+    confidence, value = score.choose_threshold(images)
+    every = np.unique(np.concatenate([i.scores for i in images]))
+    assert value == pytest.approx(max(score.challenge_score(images, s).value for s in every[every > 0.02]))
+    assert confidence > 0.02
+
+
+def test_the_confidence_of_images_without_predictions() -> None:
+    assert score.choose_threshold([_found(truth=BOX)]) == (1.0, 0.0)
+    confidence, value = score.choose_threshold([_found()])
+    assert confidence == 1.0 and np.isnan(value)
 
 
 def _brute_ap(images, t):

@@ -37,6 +37,7 @@ CASES = {
     "resnet20": ((2, 16, 16, 3), {"width": 0.25}),
     "vgg16": ((1, 32, 32, 3), {"width": 0.0625}),
     "resnet18": ((1, 32, 32, 3), {"width": 0.0625}),
+    "darknet53": ((2, 32, 32, 3), {"width": 0.0625, "repeats": (1, 1, 0, 0, 0)}),
 }
 SLOW = {
     "resnet50": ((1, 64, 64, 3), {"width": 0.125}),
@@ -75,6 +76,58 @@ def test_batch_normalisation_residual_and_rectifier_are_fused():
     assert all(s.activation == "relu" for s in convs)
     left = {s.op.primitive.name for s in steps if isinstance(s, graph.Other)}
     assert not left & {"conv_general_dilated", "rsqrt", "max"}
+
+
+def test_darknets_rectifier_and_the_shortcut_after_it_are_fused():
+    model = models.build("yolov3", 1, width=0.0625, repeats=(1, 0, 2, 0, 0))
+    x = np.random.default_rng(1).standard_normal((1, 32, 32, 1), dtype=np.float32)
+    variables = sparse_variables(model, x)
+    steps, _ = graph.steps(trace(model, variables, x), variables)
+    convs = [s for s in steps if isinstance(s, graph.Conv)]
+    assert [s.activation for s in convs].count("leaky") == len(convs) - 3 and len(convs) == 35
+    assert [(s.residual >= 0, s.residual_after) for s in convs].count((True, True)) == 3
+    left = {s.op.primitive.name for s in steps if isinstance(s, graph.Other)}
+    assert left == {"broadcast_in_dim", "reshape", "concatenate"}
+    for path in (None, "xla"):
+        jax.tree.map(close, kernels.compile(model, variables, path=path)(x), model.apply(variables, x))
+
+
+class Near(nn.Module):
+    """What looks like Darknet's rectifier and is not: other slopes, other readers, other operands."""
+
+    case: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.Conv(4, (3, 3), name="a")(x)
+        if self.case == "another slope":
+            return jnp.maximum(y, 0.2 * y)
+        if self.case == "the minimum":
+            return jnp.minimum(y, 0.1 * y)
+        if self.case == "three readers":
+            return jnp.maximum(y, 0.1 * y) + y
+        if self.case == "the product read twice":
+            z = 0.1 * y
+            return jnp.maximum(y, z) * z
+        if self.case == "another image":
+            return jnp.maximum(x[..., :1], 0.1 * y)
+        if self.case == "an output":
+            return jnp.maximum(y, 0.1 * y), y
+        return nn.max_pool(jnp.maximum(y, 0.1 * y), (3, 3), (2, 2), [(1, 1), (1, 1)])  # of negative values too
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["another slope", "the minimum", "three readers", "the product read twice", "another image", "an output", "pooled"],
+)
+def test_only_darknets_rectifier_is_taken_for_it(case):
+    model, x = Near(case), np.random.default_rng(4).standard_normal((1, 7, 6, 2), dtype=np.float32) - 2
+    variables = model.init(jax.random.key(0), x)
+    steps, _ = graph.steps(trace(model, variables, x), variables)
+    (conv,) = [s for s in steps if isinstance(s, graph.Conv)]
+    assert (conv.activation == "leaky") == (case == "pooled")
+    for path in (None, "xla"):
+        jax.tree.map(close, kernels.compile(model, variables, path=path)(x), model.apply(variables, x))
 
 
 def test_a_network_of_the_user():
@@ -126,6 +179,14 @@ def test_tuned_plans_compute_the_same_and_are_kept(tmp_path, monkeypatch):
     plans = [r.plan for r in f.layers(x)]
     held = json.loads((tmp_path / "compressx" / "tuning.json").read_text())
     assert len(plans) == 3 and all(list(plan) in held.values() for plan in plans)
+
+
+def test_a_saved_model_without_a_number_of_classes_is_refused(tmp_path):
+    model = models.build("digits_cnn", 10)
+    variables = sparse_variables(model, np.zeros((1, 8, 8, 1), np.float32))
+    compressx.save_model(tmp_path / "m.safetensors", variables, model={"name": "digits_cnn", "options": {}})
+    with pytest.raises(ValueError, match="how many classes"):
+        compressx.compile(compressx.load_model(tmp_path / "m.safetensors"))
 
 
 def test_bad_arguments_are_named():

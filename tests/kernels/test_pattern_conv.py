@@ -42,7 +42,8 @@ def check(rng, shape, w, plan=None, residual=True, **options):
     conv = kernels.prepare(w, shape, bias=b, plan=plan, **options)
     h, wide = conv.geometry.out(*shape[1:3])
     r = rng.standard_normal((shape[0], h, wide, w.shape[3]), dtype=np.float32) if residual else None
-    expected = kernels.reference(x, w, conv.geometry, b, options.get("activation", "none"), r)
+    act = options.get("activation", "none"), r, options.get("residual_after", False)
+    expected = kernels.reference(x, w, conv.geometry, b, *act)
     np.testing.assert_allclose(conv(x, r), expected, rtol=0, atol=2e-6 * max(1, np.abs(expected).max()))
     return conv
 
@@ -87,6 +88,13 @@ CASES = {
     "5x5, no pads": ((2, 11, 12, 3), (5, 5, 3, 4), {"padding": "VALID"}),
     "groups": ((1, 8, 9, 6), (3, 3, 2, 12), {"groups": 3}),
     "depthwise, relu6": ((1, 8, 9, 6), (3, 3, 1, 6), {"groups": 6, "activation": "relu6"}),
+    "leaky": ((2, 9, 10, 5), (3, 3, 5, 7), {"activation": "leaky"}),
+    "leaky, then the residual": ((2, 9, 10, 5), (3, 3, 5, 7), {"activation": "leaky", "residual_after": True}),
+    "relu6, stride 2, then the residual": (
+        (1, 9, 10, 5),
+        (3, 3, 5, 7),
+        {"strides": 2, "activation": "relu6", "residual_after": True},
+    ),
     "more rows out than in": ((1, 4, 4, 3), (3, 3, 3, 5), {"padding": ((2, 2), (2, 2))}),
     "one pixel": ((1, 1, 1, 3), (3, 3, 3, 5), {}),
 }
@@ -116,10 +124,26 @@ def test_every_instruction_set(isa, monkeypatch):
     assert conv.path == f"native/{isa}"
 
 
-def test_xla_path_equals_the_reference():
+@pytest.mark.parametrize("options", [{"activation": "relu6"}, {"activation": "leaky", "residual_after": True}])
+def test_xla_path_equals_the_reference(options):
     rng = np.random.default_rng(4)
-    conv = check(rng, (1, 6, 7, 3), weight(rng, 3, 3, 3, 4), path="xla", activation="relu6")
+    conv = check(rng, (1, 6, 7, 3), weight(rng, 3, 3, 3, 4), path="xla", **options)
     assert conv.path == "xla"
+
+
+def test_the_reference_activates_and_adds_in_the_order_asked_for():
+    x, w = np.array([-3.0, 2.0, 9.0]).reshape(1, 1, 3, 1), np.ones((1, 1, 1, 1), np.float32)
+    geometry, r = Geometry((1, 1), (1, 1), ((0, 0), (0, 0))), np.full((1, 1, 3, 1), -1.0)
+    for activation, after, expected in (
+        ("none", False, [-4, 1, 8]),
+        ("relu", False, [0, 1, 8]),
+        ("relu", True, [-1, 1, 8]),
+        ("relu6", True, [-1, 1, 5]),
+        ("leaky", False, [-0.4, 1, 8]),
+        ("leaky", True, [-1.3, 1, 8]),
+    ):
+        y = kernels.reference(x, w, geometry, None, activation, r, after)
+        np.testing.assert_allclose(y.ravel(), expected, atol=1e-12)
 
 
 @needs_native
