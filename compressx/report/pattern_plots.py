@@ -36,11 +36,13 @@ def library(
         for ax, taps, count in zip(axes, masks[:shown], counts, strict=False):
             kept = np.zeros(kernel[0] * kernel[1])
             kept[list(taps)] = 1
-            ax.imshow(kept.reshape(kernel), cmap=style.mask_colours(), vmin=0, vmax=1)
+            ax.imshow(kept.reshape(kernel), cmap=style.mask_colours(), vmin=1e-9, vmax=1)  # below it: white
             ax.set_title(f"{100 * count / total:.3g} %", fontsize=8.5)
             ax.set_xticks([])
             ax.set_yticks([])
             ax.grid(visible=False)
+            for side in ax.spines.values():
+                side.set_visible(True)
         for ax in axes[shown:]:
             ax.set_axis_off()
         more = "" if shown == len(masks) else f" (the {shown} most used of {len(masks)})"
