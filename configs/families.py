@@ -2,8 +2,10 @@
 
     python -m experiments.sweep --config=configs/families.py:VARIANT --workdir=DIR [--data_dir=DIR]
 
-All points of a sweep start from one dense network of its seed and have the same epochs; `dense` has them too. Every
-variant has a form `VARIANT_tiny` for tests. Costs are for two CPU cores.
+All points of a sweep start from one dense network of its seed and have the same epochs; `dense` has them too. FORMS'
+points spend them in three stages, prune -> polarize -> quantize, as the paper does and `configs/crossbar.py`: a stage
+chooses the order of its rows and its signs for what the one before has pruned. Every variant has a form `VARIANT_tiny`
+for tests. Costs are for two CPU cores.
 """
 
 import itertools
@@ -16,21 +18,38 @@ from ml_collections import ConfigDict
 from configs import cnn
 
 Settings = dict[str, Any]
-Points = list[tuple[str, str, cnn.Rules]]
+Points = list[Settings]
+Pull = Callable[..., Settings]  # epochs -> ADMM of a stage
+Scheme = tuple[tuple[Settings, Settings], ...]  # (ADMM, retraining) of each of several stages
 
 
-def sweep(variant: str, base: Settings, points: Points, seeds: tuple[int, ...], against: str = "bytes") -> Settings:
+def point(family: str, name: str, *rules: cnn.Rules, scheme: Scheme = ()) -> Settings:
+    """A `sweep.Point`: rules reached in one stage, or the rules of several stages and how long each takes."""
+    steps = zip(rules, scheme, strict=True) if scheme else ()
+    stages = tuple(cnn.stage(r, dict(pull), dict(retrain)) for r, (pull, retrain) in steps)
+    return {"name": name, "family": family, "rules": rules[-1], "stages": stages}
+
+
+def sweep(
+    variant: str,
+    base: Settings,
+    points: Points,
+    seeds: tuple[int, ...],
+    against: str = "bytes",
+    budgets: tuple[float, ...] = (),
+) -> Settings:
     """One experiment under many constraints."""
     base["plan"]["baselines"] = ()
-    base["plan"]["stages"][0]["rules"] = points[0][2]
+    base["plan"]["stages"][0]["rules"] = points[0]["rules"]
     base["paper"] = {"quantity": "", "value": 0.0}
     return {
         "variant": variant,
         "base": base,
-        "points": tuple({"name": name, "family": family, "rules": rules} for family, name, rules in points),
+        "points": tuple(points),
         "methods": ("admm", "dense"),
         "seeds": seeds,
         "against": against,
+        "budgets": budgets,
         "together": "no",
     }
 
@@ -40,8 +59,28 @@ def layers(spec: Settings, ends: cnn.Rules) -> cnn.Rules:
     return (("params/(c2|f1)/kernel", spec), *ends)
 
 
-def families(ends: cnn.Rules, densities: Iterable[float]) -> Points:
-    """Every family of the library on the large layers, at the same densities."""
+def split(conv: Settings, dense: Settings, ends: cnn.Rules) -> cnn.Rules:
+    """Likewise, for what only a convolution has: its dense neighbour takes another constraint."""
+    return (("params/c2/kernel", conv), ("params/f1/kernel", dense), *ends)
+
+
+CELLS = {"kind": "quantize", "bits": 8, "grid": "cells"}
+
+
+def families(ends: cnn.Rules, densities: Iterable[float], groups: Iterable[int], kernel: int, scheme: Scheme) -> Points:
+    """Every family of the library on the two large layers, at the same densities; and levels alone, at several widths.
+
+    Patterns (4 taps, one of the 8 that c2's kernels use most) and connectivity are constraints of convolutions: f1
+    keeps single weights beside them. Groups of n:m must divide both layers' inputs, so their densities are 1 / group.
+    What a family needs in bytes differs: compare at equal bytes, as `budgets` do, not point by point.
+
+    Args:
+      ends: rules of the first and the last layer.
+      densities: shares of weights kept.
+      groups: the m of 1:m.
+      kernel: side of c2's kernels.
+      scheme: of FORMS' three stages.
+    """
     points: Points = []
     for d in densities:
         single = {"kind": "unstructured", "density": d}
@@ -52,70 +91,138 @@ def families(ends: cnn.Rules, densities: Iterable[float]) -> Points:
             "single": single,
             "bank": {"kind": "bank_balanced", "density": d, "bank": 32},
             "blockmax": {"kind": "block_max", "size": round(1 / d)},
+            "balanced blockmax": {"kind": "balanced_block_max", "density": d, "size": 4, "axis": "inputs"},
             "darb": {"kind": "darb", "density": d},
             "block": {"kind": "block", "block": (4, 4), "density": d},
             "bsp": {"kind": "bsp", "column_density": side, "row_density": side, "column_strips": 4, "row_strips": 4},
             "matrix": pruned,
             "unified": unify,
-            "forms": cnn.both(
-                pruned, {"kind": "polarize", "fragment": 8}, {"kind": "quantize", "bits": 8, "grid": "cells"}
-            ),
             "matrix4bit": cnn.both(pruned, {"kind": "quantize", "bits": 4}),
             "single4bit": cnn.both(single, {"kind": "quantize", "bits": 4}),
         }
-        points += [(family, f"{family}-{name}", layers(spec, ends)) for family, spec in specs.items()]
+        points += [point(f, f"{f.replace(' ', '_')}-{name}", layers(spec, ends)) for f, spec in specs.items()]
+        signs = {"kind": "polarize", "fragment": 8}
+        steps = [layers(s, ends) for s in (pruned, cnn.both(pruned, signs), cnn.both(pruned, signs, CELLS))]
+        points.append(point("forms", f"forms-{name}", *steps, scheme=scheme))
+        share = kernel * kernel * d / 4  # of the kernels, which keep 4 taps
+        joint = {"kind": "pattern_connectivity", "density": share, "k": 8, "kernel": (kernel, kernel)}
+        points.append(point("patterns on c2", f"patterns-{name}", split(joint, single, ends)))
+        kernels = {"kind": "connectivity", "density": d}
+        points.append(point("kernels of c2", f"kernels-{name}", split(kernels, single, ends)))
+    points += [point("n:m", f"1of{m}", layers({"kind": "n_of_m", "n": 1, "m": m}, ends)) for m in groups]
+    widths = {"uniform": (8, 4, 2), "power_of_two": (4, 3, 2), "codebook": (4, 3, 2)}
+    for grid, bits in widths.items():
+        levels = [(b, layers({"kind": "quantize", "bits": b, "grid": grid}, ends)) for b in bits]
+        points += [point(f"{grid} levels", f"{grid}-{b}bit", rules) for b, rules in levels]
     return points
 
 
-def unifications(ends: cnn.Rules) -> Points:
-    """Block shapes by what is done to the blocks by three shares: unified, pruned, or as many of each."""
-    points: Points = []
-    for shape, share in itertools.product(((1, 4), (4, 1), (4, 4), (1, 16), (16, 1), (8, 8)), (0.5, 0.75, 0.9)):
+Shape = tuple[int, int]
+
+
+def unified(shapes: Iterable[Shape], shares: Iterable[float]) -> list[tuple[str, str, Settings]]:
+    """Block shapes by what is done to the blocks: shares of them unified, pruned, or pruned with most others unified.
+
+    Returns:
+      (family, name, spec) of each point.
+    """
+    out: list[tuple[str, str, Settings]] = []
+    for shape, share in itertools.product(shapes, shares):
         text = f"{shape[0]}x{shape[1]}"
+        both = {"unify_fraction": round((1 - share) * 0.9, 4), "prune_fraction": share}
         specs = {
             "unify": {"kind": "unify", "block": shape, "fraction": share},
             "prune": {"kind": "prune_blocks", "block": shape, "fraction": share},
-            "both": {
-                "kind": "unify_and_prune",
-                "block": shape,
-                "unify_fraction": (1 - share) * 0.9,
-                "prune_fraction": share,
-            },
+            "both": {"kind": "unify_and_prune", "block": shape, **both},
         }
-        points += [(f"{what} {text}", f"{what}-{text}-{share:g}", layers(spec, ends)) for what, spec in specs.items()]
-    return points
+        out += [(f"{what} {text}", f"{what}-{text}-{share:g}", spec) for what, spec in specs.items()]
+    return out
+
+
+def baselines(shares: Iterable[float], bits: Iterable[int]) -> list[tuple[str, str, Settings]]:
+    """What unification is compared with, in the same epochs: single weights, filters, and low-bit levels."""
+    out: list[tuple[str, str, Settings]] = []
+    for share in shares:
+        left = round(1 - share, 4)
+        out.append(("single weights", f"single-{share:g}", {"kind": "unstructured", "density": left}))
+        out.append(("filters", f"filters-{share:g}", {"kind": "filters", "density": left}))
+    return out + [("low-bit", f"{b}bit", {"kind": "quantize", "bits": b}) for b in bits]
 
 
 DIGIT_ENDS = cnn.unstructured(c1=72, f2=180)
 LENET_ENDS = cnn.unstructured(c1=250, f2=1000)
+SHAPES = ((1, 4), (4, 1), (4, 4), (1, 16), (16, 1), (8, 8))
 
 
-def digits(variant: str, points: Points, seeds: tuple[int, ...]) -> Settings:
+def digits_pull(epochs: int) -> Settings:
+    """ADMM for the digits."""
+    return cnn.admm(epochs, 3e-3, 1e-2, schedule="constant", every=45)
+
+
+def three(pull: Pull, admm: tuple[int, int, int], retrain: tuple[int, int, int], lr: float) -> Scheme:
+    """FORMS' stages in so many epochs each, the learning rate halved from one to the next.
+
+    Signs are chosen anew at every update of the second stage, and then stay.
+    """
+    pulls = [pull(n) | {"refresh_every": int(i == 1)} for i, n in enumerate(admm)]
+    return tuple((p, cnn.fit(n, lr / 2**i)) for i, (p, n) in enumerate(zip(pulls, retrain, strict=True)))
+
+
+def digits(variant: str, points: Points, seeds: tuple[int, ...], **more: Any) -> Settings:
     """The digits; a point takes about five seconds."""
     base = cnn.digits(variant)
-    base["plan"]["stages"] = (
-        cnn.stage((), cnn.admm(20, 3e-3, 1e-2, schedule="constant", every=45), cnn.fit(15, 2e-3)),
-    )
-    return sweep(variant, base, points, seeds)
+    base["plan"]["stages"] = (cnn.stage((), digits_pull(20), cnn.fit(15, 2e-3)),)
+    return sweep(variant, base, points, seeds, **more)
 
 
-def lenet(variant: str, points: Points) -> Settings:
+def digits_families(variant: str) -> Settings:
+    """All families on the digits, three seeds. Cost: 54 points a seed, about 15 minutes."""
+    scheme = three(digits_pull, (8, 7, 5), (5, 5, 5), 2e-3)
+    points = families(DIGIT_ENDS, (1 / 4, 1 / 8, 1 / 16), (4, 8, 16), 3, scheme)
+    return digits(variant, points, (0, 1, 2), budgets=(6.0, 10.0))
+
+
+def digits_unification(variant: str) -> Settings:
+    """Six block shapes, unified, pruned and both, by three shares, and the baselines. Cost: 63 points, 6 minutes."""
+    shares = (0.5, 0.75, 0.9)
+    specs = unified(SHAPES, shares) + baselines(shares, (8, 4, 2))
+    points = [point(family, name, layers(spec, DIGIT_ENDS)) for family, name, spec in specs]
+    return digits(variant, points, (0,), against="multiplications")
+
+
+def lenet(variant: str, points: Points, **more: Any) -> Settings:
     """LeNet-5 on MNIST; a point takes eight epochs of about 10 s."""
     base = cnn.mnist(variant, (cnn.stage((), cnn.ramp(4), cnn.fit(4, 2e-3)),), "", 0.0)
-    return sweep(variant, base, points, (0,))
+    return sweep(variant, base, points, (0,), **more)
 
 
-# ResNet-20: all kernels but the first one's are 3x3; it and the last layer stay free.
-INNER = r"params/layer\d+_\d+/conv\d+/kernel"
+def lenet_families(variant: str) -> Settings:
+    """All families on LeNet-5. Cost: 39 points of 8 epochs, about 55 minutes."""
+    scheme = three(cnn.ramp, (2, 1, 1), (2, 1, 1), 2e-3)
+    points = families(LENET_ENDS, (1 / 8, 1 / 32), (10, 20), 5, scheme)
+    return lenet(variant, points, budgets=(10.0, 20.0))
 
 
-def resnet(variant: str, points: list[tuple[str, str, Settings]], refresh: int = 0) -> Settings:
-    """ResNet-20 from its published weights; a point takes seven epochs of about 25 s."""
-    base = cnn.cifar(variant, 1.0)
-    base["plan"]["dense"] = cnn.fit(4, 3e-4)
+def lenet_unification(variant: str) -> Settings:
+    """Blocks of 4x4 and 1x16 on LeNet-5, by two shares, and the baselines. Cost: 18 points of 8 epochs, 25 minutes."""
+    shares = (0.75, 0.9)
+    specs = unified(((4, 4), (1, 16)), shares) + baselines(shares, (4, 2))
+    points = [point(family, name, layers(spec, LENET_ENDS)) for family, name, spec in specs]
+    return lenet(variant, points, against="multiplications")
+
+
+def cifar(variant: str, points: Points, model: str = "resnet20", refresh: int = 0, **more: Any) -> Settings:
+    """A network on the CIFAR-10 stand-in; a point takes seven epochs, of about 33 s with ResNet-20 on one core."""
+    base = cnn.cifar(variant, 1.0, model)
+    if base["model"]["checkpoint"]:
+        base["plan"]["dense"] = cnn.fit(4, 3e-4)
     base["plan"]["stages"] = (cnn.stage((), cnn.pull(4, refresh_every=refresh), cnn.fit(3, 1e-3)),)
-    whole: Points = [(family, name, ((INNER, spec),)) for family, name, spec in points]
-    return sweep(variant, base, whole, (0,))
+    return sweep(variant, base, points, (0,), **more)
+
+
+def inner(specs: Iterable[tuple[str, str, Settings]], model: str = "resnet20") -> Points:
+    """Points that constrain every 3x3 kernel but the first layer's; it and the last layer stay free."""
+    return [point(family, name, ((cnn.INNER[model], spec),)) for family, name, spec in specs]
 
 
 def random_masks(k: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
@@ -123,25 +230,63 @@ def random_masks(k: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
     return tuple(random.Random(seed).sample(list(itertools.combinations(range(9), 4)), k))
 
 
+def chosen(k: int) -> Settings:
+    """A library that is extracted while training: all 126 masks, the rarer half dropped at every update."""
+    return {"kind": "pattern", "library": "all", "k": k, "scope": "network", "shrink": 0.5}
+
+
+NATURAL = {"kind": "pattern", "library": "natural", "k": 8, "scope": "network"}
+
+
 def patterns(variant: str) -> Settings:
-    """Kernel patterns: chosen, natural, random and free, alone (2.25x) and with connectivity (8.1x)."""
-    points: list[tuple[str, str, Settings]] = [("free", "free-126", {"kind": "pattern", "library": "all"})]
-    for k in (4, 8, 12):
-        extracted = {"kind": "pattern", "library": "all", "k": k, "scope": "network", "shrink": 0.5}
-        points.append(("chosen", f"chosen-{k}", extracted))
-        joint = {"kind": "pattern_connectivity", "density": 1 / 3.6, "library": "natural", "k": k}
-        points.append(("natural and connectivity", f"joint-{k}", joint | {"scope": "network"}))
-    points.append(("natural", "natural-8", {"kind": "pattern", "library": "natural", "k": 8, "scope": "network"}))
-    points.append(("random", "random-8", {"kind": "pattern", "library": random_masks(8)}))
-    points.append(("ELoG", "elog-4", {"kind": "pattern", "library": "elog"}))
-    return resnet(variant, points, refresh=1) | {"against": "weights"}
+    """Kernel patterns alone, 2.25x: any 4 of 9, chosen, natural, random (two draws of 8) and published libraries.
+
+    `dense` is the control for whether patterns raise the accuracy. Cost: 10 points and the control, about 45 minutes.
+    """
+    specs: list[tuple[str, str, Settings]] = [("free", "free-126", {"kind": "pattern", "library": "all"})]
+    specs += [("chosen", f"chosen-{k}", chosen(k)) for k in (4, 8, 12)]
+    specs.append(("natural", "natural-8", NATURAL))
+    draws = (("4", 4, 0), ("8", 8, 0), ("8b", 8, 1), ("12", 12, 0))
+    specs += [("random", f"random-{n}", {"kind": "pattern", "library": random_masks(k, s)}) for n, k, s in draws]
+    specs.append(("ELoG", "elog-8", {"kind": "pattern", "library": "elog"}))
+    return cifar(variant, inner(specs), refresh=1, against="weights")
+
+
+def patterns_8x(variant: str) -> Settings:
+    """Connectivity, alone and with patterns (8.1x): by layer and by filter, with chosen and fixed libraries.
+
+    By layer and by filter keep as many kernels at 4x, where a quarter of every filter's is a whole number. The two
+    points of ELoG differ in ADMM alone: one exact projection on both sets, or a split for each as in PatDNN.
+    Cost: 9 points and the control, about 40 minutes.
+    """
+    few, natural = 1 / 3.6, {"kind": "pattern_connectivity", "library": "natural", "scope": "network"}
+    by_layer, by_filter = ({"kind": "connectivity", "density": 1 / 4, "balance": b} for b in ("layer", "filter"))
+    specs: list[tuple[str, str, Settings]] = [
+        ("connectivity", "kernels-3.6x", {"kind": "connectivity", "density": few}),
+        ("connectivity", "kernels-4x", by_layer),
+        ("balanced connectivity", "balanced-4x", by_filter),
+    ]
+    specs += [("natural", f"natural-{k}", natural | {"density": few, "k": k}) for k in (4, 8, 12)]
+    specs.append(("chosen", "chosen-8", chosen(8) | {"kind": "pattern_connectivity", "density": few}))
+    fixed = {"kind": "pattern", "library": "elog"}
+    specs.append(("ELoG", "elog-joint", fixed | {"kind": "pattern_connectivity", "density": few}))
+    specs.append(("ELoG, two splits", "elog-split", cnn.both(fixed, {"kind": "connectivity", "density": few})))
+    return cifar(variant, inner(specs), refresh=1, against="weights")
+
+
+def patterns_of(variant: str, model: str) -> Settings:
+    """Patterns alone (2.25x) and with connectivity (8.1x) on another network, beside the dense control."""
+    joint = chosen(8) | {"kind": "pattern_connectivity", "density": 1 / 3.6}
+    specs: list[tuple[str, str, Settings]] = [("chosen", "chosen-8", chosen(8)), ("natural", "natural-8", NATURAL)]
+    specs.append(("chosen and connectivity", "joint-8", joint))
+    return cifar(variant, inner(specs, model), model, refresh=1, against="weights")
 
 
 def darb(variant: str) -> Settings:
     """DARB beside irregular, block-max, bank-balanced, block and row pruning, at 4x and 8x."""
-    points: list[tuple[str, str, Settings]] = []
+    specs: list[tuple[str, str, Settings]] = []
     for rate in (4, 8):
-        specs: dict[str, Settings] = {
+        kinds: dict[str, Settings] = {
             "irregular": {"kind": "unstructured", "density": 1 / rate},
             "block-max": {"kind": "block_max", "size": rate},
             "DARB": {"kind": "darb", "density": 1 / rate},
@@ -149,41 +294,70 @@ def darb(variant: str) -> Settings:
             "block": {"kind": "block", "block": (4, 4), "density": 1 / rate},
             "row": {"kind": "columns", "density": 1 / rate},
         }
-        points += [(family, f"{family}-{rate}x", spec) for family, spec in specs.items()]
-    return resnet(variant, points) | {"against": "weights"}
+        specs += [(family, f"{family}-{rate}x", spec) for family, spec in kinds.items()]
+    return cifar(variant, inner(specs), against="weights")
 
 
 def forms(variant: str) -> Settings:
-    """Polarized 8-bit weights: fragments of 4, 8 and 16 in the three orders, by the sum and the energy rule."""
-    cells = {"kind": "quantize", "bits": 8, "grid": "cells"}
-    points: list[tuple[str, str, Settings]] = []
-    for order, fragment in (("W", 4), ("W", 8), ("W", 16), ("H", 8), ("C", 8)):
-        polarized = {"kind": "polarize", "fragment": fragment, "order": order}
-        points.append((f"order {order}", f"{order}-{fragment}", cnn.both(polarized, cells)))
-    energy = {"kind": "polarize", "fragment": 8, "order": "W", "rule": "energy"}
-    points.append(("energy rule", "energy-W-8", cnn.both(energy, cells)))
-    return resnet(variant, points, refresh=1)
+    """Polarized, then 8-bit weights: fragments of 4, 8 and 16 in the three orders, by the sum and the energy rule."""
+    scheme = ((cnn.pull(3, refresh_every=1), cnn.fit(2, 1e-3)), (cnn.pull(1), cnn.fit(1, 3e-4)))
+    points: Points = []
+    for order, fragment, rule in (
+        *(("W", m, "sum") for m in (4, 8, 16)),
+        *(("H", 8, "sum"), ("C", 8, "sum"), ("W", 8, "energy")),
+    ):
+        signs = {"kind": "polarize", "fragment": fragment, "order": order, "rule": rule}
+        family, name = (f"order {order}", "") if rule == "sum" else ("energy rule", "energy-")
+        steps = (((cnn.INNER["resnet20"], spec),) for spec in (signs, cnn.both(signs, CELLS)))
+        points.append(point(family, f"{name}{order}-{fragment}", *steps, scheme=scheme))
+    return cifar(variant, points, refresh=1)
+
+
+def cifar_unification(variant: str) -> Settings:
+    """Three quarters of the blocks of ResNet-20 unified, pruned and both, in 4x4 and 1x16, and the baselines.
+
+    Cost: 9 points and the control, about 40 minutes.
+    """
+    specs = unified(((4, 4), (1, 16)), (0.75,)) + baselines((0.75,), (4,))
+    return cifar(variant, inner(specs), against="multiplications")
 
 
 VARIANTS: dict[str, Callable[[str], Settings]] = {
-    "digits": lambda v: digits(v, families(DIGIT_ENDS, (1 / 4, 1 / 8, 1 / 16)), (0, 1, 2)),
-    "digits_unification": lambda v: digits(v, unifications(DIGIT_ENDS), (0,)),
-    "mnist_lenet5": lambda v: lenet(v, families(LENET_ENDS, (1 / 8, 1 / 32))),
+    "digits_families": digits_families,
+    "digits_unification": digits_unification,
+    "mnist_lenet5_families": lenet_families,
+    "mnist_lenet5_unification": lenet_unification,
     "cifar_patterns": patterns,
+    "cifar_patterns_8x": patterns_8x,
+    "cifar_resnet32_patterns": lambda v: patterns_of(v, "resnet32"),
+    "cifar_vgg16_patterns": lambda v: patterns_of(v, "vgg16"),
     "cifar_darb": darb,
     "cifar_forms": forms,
+    "cifar_unification": cifar_unification,
 }
 
 
-def get_config(variant: str = "digits") -> ConfigDict:
+def tiny(c: Settings) -> None:
+    """A point of one stage, one of several if there is one, and a handful of examples."""
+    cnn.tiny(c["base"])
+    kinds = {bool(p["stages"]): p for p in reversed(c["points"])}
+    c |= {"points": tuple(kinds.values()), "seeds": c["seeds"][:1]}
+    stages = kinds[True]["stages"] if True in kinds else ()
+    for s in stages:
+        s["admm"] |= {"epochs": 1, "cycles": 1, "every": 1}
+        s["retrain"] |= {"epochs": 1}
+    for part in ("admm", "retrain"):
+        c["base"]["plan"]["stages"][0][part] |= {"epochs": max(1, len(stages))}
+
+
+def get_config(variant: str = "digits_families") -> ConfigDict:
     """The sweep of that name."""
     name = variant.removesuffix("_tiny")
     if name not in VARIANTS:
         raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
     settings = VARIANTS[name](variant)
     if name != variant:
-        cnn.tiny(settings["base"])
-        settings |= {"points": settings["points"][:2], "seeds": settings["seeds"][:1]}
+        tiny(settings)
     config = ConfigDict(settings)
     config.lock()
     return config

@@ -21,7 +21,7 @@ from compressx.report import console, html
 from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases, state
-from experiments import artifacts, driver, init_from, latency
+from experiments import artifacts, cnn_measures, driver, init_from, latency
 from experiments.driver import Options
 
 
@@ -277,13 +277,19 @@ def conclude(
         if last.rules
         else (None, {"reason": "nothing is compressed"})
     )
-    summary = make_summary(**_summary(config, options, job, info, last, outcome, stored, times, about))
+    measured: dict[str, Any] = {}
+    sections: list[tuple[str, Any]] = []
+    if last.rules:
+        network = build_model(config.model.name, config.model.options, info.classes)
+        measured, sections = cnn_measures.measure(workdir, network, dense.params, result, last.rules, info.shape)
+    fields = _summary(config, options, job, info, last, outcome, stored, times, about)
+    summary = make_summary(**fields | {"cnn": fields["cnn"] | measured})
     page = html.Page(
         summary=summary,
         config=json.loads((workdir / "config.json").read_text()),
         layers=stored.layers,
         pictures=artifacts.pictures(workdir, dense.params, result.params, last.rules),
-        sections=[("Phases", _phase_table(todo, outcome))],
+        sections=[("Phases", _phase_table(todo, outcome)), *sections],
         links=artifacts.links(workdir),
     )
     html.write_report(workdir / "report.html", page)

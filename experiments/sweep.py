@@ -10,6 +10,7 @@ the cores already, one after the other.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +23,18 @@ from compressx.report import format as fmt
 from compressx.report import html, plots
 from compressx.report.environment import run_record
 from compressx.report.metrics import MetricsWriter
-from compressx.report.summary import make_summary, write_summary
+from compressx.report.summary import lookup, make_summary, write_summary
 from compressx.training import ConfigError
-from compressx.training.config import METHODS, Rule
+from compressx.training.config import METHODS, Rule, Stage
 from experiments import artifacts, cnn, driver
 from experiments.driver import Options
 
+# what compression is counted by -> its key in a row, and its words
+_RATES = {
+    "weights": ("rate", "dense weights / kept weights"),
+    "bytes": ("bytes_rate", "dense bytes / packed bytes"),
+    "multiplications": ("multiplications_rate", "dense multiplications / those left"),
+}
 NAMES = {"admm": "ADMM", "one_shot": "one-shot", "gradual": "gradual magnitude", "dense": "dense, same budget"}
 
 
@@ -39,11 +46,14 @@ class Point:
       name: it in words; part of a folder's name.
       rules: what it asks of the weights.
       family: points of a family are one curve; "" where the method alone names it.
+      stages: how ADMM gets there in several steps, the last one's rules being `rules`; together they take the epochs of
+        the base's one stage. `()`: that stage.
     """
 
     name: str
     rules: tuple[Rule, ...]
     family: str = ""
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,9 @@ class Config:
       points: the settings, such as rates.
       methods: among "admm", "one_shot", "gradual" and "dense" (the same extra epochs without constraints).
       seeds: every point is run with each.
-      against: what compression is counted by: "weights" (constrained weights that are not zero) or "bytes" (packed).
+      against: what compression is counted by: "weights" (constrained weights that are not zero), "bytes" (packed) or
+        "multiplications" (of the whole network for one image).
+      budgets: byte rates at which the page compares the families: every curve's accuracy there, see `at_bytes`.
       together: "yes", the seeds of a point as one program (`training.train_together`), saved when they are finished;
         "no", one after the other, each resumable at any step; "auto", together where the backend is not the CPU.
       variant: its name.
@@ -66,6 +78,7 @@ class Config:
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
     against: str = "weights"
+    budgets: tuple[float, ...] = ()
     together: str = "auto"
     variant: str = ""
 
@@ -77,14 +90,30 @@ class Config:
             raise ConfigError(f"methods={self.methods} is impossible; they must be among {', '.join(METHODS)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ConfigError(f"seeds={self.seeds} is impossible; give different ones, at least one")
-        if self.against not in ("weights", "bytes"):
-            raise ConfigError(f"against={self.against!r} is impossible; it must be weights or bytes")
+        if self.against not in _RATES:
+            raise ConfigError(f"against={self.against!r} is impossible; it must be {', '.join(_RATES)}")
+        if any(b < 1 for b in self.budgets):
+            raise ConfigError(f"budgets={self.budgets} is impossible; a budget is dense bytes over packed, at least 1")
         if self.together not in ("yes", "no", "auto"):
             raise ConfigError(f"together={self.together!r} is impossible; it must be yes, no or auto")
         if len(self.base.plan.stages) != 1 or self.base.plan.baselines:
             raise ConfigError(
                 "base.plan must have one stage and no baselines: the sweep's methods are compared instead"
             )
+        wanted = _epochs(self.base.plan.stages)
+        for p in self.points:
+            if p.stages and p.stages[-1].rules != p.rules:
+                raise ConfigError(f"point {p.name!r}: the rules of its last stage are not its rules")
+            if p.stages and _epochs(p.stages) != wanted:
+                raise ConfigError(
+                    f"point {p.name!r}: its stages have {_epochs(p.stages)} epochs of ADMM and of retraining; all "
+                    f"points have those of base.plan, {wanted}"
+                )
+
+
+def _epochs(stages: tuple[Stage, ...]) -> tuple[int, int]:
+    """Epochs of ADMM and of retraining."""
+    return sum(s.admm.epochs for s in stages), sum(s.retrain.epochs for s in stages)
 
 
 class Run(NamedTuple):
@@ -111,8 +140,9 @@ def runs(config: Config, workdir: Path) -> list[Run]:
         wanted += [(m, p) for p in config.points for m in config.methods if m != "dense"]
         for method, point in wanted:
             name = f"dense-s{seed}" if method == "dense" else f"{method}-{point.name}-s{seed}"
-            stage = dataclasses.replace(config.base.plan.stages[0], rules=point.rules)
-            plan = dataclasses.replace(config.base.plan, method=method, stages=(stage,))
+            single = dataclasses.replace(config.base.plan.stages[0], rules=point.rules)
+            stages = point.stages if point.stages and method == "admm" else (single,)
+            plan = dataclasses.replace(config.base.plan, method=method, stages=stages)
             one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source)
             todo.append(Run(name, one, method, "" if method == "dense" else point.name, seed))
             source = source or str(workdir / "runs" / name)
@@ -193,12 +223,38 @@ def table(config: Config, done: list[tuple[Run, dict[str, Any]]]) -> list[dict[s
                     "family": families.get(point) or None,
                     "rate": None if method == "dense" else mine[0]["rate"]["constrained_weights"],
                     "bytes_rate": None if method == "dense" else float(np.mean([s["rate"]["bytes"] for s in mine])),
+                    "multiplications_rate": None if method == "dense" else _fewer_multiplications(mine),
                     "accuracy": values,
                     "mean": float(np.mean(values)),
                     "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 }
             )
     return rows
+
+
+def _fewer_multiplications(mine: list[dict[str, Any]]) -> float | None:
+    rates = [lookup(s, "cnn.operations.rate") for s in mine]
+    return None if None in rates else float(np.mean(rates))
+
+
+def at_bytes(rows: list[dict[str, Any]], budgets: Sequence[float]) -> list[dict[str, Any]]:
+    """Accuracy of every curve (a family and a method) at given byte rates: mean over seeds, linear in log(bytes).
+
+    null outside the rates that the curve was measured at: nothing is extrapolated. Of points of one rate, the best.
+    """
+    curves: dict[tuple[str | None, str], dict[float, float]] = {}
+    for row in rows:
+        if row["bytes_rate"] is not None:
+            curve = curves.setdefault((row["family"], row["method"]), {})
+            curve[row["bytes_rate"]] = max(row["mean"], curve.get(row["bytes_rate"], 0.0))
+    out = []
+    for (family, method), curve in curves.items():
+        x = sorted(curve)
+        for budget in budgets:
+            inside = x[0] <= budget <= x[-1]
+            value = float(np.interp(np.log(budget), np.log(x), [curve[r] for r in x])) if inside else None
+            out.append({"family": family, "method": method, "bytes_rate": budget, "accuracy": value})
+    return out
 
 
 def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, Any]]]) -> dict[str, Any]:
@@ -214,7 +270,10 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
     for row in rows:
         if row["method"] != "dense":
             curves.setdefault(", ".join(filter(None, (row["family"], _method_name(config, row)))), []).append(row)
-    x = {"weights": "rate", "bytes": "bytes_rate"}[config.against]
+    x, words = _RATES[config.against]
+    if any(row[x] is None for row in rows if row["method"] != "dense"):
+        raise ConfigError(f"against={config.against!r}: a run below {workdir} does not say; use another --workdir")
+    equal = at_bytes(rows, config.budgets)
     dense = [s["metric"]["dense"] for r, s in _first_of_each_seed(done)]
     controls = {"dense": dense}
     for row in rows:
@@ -223,8 +282,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
     pictures = []
     if curves:
         methods = {name: ([r[x] for r in at], [r["accuracy"] for r in at]) for name, at in curves.items()}
-        label = {"weights": "dense weights / kept weights", "bytes": "dense bytes / packed bytes"}[config.against]
-        label = f"compression ({label}, log scale)"
+        label = f"compression ({words}, log scale)"
         path = plots.metric_against_rate(workdir / "sweep.png", methods, controls=controls, xlabel=label)
         text = "Mean over seeds with the sample standard deviation; every dot is a run. Same epochs for every method."
         text += f" Compression is counted in {config.against}."
@@ -258,14 +316,14 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         latency_ms=None,
         seconds=sum(s["seconds"] for _, s in done),
         paper=None,
-        sweep={"seeds": list(config.seeds), "rows": rows, "run": run_record(options.command)},
+        sweep={"seeds": list(config.seeds), "rows": rows, "at_bytes": equal, "run": run_record(options.command)},
     )
     settings = json.loads((workdir / "config.json").read_text())
     page = html.Page(
         summary=summary,
         config=settings,
         pictures=pictures,
-        sections=[("Runs", _html_table(config, rows))],
+        sections=[("Runs", _html_table(config, rows)), *([("At equal bytes", _equal(config, equal))] if equal else [])],
         links=[*artifacts.links(workdir), *((r.name, f"runs/{r.name}/report.html") for r, _ in done)],
     )
     html.write_report(workdir / "report.html", page)
@@ -289,13 +347,15 @@ def _first_of_each_seed(done: list[tuple[Run, dict[str, Any]]]) -> list[tuple[Ru
 
 
 def _html_table(config: Config, rows: list[dict[str, Any]]) -> html.Table:
-    header = ("method", "point", "fewer weights", "fewer bytes", "mean", "spread", *(f"seed {s}" for s in config.seeds))
+    fewer = ("fewer weights", "fewer bytes", "fewer multiplications")
+    header = ("method", "point", *fewer, "mean", "spread", *(f"seed {s}" for s in config.seeds))
     body = [
         (
             NAMES[row["method"]],
             " ".join(filter(None, (row["family"], row["point"]))) or "-",
             fmt.rate(row["rate"]),
             fmt.rate(row["bytes_rate"]),
+            fmt.rate(row["multiplications_rate"]),
             fmt.percent(row["mean"]),
             fmt.percent(row["spread"]),
             *(fmt.percent(a) for a in row["accuracy"]),
@@ -303,6 +363,16 @@ def _html_table(config: Config, rows: list[dict[str, Any]]) -> html.Table:
         for row in rows
     ]
     return html.Table(header, body, (False, False, *[True] * (len(header) - 2)))
+
+
+def _equal(config: Config, equal: list[dict[str, Any]]) -> html.Table:
+    """A row a curve, a column a budget."""
+    found: dict[str, list[str]] = {}
+    for e in equal:
+        name = ", ".join(filter(None, (e["family"], _method_name(config, e))))
+        found.setdefault(name, []).append(fmt.percent(e["accuracy"]))
+    header = ("curve", *(f"{fmt.rate(b)} fewer bytes" for b in config.budgets))
+    return html.Table(header, [(name, *cells) for name, cells in found.items()], (False, *[True] * len(config.budgets)))
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from compressx.rules import check_finite
 from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import CheckpointError, Checkpoints
 from compressx.training.config import Admm, ConfigError
+from compressx.training.libraries import rounds
 from compressx.training.mesh import Placement, agree
 from compressx.training.phases import DENSE, Phase, Weights, harden, settle
 from compressx.training.progress import Display
@@ -288,6 +289,10 @@ class _Run:
         figures = self._figures(state)
         residuals = _residuals(state.opt_state) if phase.kind == "admm" else {}
         values = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures, **residuals}
+        if phase.kind == "admm" and jax.process_count() == 1:
+            assert phase.rules is not None
+            structure = structures(state.params, phase.rules, find_admm(state.opt_state))
+            values |= rounds(state.params, phase.rules, structure)
         self._record(global_step, phase.name, epoch=epoch, **values)
         self.results[phase.name]["end"] = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures}
         self.results[phase.name].update({k: v for k, v in residuals.items() if k in ("primal", "dual")})

@@ -60,11 +60,80 @@ def test_every_seed_trains_one_dense_network(tmp_path) -> None:
         ({"seeds": (1, 1)}, "seeds=.* give different ones"),
         ({"points": ()}, "points must have names"),
         ({"together": "maybe"}, "together='maybe' is impossible"),
+        ({"against": "joules"}, "against='joules' is impossible; it must be weights, bytes, multiplications"),
+        ({"budgets": (0.5,)}, "budgets=.* is impossible"),
     ],
 )
 def test_impossible_sweeps_are_refused(change, words) -> None:
     with pytest.raises(ConfigError, match=words):
         _config(**change)
+
+
+def _staged() -> sweep.Config:
+    return sweep.read(families.get_config("digits_families_tiny"))
+
+
+def test_forms_prunes_then_polarizes_then_quantizes_in_the_epochs_of_the_others(tmp_path) -> None:
+    config = sweep.read(families.get_config("digits_families"))
+    (point,) = [p for p in config.points if p.name == "forms-8x"]
+    kinds = [phases.build_rules(s.rules)[0][1].sets for s in point.stages]
+    assert [[part.spec["kind"] for part in sets] for sets in kinds] == [
+        ["filters_and_columns"],
+        ["filters_and_columns", "polarize"],
+        ["filters_and_columns", "polarize", "quantize"],
+    ]
+    assert [s.admm.refresh_every for s in point.stages] == [0, 1, 0]
+    todo = [r for r in sweep.runs(config, tmp_path) if r.method == "admm" and r.seed == 0]
+    lengths = {r.point: sum(s.admm.epochs + s.retrain.epochs for s in r.config.plan.stages) for r in todo}
+    assert set(lengths.values()) == {35}
+    assert [len(r.config.plan.stages) for r in todo if r.point == "forms-8x"] == [3]
+
+
+def test_stages_belong_to_admm_alone_and_have_its_epochs_and_rules(tmp_path) -> None:
+    config = _staged()
+    assert [bool(p.stages) for p in config.points].count(True) == 1
+    todo = sweep.runs(dataclasses.replace(config, methods=("admm", "one_shot")), tmp_path)
+    assert sorted(len(r.config.plan.stages) for r in todo) == [1, 1, 1, 3]
+    one, other = sorted(config.points, key=lambda p: len(p.stages))
+    with pytest.raises(ConfigError, match="its stages have .* epochs of ADMM"):
+        dataclasses.replace(config, points=(dataclasses.replace(other, stages=other.stages[-1:]),))
+    with pytest.raises(ConfigError, match="the rules of its last stage are not its rules"):
+        dataclasses.replace(config, points=(dataclasses.replace(other, rules=one.rules),))
+
+
+def test_random_libraries_are_distinct_draws() -> None:
+    a, b = families.random_masks(8, 0), families.random_masks(8, 1)
+    assert set(a) != set(b)
+    for masks in (a, b):
+        assert len({frozenset(m) for m in masks}) == 8 and all(len(set(m)) == 4 for m in masks)
+
+
+def test_balanced_and_layer_connectivity_keep_as_many_kernels() -> None:
+    rules = {p["name"]: p["rules"][0][1] for p in families.patterns_8x("x")["points"]}
+    for cin, cout in ((16, 16), (16, 32), (32, 64), (64, 64)):
+        w = jax.random.normal(jax.random.key(cin), (3, 3, cin, cout))
+        kept = []
+        for name in ("kernels-4x", "balanced-4x"):
+            constraint = phases.build_rules((("x", rules[name]),))[0][1]
+            kept.append(int(jnp.any(constraint.project(w, constraint.init(w)) != 0, axis=(0, 1)).sum()))
+        assert kept == [cin * cout // 4] * 2
+
+
+def test_accuracy_at_equal_bytes_is_interpolated_and_never_extrapolated() -> None:
+    def row(family, rate, mean):
+        return {"family": family, "method": "admm", "bytes_rate": rate, "mean": mean}
+
+    rows = [row("a", 16.0, 0.6), row("a", 4.0, 0.9), row("b", 8.0, 0.7), row("b", 8.0, 0.8)]
+    rows.append(row(None, None, 0.99) | {"method": "dense"})
+    got = {(r["family"], r["bytes_rate"]): r["accuracy"] for r in sweep.at_bytes(rows, (4.0, 8.0, 32.0))}
+    assert got == {
+        ("a", 4.0): pytest.approx(0.9),
+        ("a", 8.0): pytest.approx(0.75),  # half way in log(bytes)
+        ("a", 32.0): None,
+        ("b", 4.0): None,
+        ("b", 8.0): pytest.approx(0.8),
+        ("b", 32.0): None,
+    }
 
 
 def _fake(values, calls):
@@ -118,6 +187,12 @@ def test_the_table_is_mean_and_spread_over_seeds(tmp_path, monkeypatch, capsys) 
     assert len(calls) == 10
     with pytest.raises(ConfigError, match="another config"):
         sweep.run(_config(seeds=(5,)), Options(tmp_path))
+
+
+def test_a_sweep_against_multiplications_needs_runs_that_counted_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cnn, "train_and_evaluate", _fake(lambda name: 0.8, []))
+    with pytest.raises(ConfigError, match="against='multiplications': a run below .* does not say"):
+        sweep.run(_config(against="multiplications"), Options(tmp_path))
 
 
 def test_a_bad_point_is_refused_before_anything_is_trained(tmp_path) -> None:
