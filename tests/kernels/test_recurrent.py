@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import compressx as cx
 from compressx import formats, kernels
 from compressx.kernels import native, recurrent
 
@@ -59,6 +60,17 @@ def test_blocks_load_each_input_once_for_all_their_outputs():
     packed = formats.pack(blocky(rng, 64, 64), format="bspc")
     found = recurrent.loads(recurrent.tiles_of([packed], 16), 16)
     assert found["input_loads_eliminated"] < found["input_loads"] / 8
+
+
+def test_blocks_with_codes_for_weights_are_blocks_of_floats():
+    levels = cx.quantize(5, per="channel")
+    w = jnp.asarray(blocky(np.random.default_rng(1), 64, 48))
+    scale = levels.init(w)
+    w = np.asarray(levels.project(w, scale))
+    a = recurrent.tiles_of([formats.pack(w, levels, scale, "bspc-coded")], 16)
+    b = recurrent.tiles_of([formats.pack(w, format="bspc")], 16)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @needs_native
