@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from compressx.constraints import Constraint, on_leaf
 from compressx.crossbar.program import rows_of
 from compressx.data import Info
 from compressx.rules import Rules, resolve
@@ -81,20 +82,23 @@ def make_subject(name: str, weights: Weights, rules: Rules, results: dict[str, A
     held = {}
     tree = {**weights.params, **weights.batch_stats}
     for b in resolve(rules, tree) if rules else ():
-        structure = weights.structure[b.name]
-        pieces = zip(b.constraint.sets, structure if b.constraint.parts else (structure,), strict=True)
-        path = b.paths[0].removeprefix("params/").removesuffix("/kernel")
-        found = Held()
-        w = _leaf(tree, b.paths[0])
-        for part, piece in pieces:
-            if part.spec["kind"] == "polarize":
-                found = found._replace(
-                    fragment=part.spec["fragment"], order=part.spec["order"], rows=rows_of(piece.order, w)
-                )
-            if part.spec["kind"] == "quantize" and part.spec["per"] == "tensor" and part.spec["grid"] != "codebook":
-                found = found._replace(bits=part.spec["bits"], grid=part.spec["grid"], scale=float(piece))
-        held[path] = found
+        for number, name_of_leaf in enumerate(b.paths):
+            alone, structure = on_leaf(b.constraint, weights.structure[b.name], number)
+            path = name_of_leaf.removeprefix("params/").removesuffix("/kernel")
+            held[path] = _held(alone, structure, _leaf(tree, name_of_leaf)) if alone else Held()
     return Subject(name, weights, rules, held, results)
+
+
+def _held(constraint: Constraint, structure: Any, w: np.ndarray) -> Held:
+    found = Held()
+    for part, piece in zip(constraint.sets, structure if constraint.parts else (structure,), strict=True):
+        if part.spec["kind"] == "polarize":
+            found = found._replace(
+                fragment=part.spec["fragment"], order=part.spec["order"], rows=rows_of(piece.order, w)
+            )
+        if part.spec["kind"] == "quantize" and part.spec["per"] == "tensor" and part.spec["grid"] != "codebook":
+            found = found._replace(bits=part.spec["bits"], grid=part.spec["grid"], scale=float(piece))
+    return found
 
 
 def _leaf(tree: Any, path: str) -> np.ndarray:

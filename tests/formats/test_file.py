@@ -104,6 +104,20 @@ def test_a_structure_comes_back_as_the_pytree_it_was(tmp_path: Path) -> None:
     cx.check(back.params, back.rules, back.structures)
 
 
+def test_leaves_of_a_joint_intersection_are_packed_by_what_holds_on_each(tmp_path: Path) -> None:
+    k = jax.random.split(jax.random.key(0))
+    params = {"a": {"kernel": jax.random.normal(k[0], (30, 40))}, "b": {"kernel": jax.random.normal(k[1], (40, 30))}}
+    rules = [(".*/kernel", cx.unstructured(0.05, scope="global") & cx.quantize(4))]
+    structures = cx.structures(params, rules)
+    hard = cx.harden(params, rules)
+    save_model(tmp_path / "m", hard, rules, structures)
+    back = load_model(tmp_path / "m")
+    assert _same(hard, back.params) and _same(list(structures.values()), list(back.structures.values()))
+    assert {p.format for p in back.packed.values()} == {"coo-delta-coded"}
+    assert [c.joint for _, c in back.rules] == [True]
+    cx.check(back.params, back.rules, back.structures)
+
+
 @pytest.mark.parametrize("coding", ["zlib", "lzma"])
 def test_coding_saves_bytes_where_it_can(coding: str, tmp_path: Path) -> None:
     levels = {"a": np.arange(4000, dtype=np.int32) % 5, "b": np.random.default_rng(0).bytes(1000)}
