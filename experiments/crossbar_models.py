@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressx import compaction
+from compressx.constraints import Constraint, on_leaf
 from compressx.crossbar import network
 from compressx.crossbar.program import rows_of
 from compressx.data import Info
@@ -90,19 +91,10 @@ def make_subject(name: str, weights: Weights, rules: Rules, results: dict[str, A
     held = {}
     tree = {**weights.params, **weights.batch_stats}
     for b in resolve(rules, tree) if rules else ():
-        structure = weights.structure[b.name]
-        pieces = zip(b.constraint.sets, structure if b.constraint.parts else (structure,), strict=True)
-        path = b.paths[0].removeprefix("params/").removesuffix("/kernel")
-        found = Held()
-        w = _leaf(tree, b.paths[0])
-        for part, piece in pieces:
-            if part.spec["kind"] == "polarize":
-                found = found._replace(
-                    fragment=part.spec["fragment"], order=part.spec["order"], rows=rows_of(piece.order, w)
-                )
-            if part.spec["kind"] == "quantize" and part.spec["per"] == "tensor" and part.spec["grid"] != "codebook":
-                found = found._replace(bits=part.spec["bits"], grid=part.spec["grid"], scale=float(piece))
-        held[path] = found
+        for number, name_of_leaf in enumerate(b.paths):
+            alone, structure = on_leaf(b.constraint, weights.structure[b.name], number)
+            path = name_of_leaf.removeprefix("params/").removesuffix("/kernel")
+            held[path] = _held(alone, structure, _leaf(tree, name_of_leaf)) if alone else Held()
     return Subject(name, weights, rules, held, results)
 
 
@@ -124,6 +116,18 @@ def live_weights(scene: Scene, variables: Any, names: Sequence[str]) -> dict[str
             w = w if ids is None else np.take(w, ids, axis)
         live[name] = int(np.count_nonzero(w))
     return live
+
+
+def _held(constraint: Constraint, structure: Any, w: np.ndarray) -> Held:
+    found = Held()
+    for part, piece in zip(constraint.sets, structure if constraint.parts else (structure,), strict=True):
+        if part.spec["kind"] == "polarize":
+            found = found._replace(
+                fragment=part.spec["fragment"], order=part.spec["order"], rows=rows_of(piece.order, w)
+            )
+        if part.spec["kind"] == "quantize" and part.spec["per"] == "tensor" and part.spec["grid"] != "codebook":
+            found = found._replace(bits=part.spec["bits"], grid=part.spec["grid"], scale=float(piece))
+    return found
 
 
 def _leaf(tree: Any, path: str) -> np.ndarray:

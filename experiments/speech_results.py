@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressx import formats, speech
+from compressx import constraints, formats, speech
 from compressx.data.batches import cover
 from compressx.report import format as fmt
 from compressx.report import html, plots, speech_plots
@@ -173,15 +173,15 @@ def matrices(params: Any, rules: Rules | None) -> dict[str, dict[str, Any]]:
 def stored_as(weights: Weights, rules: Rules, name: str) -> dict[str, formats.Packed]:
     """Every leaf packed, the constrained ones in the format of that name, the others dense."""
     names, leaves = paths(weights.params), jax.tree.leaves(weights.params)
-    bound = {p: b for b in resolve(rules, weights.params) for p in b.paths}
-    out = {}
-    for path, leaf in zip(names, leaves, strict=True):
-        b = bound.get(path)
-        if b is None:
-            out[path] = formats.pack(leaf, format="dense")
-        else:
-            out[path] = formats.pack(leaf, b.constraint, weights.structure[b.name], name)
-    return out
+    bound = {
+        p: constraints.on_leaf(b.constraint, weights.structure[b.name], i)
+        for b in resolve(rules, weights.params)
+        for i, p in enumerate(b.paths)
+    }
+    return {
+        path: formats.pack(leaf, *bound[path], name) if path in bound else formats.pack(leaf, format="dense")
+        for path, leaf in zip(names, leaves, strict=True)
+    }
 
 
 def dense_leaves(params: Any) -> dict[str, formats.Packed]:

@@ -26,8 +26,3 @@ def test_two_sets_that_fix_the_same_thing_do_not_intersect() -> None:
     levels = cx.unstructured(0.5)._replace(stage=cx.LEVEL)
     with pytest.raises(ValueError, match="cannot be intersected: both fix the levels"):
         _ = levels & levels
-
-
-def test_joint_and_single_sets_do_not_intersect() -> None:
-    with pytest.raises(ValueError, match="several leaves together"):
-        _ = cx.unstructured(0.5, scope="global") & cx.filters(0.5)

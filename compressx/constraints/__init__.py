@@ -10,6 +10,7 @@ from compressx.constraints.base import TIE as TIE
 from compressx.constraints.base import Constraint as Constraint
 from compressx.constraints.base import count as count
 from compressx.constraints.base import intersection as intersection
+from compressx.constraints.base import on_leaf as on_leaf
 from compressx.constraints.base import support as support
 from compressx.constraints.base import violations as violations
 from compressx.constraints.bsp import bsp, bsp_columns, bsp_rows
@@ -79,6 +80,6 @@ def from_spec(spec: Mapping[str, Any]) -> Constraint:
 
 __all__ = [
     *("Constraint", "SUPPORT", "SIGN", "TIE", "LEVEL", "KINDS", "from_spec", "intersection", "support", "violations"),
-    *("count", "quantize_activations", "select_library", "top_k_mask", "top_k_masks"),
+    *("count", "on_leaf", "quantize_activations", "select_library", "top_k_mask", "top_k_masks"),
     *KINDS,
 ]

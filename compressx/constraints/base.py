@@ -35,6 +35,7 @@ class Constraint(NamedTuple):
       parts: the sets of an intersection, in stage order; `()` for a single set.
       joint: True where `w` is a tuple of leaves (all that one rule matches) and not one leaf.
       refuses: `refuses(other) -> reason`, why this set cannot be intersected with another one; None where it can.
+      leaf: where a set over a single leaf holds on every leaf of a tuple (see `intersection`), that set; else None.
     """
 
     spec: Mapping[str, Any]
@@ -47,6 +48,7 @@ class Constraint(NamedTuple):
     parts: tuple["Constraint", ...] = ()
     joint: bool = False
     refuses: Callable[["Constraint"], str | None] = lambda other: None
+    leaf: "Constraint | None" = None
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return intersection(self, other)
@@ -112,9 +114,11 @@ def intersection(*constraints: Constraint) -> Constraint:
     for the weights as the earlier sets leave them. Where the nearest point of the intersection has a closed form, the
     constraint for it is a factory of its own and is to be preferred.
 
+    Beside a set over several leaves together (`scope="global"`, `gates="together"`, ...) a set over a single leaf holds
+    on each of them, with a structure (a scale, signs) for each: `unstructured(0.1, scope="global") & quantize(4)`.
+
     Raises:
-      ValueError: two sets both fix the signs, ties or levels, one refuses the other, or joint and single-leaf sets are
-        mixed.
+      ValueError: two sets both fix the signs, ties or levels, or one refuses the other.
     """
     parts = sorted((p for c in constraints for p in c.sets), key=lambda p: p.stage)
     for stage in (SIGN, TIE, LEVEL):
@@ -129,11 +133,8 @@ def intersection(*constraints: Constraint) -> Constraint:
             reason = p.refuses(other) if other is not p else None
             if reason:
                 raise ValueError(f"{p} and {other} cannot be intersected: {reason}")
-    if len({p.joint for p in parts}) > 1:
-        raise ValueError(
-            "a constraint over several leaves together and one over a single leaf cannot be intersected: "
-            + " & ".join(str(p) for p in parts)
-        )
+    if any(p.joint for p in parts):
+        parts = [p if p.joint else _on_every_leaf(p) for p in parts]
     sets = tuple(parts)
 
     def init(w: Any) -> tuple[Any, ...]:
@@ -161,6 +162,41 @@ def intersection(*constraints: Constraint) -> Constraint:
         parts=sets,
         joint=sets[0].joint,
     )
+
+
+def _on_every_leaf(single: Constraint) -> Constraint:
+    """A set over a single leaf, over a tuple of leaves: structures, pieces and weights are tuples."""
+
+    def each(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda w, *more: tuple(function(*leaf) for leaf in zip(w, *more, strict=True))
+
+    return single._replace(
+        init=each(single.init),
+        project=each(single.project),
+        refresh=each(single.refresh),
+        freeze=each(single.freeze),
+        retract=each(single.retract),
+        joint=True,
+        leaf=single,
+    )
+
+
+def on_leaf(constraint: Constraint, structure: Any, number: int) -> tuple[Constraint | None, Any]:
+    """What a constraint says of one of its leaves alone, and the structure that belongs to it.
+
+    Args:
+      constraint: over a single leaf, which is returned as it is; or over several together, of whose sets only those
+        remain that hold on each leaf by itself (None where there is no such set).
+      structure: what it leaves open.
+      number: which leaf of the tuple.
+    """
+    if not constraint.joint:
+        return constraint, structure
+    each = structure if constraint.parts else (structure,)
+    found = [(p.leaf, s[number]) for p, s in zip(constraint.sets, each, strict=True) if p.leaf is not None]
+    if len(found) < 2:
+        return found[0] if found else (None, None)
+    return intersection(*(c for c, _ in found)), tuple(s for _, s in found)
 
 
 def _each(sets: Sequence[Constraint], w: Any, choose: Callable[[Constraint, Any, int], Any]) -> tuple[Any, ...]:

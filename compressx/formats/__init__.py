@@ -23,6 +23,8 @@ from compressx.formats.file import Sizes as Sizes
 from compressx.formats.file import load_model as load_model
 from compressx.formats.file import save_model as save_model
 from compressx.formats.fkw import FKW
+from compressx.formats.on_levels import ON_LEVELS
+from compressx.formats.on_levels import in_floats as in_floats
 from compressx.formats.quantized import QUANTIZED
 from compressx.formats.sparse import BITMASK, COO_DELTA, csr
 from compressx.formats.unified import UNIFIED
@@ -32,7 +34,7 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         *(DENSE, COMPACT, BITMASK, csr(32), csr(16), COO_DELTA, FKW, BSPC, BLOCK_MAX),
-        *(QUANTIZED, UNIFIED, CELLS, BIT_PLANES, BIT_PLANES_COMPLEMENT),
+        *(QUANTIZED, UNIFIED, CELLS, BIT_PLANES, BIT_PLANES_COMPLEMENT, *ON_LEVELS),
     )
 }
 
@@ -99,6 +101,6 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES) -> np.ndarray:
 
 __all__ = [
     *("CompressedFileError", "FORMATS", "Format", "MAX_BYTES", "Packed"),
-    *("dense_nbytes", "nbytes", "pack", "unpack"),
+    *("dense_nbytes", "in_floats", "nbytes", "pack", "unpack"),
     *("SavedModel", "Sizes", "load_model", "save_model"),
 ]

@@ -23,6 +23,7 @@ import numpy as np
 
 from compressx.formats.base import Packed, fail
 from compressx.formats.block_max import unpacked_places
+from compressx.formats.on_levels import in_floats
 
 
 class Work(NamedTuple):
@@ -38,12 +39,13 @@ def multiply(packed: Packed, x: np.ndarray) -> np.ndarray:
     """x @ w for a matrix `[in, out]` in the block-max format, without unpacking it.
 
     Args:
-      packed: in the format "block-max".
+      packed: in the format "block-max", or "block-max-coded".
       x: `[..., in]`.
 
     Returns:
       `[..., out]` in x's dtype.
     """
+    packed = in_floats(packed)
     if packed.format != "block-max":
         fail(packed.format, "this product reads the block-max format alone")
     values, row, column, axis = unpacked_places(packed)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from compressx import formats
-from compressx.constraints import Constraint, from_spec
+from compressx.constraints import Constraint, from_spec, on_leaf
 from compressx.formats import container
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, fail
 from compressx.harden import structures as initial_structures
@@ -108,12 +108,11 @@ def save_model(
     fixed = _layout(layout, names)
     arrays: dict[str, np.ndarray] = {}
     entries, described = [], []
-    single = {b.paths[0]: b for b in bound if not b.constraint.joint}
+    alone = {p: on_leaf(b.constraint, given[b.name], i) for b in bound for i, p in enumerate(b.paths)}
     packed_bytes = 0
     for name, leaf in zip(names, leaves, strict=True):
-        b = single.get(name)
         try:
-            packed = formats.pack(leaf, b and b.constraint, given[b.name] if b else None, fixed.get(name))
+            packed = formats.pack(leaf, *alone.get(name, (None, None)), fixed.get(name))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         packed_bytes += formats.nbytes(packed)

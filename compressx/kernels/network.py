@@ -276,7 +276,10 @@ class _Builder:
 
     def _sparse(self, s: Conv) -> Sparse:
         held = self.packed.get(s.path or "")
-        found = schedule.from_fkw(held) if held is not None and held.format == "fkw" else schedule.from_weight(s.w)
+        if held is not None and held.format in schedule.FKW:
+            found = schedule.from_fkw(held)
+        else:
+            found = schedule.from_weight(s.w)
         scale = s.scale[found.order[found.place]].astype(np.float32)
         return found._replace(weight=found.weight * scale[:, None])
 

@@ -380,7 +380,7 @@ def prepare(
     from compressx import formats
 
     if isinstance(w, Packed):
-        s = schedule.from_fkw(w) if w.format == "fkw" else schedule.from_weight(formats.unpack(w))
+        s = schedule.from_fkw(w) if w.format in schedule.FKW else schedule.from_weight(formats.unpack(w))
     else:
         s = schedule.from_weight(w)
     if len(shape) != 4 or len(s.shape) != 4:

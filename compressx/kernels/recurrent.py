@@ -26,6 +26,7 @@ from compressx import compiled, formats
 from compressx.formats.base import Packed
 from compressx.kernels import native
 
+BSPC = ("bspc", "bspc-coded")
 CELLS = ("gru_before", "gru_after", "lstm")
 _SCATTERED, _CONTIGUOUS = 1, 2
 _MOST_VECTORS = 4
@@ -56,6 +57,7 @@ class Tiles(NamedTuple):
 
 def blocks_of(packed: Packed) -> list[Block]:
     """BSPC's blocks: outputs, inputs and weights of each, checked as `formats.unpack` checks them."""
+    packed = formats.in_floats(packed)
     formats.unpack(packed)
     a = packed.arrays
     stride, offset = a["stride"].astype(np.int64), a["offset"].astype(np.int64)
@@ -159,7 +161,7 @@ def tiles_of(gates: Sequence[Packed | np.ndarray], lanes: int) -> Tiles:
     widths = [int(g.shape[-1]) for g in gates]
     if int(gates[0].shape[0]) > _MOST_INPUTS:
         raise ValueError(f"more than {_MOST_INPUTS} inputs")
-    if all(isinstance(g, Packed) and g.format == "bspc" and len(g.shape) == 2 for g in gates):
+    if all(isinstance(g, Packed) and g.format in BSPC and len(g.shape) == 2 for g in gates):
         found: list[Block] = []
         for k, g in enumerate(gates):
             assert isinstance(g, Packed)

@@ -24,6 +24,7 @@ from compressx.formats.base import CompressedFileError, Packed
 from compressx.formats.fkw import assign_patterns, kernel_array, patterns_of, reorder_filters
 from compressx.kernels.grid import Grid
 
+FKW = ("fkw", "fkw-coded")
 MOST_PATTERNS = 255
 MOST_FILTERS = 256
 MOST_CHANNELS = 1 << 16
@@ -125,7 +126,8 @@ class Plan(NamedTuple):
 
 
 def from_fkw(packed: Packed) -> Sparse:
-    """FKW's arrays, checked as `formats.unpack` checks them, kernel by kernel."""
+    """FKW's arrays, checked as `formats.unpack` checks them, kernel by kernel; with codes for values too."""
+    packed = formats.in_floats(packed)
     if packed.format != "fkw":
         raise CompressedFileError(f"{packed.format}: not fkw")
     formats.unpack(packed)

@@ -42,7 +42,7 @@ def bspc_blocks(packed: Packed) -> list[tuple[np.ndarray, np.ndarray, np.ndarray
       ValueError: another format.
       CompressedFileError: the arrays are inconsistent.
     """
-    if packed.format != "bspc":
+    if packed.format not in kernels.recurrent.BSPC:
         raise ValueError(f"the format is {packed.format!r}; bspc is needed")
     return [
         (inputs.astype(np.int32), outputs.astype(np.int32), np.ascontiguousarray(weight.T))
@@ -135,7 +135,7 @@ def prepare(packed: Mapping[str, Packed], way: str, hidden_layers: int) -> Netwo
     """
 
     def blocks(name: str, p: Packed) -> Packed:
-        if way == "dense" or name not in MATRICES or p.format == "bspc":
+        if way == "dense" or name not in MATRICES or p.format in kernels.recurrent.BSPC:
             return p
         return FORMATS["bspc"].pack(unpack(p), None, None)
 

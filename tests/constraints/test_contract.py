@@ -71,6 +71,19 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
     "filters & polarize & quantize": (cx.filters(0.5) & cx.polarize(4) & cx.quantize(4, "cells"), (3, 3, 4, 6)),
     "unify & quantize": (cx.unify((2, 3), 0.5) & cx.quantize(4), (7, 8)),
     "filters & unstructured": (cx.filters(0.5) & cx.unstructured(0.1), (3, 3, 4, 6)),
+    "unstructured global & quantize": (
+        cx.unstructured(0.3, scope="global") & cx.quantize(3, per="channel"),
+        ((6, 8), (3, 3, 2, 4)),
+    ),
+    "pattern network & polarize & quantize": (
+        cx.quantize(4) & cx.polarize(4) & cx.pattern("scp", scope="network"),
+        ((3, 3, 4, 6), (3, 3, 6, 4)),
+    ),
+    "bsp gates & quantize": (cx.bsp_columns(keep=3, strips=3, gates="together") & cx.quantize(4), ((10, 6), (10, 6))),
+    "unstructured global & filters": (
+        cx.unstructured(0.3, scope="global") & cx.filters(0.5),
+        ((6, 8), (3, 3, 2, 4)),
+    ),
     "n_of_m & columns": (cx.n_of_m(2, 4) & cx.columns(0.5), (8, 6)),
 }
 table = pytest.mark.parametrize("name", list(EXAMPLES))

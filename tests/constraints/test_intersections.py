@@ -116,6 +116,36 @@ def test_pruning_and_quantizing_together_beats_quantizing_over_the_zeros() -> No
     assert float(jnp.sum(jnp.square(z - w))) < float(jnp.sum(jnp.square(kept - w)))
 
 
+def test_a_single_set_holds_on_every_leaf_of_a_joint_one() -> None:
+    """One threshold over both leaves by sorting all magnitudes; then each leaf on a scale of its own."""
+    constraint = cx.quantize(4) & cx.unstructured(keep=60, scope="global")
+    w = (normal(6), 3 * normal(7))
+    magnitudes = np.concatenate([np.abs(np.asarray(x)).reshape(-1) for x in w])
+    least = np.sort(magnitudes)[-60]
+    z, structure = constraint.project(w, constraint.init(w)), constraint.init(w)
+    assert float(structure[1][1]) > float(structure[1][0])
+    for x, got, scale in zip(w, z, structure[1], strict=True):
+        pruned = np.where(np.abs(x) >= least, x, np.float32(0))
+        np.testing.assert_array_equal(scale, cx.quantize(4).init(jnp.asarray(pruned)))
+        nearest = np.clip(np.abs(pruned) / scale, 1, 7).round() * np.sign(pruned) * scale
+        np.testing.assert_array_equal(got, nearest)
+    assert sum(int(np.count_nonzero(x)) for x in z) == 60
+
+
+def test_what_a_joint_intersection_says_of_one_leaf() -> None:
+    constraint = cx.unstructured(0.3, scope="global") & cx.polarize(4) & cx.quantize(4)
+    w = (normal(6), normal(7))
+    structure = constraint.init(w)
+    z = constraint.project(w, structure)
+    alone, mine = cx.constraints.on_leaf(constraint, structure, 1)
+    assert alone is not None and [p.spec["kind"] for p in alone.sets] == ["polarize", "quantize"] and not alone.joint
+    np.testing.assert_array_equal(alone.project(z[1], mine), z[1])
+    both = cx.constraints.on_leaf(cx.unstructured(0.3, scope="global") & cx.quantize(4), (0, (1, 2)), 0)
+    assert both[0] is not None and both[0].spec["kind"] == "quantize" and both[1] == 1
+    assert cx.constraints.on_leaf(cx.unstructured(0.3, scope="global"), (), 0) == (None, None)
+    assert cx.constraints.on_leaf(cx.quantize(4), 3.0, 0)[1] == 3.0
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -129,7 +159,7 @@ def test_pruning_and_quantizing_together_beats_quantizing_over_the_zeros() -> No
         (lambda: cx.polarize(4) & cx.polarize(8), "both fix the sign"),
         (lambda: cx.quantize(4) & cx.quantize(8), "both fix the levels"),
         (lambda: cx.unify((2, 2), 0.5) & cx.unify((4, 1), 0.5), "both fix the tied magnitudes"),
-        (lambda: cx.unstructured(0.5, scope="global") & cx.quantize(4), "several leaves together"),
+        (lambda: cx.unify((2, 2), 0.5) & cx.unstructured(0.5, scope="global"), "bring back weights"),
     ],
 )
 def test_combinations_that_cannot_be_say_why(build: Any, message: str) -> None:

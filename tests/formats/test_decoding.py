@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from compressx import formats
-from compressx.constraints import bank_balanced, block_max, darb
+from compressx.constraints import bank_balanced, block_max, darb, quantize
 from compressx.formats import decoding
 
 
@@ -23,6 +23,16 @@ def test_the_packed_product_is_the_masked_dense_one(rng, axis, kind) -> None:
     np.testing.assert_allclose(decoding.multiply(packed, x), x @ np.asarray(z), rtol=1e-4, atol=1e-5)
     with pytest.raises(formats.CompressedFileError, match="reads the block-max format alone"):
         decoding.multiply(formats.pack(z, format="bitmask"), x)
+
+
+def test_the_packed_product_of_codes_is_that_of_their_weights(rng) -> None:
+    constraint = block_max(8) & quantize(6)
+    w = jnp.asarray(rng.normal(size=(24, 50)).astype(np.float32))
+    structure = constraint.init(w)
+    z = constraint.project(w, structure)
+    x = rng.normal(size=(3, 24)).astype(np.float32)
+    packed = formats.pack(z, constraint, structure, format="block-max-coded")
+    np.testing.assert_allclose(decoding.multiply(packed, x), x @ np.asarray(z), rtol=1e-4, atol=1e-5)
 
 
 def test_work_by_hand() -> None:

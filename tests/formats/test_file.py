@@ -29,16 +29,19 @@ from compressx.rules import paths
 RULES = [
     ("params/conv/kernel", cx.filters_and_columns(0.5, 0.5)),
     ("params/dense./kernel", cx.unstructured(0.1, scope="global")),
+    ("params/pattern/kernel", cx.pattern_connectivity(0.4, k=4) & cx.quantize(4)),
 ]
+LAYOUT = [("params/pattern/kernel", "fkw-coded")]
 
 
 def _params() -> dict[str, Any]:
-    k = jax.random.split(jax.random.key(0), 3)
+    k = jax.random.split(jax.random.key(0), 4)
     return {
         "params": {
             "conv": {"kernel": jax.random.normal(k[0], (3, 3, 4, 8)), "bias": jnp.zeros(8)},
             "dense1": {"kernel": jax.random.normal(k[1], (32, 10))},
             "dense2": {"kernel": jax.random.normal(k[2], (32, 10)), "scale": jnp.ones((), jnp.bfloat16)},
+            "pattern": {"kernel": jax.random.normal(k[3], (3, 3, 4, 6))},
         },
         "batch_stats": {"bn": {"mean": jnp.arange(8.0), "count": jnp.int32(7), "seen": jnp.array([True, False])}},
     }
@@ -52,7 +55,8 @@ def hard() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def saved(hard: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("saved") / "m.safetensors"
-    save_model(path, hard, RULES, model={"name": "small", "options": {"width": 0.5}}, extra={"accuracy": 0.9})
+    about = {"name": "small", "options": {"width": 0.5}}
+    save_model(path, hard, RULES, model=about, extra={"accuracy": 0.9}, layout=LAYOUT)
     return path.read_bytes()
 
 
@@ -78,7 +82,9 @@ def test_what_is_saved_comes_back(hard: dict[str, Any], tmp_path: Path, coding: 
     assert back.sizes == sizes and sizes.file == path.stat().st_size
     assert sizes.dense == sum(x.nbytes for x in jax.tree.leaves(hard))
     assert sizes.packed == sum(a.nbytes for p in back.packed.values() for a in p.arrays.values()) < sizes.dense / 2
-    assert sizes.stored == sizes.packed if coding == "none" else sizes.stored <= sizes.packed
+    open_parts = sum(np.asarray(x).nbytes for x in jax.tree.leaves(back.structures))
+    together = sizes.packed + open_parts
+    assert sizes.stored == together if coding == "none" else sizes.stored <= together
     assert [c.spec for _, c in back.rules] == [c.spec for _, c in RULES]
     cx.check(back.params, back.rules, back.structures)
     again = save_model(tmp_path / "again", back.params, back.rules, back.structures, extra=[1], coding=coding)
@@ -95,6 +101,20 @@ def test_a_structure_comes_back_as_the_pytree_it_was(tmp_path: Path) -> None:
     back = load_model(tmp_path / "m")
     assert jax.tree.structure(back.structures) == jax.tree.structure(structures)
     assert _same(structures, back.structures)
+    cx.check(back.params, back.rules, back.structures)
+
+
+def test_leaves_of_a_joint_intersection_are_packed_by_what_holds_on_each(tmp_path: Path) -> None:
+    k = jax.random.split(jax.random.key(0))
+    params = {"a": {"kernel": jax.random.normal(k[0], (30, 40))}, "b": {"kernel": jax.random.normal(k[1], (40, 30))}}
+    rules = [(".*/kernel", cx.unstructured(0.05, scope="global") & cx.quantize(4))]
+    structures = cx.structures(params, rules)
+    hard = cx.harden(params, rules)
+    save_model(tmp_path / "m", hard, rules, structures)
+    back = load_model(tmp_path / "m")
+    assert _same(hard, back.params) and _same(list(structures.values()), list(back.structures.values()))
+    assert {p.format for p in back.packed.values()} == {"coo-delta-coded"}
+    assert [c.joint for _, c in back.rules] == [True]
     cx.check(back.params, back.rules, back.structures)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import compressx as cx
 from compressx import formats, kernels
 from compressx.kernels import native, pattern_conv, schedule
 from compressx.kernels.schedule import Geometry, Plan
@@ -156,6 +157,20 @@ def test_fkw_is_taken_as_it_is():
     x = rng.standard_normal((1, 8, 8, 6), dtype=np.float32)
     a, b = kernels.prepare(packed, x.shape)(x), kernels.prepare(w, x.shape)(x)
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["xla", pytest.param("native", marks=needs_native)])
+def test_fkw_with_codes_for_values_gives_the_kernels_floats(path):
+    rng = np.random.default_rng(5)
+    levels = cx.quantize(4)
+    w = jnp.asarray(weight(rng, 3, 3, 6, 12, 0.5, pattern=True))
+    scale = levels.init(w)
+    w = np.asarray(levels.project(w, scale))
+    packed = formats.pack(w, levels, scale, "fkw-coded")
+    assert schedule.dense(schedule.from_fkw(packed)).tobytes() == w.tobytes()
+    x = rng.standard_normal((1, 8, 8, 6), dtype=np.float32)
+    a, b = (kernels.prepare(p, x.shape, path=path)(x) for p in (packed, formats.pack(w, format="fkw")))
+    np.testing.assert_array_equal(a, b)
 
 
 @needs_native

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import compressx as cx
 from compressx import formats, kernels
 from compressx.kernels import native, recurrent
 
@@ -93,6 +94,17 @@ def test_reordering_levels_the_work_of_threads():
     assert recurrent.spread(recurrent.tiles_of_matrix(w, 4), 16, 4, 2) == (1.6, 1.0)
     none = recurrent.tiles_of_matrix(np.zeros((9, 16), np.float32), 4)
     assert recurrent.spread(none, 16, 4, 2) == (1.0, 1.0)
+
+
+def test_blocks_with_codes_for_weights_are_blocks_of_floats():
+    levels = cx.quantize(5, per="channel")
+    w = jnp.asarray(blocky(np.random.default_rng(1), 64, 48))
+    scale = levels.init(w)
+    w = np.asarray(levels.project(w, scale))
+    a = recurrent.tiles_of([formats.pack(w, levels, scale, "bspc-coded")], 16)
+    b = recurrent.tiles_of([formats.pack(w, format="bspc")], 16)
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @needs_native

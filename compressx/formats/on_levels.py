@@ -1,0 +1,114 @@
+"""Codes for the values of a format for zeros: pruned and quantized weights in b bits a value and that format's index.
+
+`on_levels(inner, name)` is the format `<inner>-coded`. Its arrays are those that `inner` makes of the weight's signed
+codes, so that index, order and blocks are the inner format's own; only the value array `name`, N values of v bytes, is
+replaced. With b bits a code (a sign and an index, see `quantized`) and s bytes of scales or codebook:
+
+    <name>    N codes of b bits, as `inner` lists the values                     ceil(N b / 8)  in place of N v
+    levels    the scale, 4 bytes (8 for float64 weights), or the codebook        s
+
+A value that `inner` stores though it is 0 (a kept weight on no level, a block without a weight) has code 0. The extents
+of the value array are `meta["values"]`. A scale a channel needs no more: codes find their channel where they unfold.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from compressx.formats.base import Format, Packed, dtype_of, fail, index_dtype, take
+from compressx.formats.block_max import BLOCK_MAX
+from compressx.formats.bspc import BSPC
+from compressx.formats.compact import COMPACT
+from compressx.formats.fkw import FKW
+from compressx.formats.parts import check_shape
+from compressx.formats.quantized import (
+    Coded,
+    coded,
+    pack_codes,
+    read_levels,
+    supports,
+    to_signed,
+    to_unsigned,
+    unpack_codes,
+    weights,
+    width,
+    write_levels,
+)
+from compressx.formats.sparse import COO_DELTA, csr
+
+SUFFIX = "-coded"
+
+
+def on_levels(inner: Format, name: str) -> Format:
+    """`inner` for weights on the levels of a `quantize(...)` in their constraint: the values are codes.
+
+    Args:
+      inner: a format that keeps the values of a weight, of any dtype, in one array.
+      name: of that array.
+    """
+
+    def fits(w: np.ndarray, constraint: Any) -> bool | str:
+        reason = supports(w, constraint)
+        return inner.supports(w, constraint) if reason is True else reason
+
+    def pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
+        c = coded(w, constraint, structure)
+        packed = inner.pack(c.codes, constraint, structure)
+        values, b = packed.arrays[name], width(c.levels)
+        levels, about = write_levels(c)
+        arrays = packed.arrays | {name: pack_codes(to_unsigned(values, b), b)} | levels
+        meta = packed.meta | about | {"values": list(values.shape)}
+        return Packed(inner.name + SUFFIX, w.shape, w.dtype.name, arrays, meta)
+
+    return Format(inner.name + SUFFIX, fits, pack, lambda packed: _open(packed, inner, name)[0])
+
+
+def in_floats(packed: Packed) -> Packed:
+    """A packed weight with floats in place of codes, for readers of `fkw`, `bspc`, ...; other formats as they are.
+
+    Raises:
+      CompressedFileError: the arrays are inconsistent.
+    """
+    if packed.format not in _INNER:
+        return packed
+    inner, name = _INNER[packed.format]
+    w, place, plain = _open(packed, inner, name)
+    values = np.zeros(plain.arrays[name].size, w.dtype)
+    held = place > 0
+    values[place[held] - 1] = w[held]
+    values = values.reshape(plain.arrays[name].shape)
+    return plain._replace(dtype=packed.dtype, arrays=plain.arrays | {name: values})
+
+
+def _open(packed: Packed, inner: Format, name: str) -> tuple[np.ndarray, np.ndarray, Packed]:
+    """The weight; the number (0: none) of the value at each place; and `inner`'s arrays with the numbers as values."""
+    check_shape(packed, 1)
+    levels, structure = read_levels(packed)
+    extents, most = packed.meta.get("values"), math.prod(packed.shape)
+    if (
+        not isinstance(extents, list)
+        or not 1 <= len(extents) <= 2
+        or not all(type(v) is int and 0 <= v <= most for v in extents)
+        or math.prod(extents) > most
+    ):
+        fail(f"{packed.format}/values", f"{str(extents)[:80]} are not the extents of at most {most} values")
+    entry, b, number = f"{packed.format}/{name}", width(levels), math.prod(extents)
+    stored = unpack_codes(entry, take(packed, name, "uint8", (-(-number * b // 8),)), number, b)
+    signed = to_signed(entry, stored, b, levels.top)
+    numbers = np.arange(1, number + 1, dtype=index_dtype(number + 1)).reshape(extents)
+    arrays = {key: a for key, a in packed.arrays.items() if key != "levels"} | {name: numbers}
+    plain = Packed(inner.name, packed.shape, numbers.dtype.name, arrays, packed.meta)
+    place = inner.unpack(plain)
+    codes = np.concatenate([np.zeros(1, np.int32), signed])[place]
+    return weights(Coded(codes, structure, levels), dtype_of(packed)), place, plain
+
+
+_INNER = {
+    inner.name + SUFFIX: (inner, name)
+    for inner, name in (
+        *((COMPACT, "matrix"), (csr(32), "values"), (csr(16), "values"), (COO_DELTA, "values")),
+        *((FKW, "weight"), (BSPC, "weight"), (BLOCK_MAX, "values")),
+    )
+}
+ON_LEVELS = tuple(on_levels(inner, name) for inner, name in _INNER.values())
