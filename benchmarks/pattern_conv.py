@@ -11,8 +11,9 @@ MNN, LiteRT, and TVM with the schedules it has without tuning, so that its ratio
 out is named with the reason, and the reasons are recorded. All get batch normalisation folded in, as ours do.
 
 Weights are random: each 3x3 kernel keeps one of eight patterns, and 1 of rate / 2.25 kernels stays (1x1: 1 of rate);
-the first layer keeps its patterns only. `vgg16` is the 13 convolutions and poolings, `vgg16_whole` has the three linear
-layers too, dense in every system. `--model` runs a saved model instead, with the weights it was trained to.
+the first layer keeps its patterns only. `vgg16` is the 13 convolutions and poolings, `vgg16_whole` has the three
+linear layers too, dense in every system; what is counted is the convolutions' in both. `--model` runs a saved model
+instead, with the weights it was trained to.
 A speedup is printed only where the native path is active.
 """
 

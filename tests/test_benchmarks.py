@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 
-from benchmarks import install_peers, peers, recurrent, speech_step
+from benchmarks import install_peers, pallas, peers, recurrent, speech_step
 
 
 def test_installs_are_reported_with_their_reason():
@@ -99,3 +99,15 @@ def test_recurrent_rows_of_a_saved_network(tmp_path):
     compressx.save_model(file, {"w": np.ones((2, 2), np.float32)})
     with pytest.raises(ValueError, match="saved GRU"):
         recurrent.saved(file, args)
+
+
+def test_pallas_is_compared_and_timed_on_a_device_alone(monkeypatch, capsys):
+    import jax
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is a device")
+    monkeypatch.setattr("sys.argv", ["pallas"])
+    assert pallas.main() == 1 and "No GPU or TPU" in capsys.readouterr().err
+    row = pallas.compare("32x9x32", 0.3, 1, 2)  # interpreted, as `main` never does
+    assert row["path"] == "pallas/interpret" and row["share"] == pytest.approx(3 / 9)
+    assert {"ours_ms", "xla_ms", "xla_exact_ms", "xla_over_ours"} <= row.keys()
