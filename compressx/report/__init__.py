@@ -12,6 +12,7 @@ When it ends
 Plots
   plots         curves over steps, residuals, rho, metric against compression, bars
   weight_plots  histograms, kept weights, masks
+  pattern_plots the masks of a pattern library
   style         the common look
 Tables
   tables        `python -m compressx.report.tables`: README's tables from every kept summary

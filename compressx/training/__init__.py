@@ -5,6 +5,7 @@ state        TrainState, Task, one step, the runner that is fastest on the backe
 optimizers   learning-rate schedules and the optax chain of each kind of phase
 phases       the phases of a plan; hardening
 gradual      gradual magnitude pruning, for comparison
+libraries    the pattern libraries of a run, and what is logged of them
 language     the task of language models: carried state, exact perplexity, sampling
 loop         `train`: epochs, records, checkpoints, resuming
 together     `train_together`: several seeds as one program

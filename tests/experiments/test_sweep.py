@@ -75,7 +75,7 @@ def _staged() -> sweep.Config:
 
 def test_forms_prunes_then_polarizes_then_quantizes_in_the_epochs_of_the_others(tmp_path) -> None:
     config = sweep.read(families.get_config("digits_families"))
-    (point,) = [p for p in config.points if p.name == "forms-8x"]
+    (point,) = [p for p in config.points if p.name == "forms-4x"]
     kinds = [phases.build_rules(s.rules)[0][1].sets for s in point.stages]
     assert [[part.spec["kind"] for part in sets] for sets in kinds] == [
         ["filters_and_columns"],
@@ -86,7 +86,7 @@ def test_forms_prunes_then_polarizes_then_quantizes_in_the_epochs_of_the_others(
     todo = [r for r in sweep.runs(config, tmp_path) if r.method == "admm" and r.seed == 0]
     lengths = {r.point: sum(s.admm.epochs + s.retrain.epochs for s in r.config.plan.stages) for r in todo}
     assert set(lengths.values()) == {35}
-    assert [len(r.config.plan.stages) for r in todo if r.point == "forms-8x"] == [3]
+    assert [len(r.config.plan.stages) for r in todo if r.point == "forms-4x"] == [3]
 
 
 def test_stages_belong_to_admm_alone_and_have_its_epochs_and_rules(tmp_path) -> None:
