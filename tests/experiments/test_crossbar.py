@@ -226,6 +226,19 @@ def test_variation_has_an_interval(done):
 
 
 @pytest.mark.slow
+def test_a_fragment_whose_parts_are_not_published_has_accuracy_and_arrays_but_no_cost(tmp_path):
+    settings = configs.get_config("digits_fragments_tiny").unlock()
+    settings.branches = tuple(b for b in settings.branches if b["name"] in ("pruned", "full_4", "full_32"))
+    settings.main = "full_32"
+    s = crossbar.run(crossbar.read(settings), Options(tmp_path))
+    found = s["crossbar"]
+    assert found["models"]["full_32"]["fragment"] == 32 and found["models"]["full_32"]["proven_share"] == 1.0
+    assert found["engines"]["unknown"] == [32] and "FORMS-4, compressed" in found["engines"]["rows"]
+    assert not any(name.startswith("FORMS-32") for name in (*found["engines"]["rows"], *found["engines"]["latency_us"]))
+    assert "fragments of 32 rows are not known" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_all_models_of_the_variation_table(tmp_path):
     s = crossbar.run(_config(), Options(tmp_path))
     models = s["crossbar"]["models"]
