@@ -99,7 +99,7 @@ def lightning(w: np.ndarray, x: np.ndarray, threads: int) -> Callable[[], Any] |
     config.mapping.max_input_size = 128
     config.forward.inp_res = 2**8 - 2
     config.forward.out_res = 2**8 - 2
-    config.forward.out_bound = 12.0  # without a range it does not quantize outputs; the time does not depend on it
+    config.forward.out_bound = 12.0  # without a bound and an input range it refuses to quantize outputs
     config.pre_post.input_range.enable = True
     config.pre_post.input_range.init_value = float(x.max())
     layer = AnalogLinear(w.shape[0], w.shape[1], bias=False, rpu_config=config).eval()

@@ -119,6 +119,13 @@ class Recipe:
         )
 
 
+    def at_once(self, name: str, fragment: int, order: str = "W") -> Settings:
+        """From the pruned network: polarized and quantized by one ADMM, in the time of the polarization."""
+        last = rules(self.pruning, self.others, polarized(fragment, order), cells())
+        pull, retrain = self.steps["polarize"]
+        return branch(name, "pruned", last, pull | {"refresh_every": 2}, retrain)
+
+
 def forms(c: Settings, recipe: Recipe, main: str, *full: tuple[Settings, ...]) -> Settings:
     """The four models of the variation table (dense, polarized, pruned, full), and further full ones."""
     first = (recipe.pruned(), recipe.polarized_only(8))
@@ -157,6 +164,17 @@ def digits(variant: str) -> Settings:
     c["noise_aware"] |= {"start": "signs_8", "fit": fit(2, 5e-4)}
     c["variation"]["models"] = (*c["variation"]["models"], "noise_aware")
     return c
+
+
+def digits_fragments(variant: str) -> Settings:
+    """FORMS' figure 6 on 8x8 digits: accuracy against fragments of 1, 2, 4, .. 128 rows, W-major, 8 bits.
+
+    Paper, on CIFAR-100: small fragments lose nothing, large ones a little. Area and power are known for 4, 8 and 16
+    alone. Cost: 190 epochs of a third of a second, a minute; 4 for the measurements.
+    """
+    c = digits_base(variant)
+    sizes = [DIGITS.at_once(f"full_{m}", m) for m in (1, 2, 4, 8, 16, 32, 64, 128)]
+    return c | {"branches": (DIGITS.pruned(), *sizes), "main": "full_8"}
 
 
 def digits_sot(variant: str) -> Settings:
@@ -245,22 +263,29 @@ def resnet_base(variant: str) -> Settings:
     c |= {k: shared[k] for k in ("data", "model", "batch", "eval_batch")}
     c["dense"] = shared["plan"]["dense"]
     c["hardware"] |= {"batch": 50, "calibration": 100, "slow_images": 100, "skip_images": 20}
-    c["variation"] |= {"images": 100}
+    c["variation"] |= {"images": 500}  # of 100 images one is a whole point
     return c
 
 
 def resnet_forms(variant: str) -> Settings:
     """FORMS' table on ResNet-20: fragments of 4, 8 and 16, C-major as the paper found best on CIFAR. Stand-in data.
 
-    Cost: 37 epochs and 18 of one-shot, about 80 minutes; 20 for the measurements.
+    Cost: 37 epochs and 18 of one-shot, 33 s of one core each, half an hour; about 100 minutes of one core for the
+    variation (four models, 50 devices at sigma 0.1 and 10 at 0.2, 500 images each, 50 ms an image), 20 for the rest.
     """
     sizes = [RESNET.full(str(m), m, "C") for m in (8, 4, 16)]
-    return forms(resnet_base(variant), RESNET, "full_8", *sizes)
+    c = forms(resnet_base(variant), RESNET, "full_8", *sizes)
+    c["variation"] |= {"sweep": (0.2,)}
+    return c
 
 
 def resnet_forms_orders(variant: str) -> Settings:
-    """W-, H- and C-major fragments of 8 on ResNet-20. Cost: 37 epochs, about 60 minutes."""
+    """W-, H- and C-major fragments of 8 on ResNet-20, the energy rule, and signs that are never chosen anew.
+
+    Cost: 51 epochs, 33 s of one core each, half an hour; 20 minutes for the measurements.
+    """
     kinds = [RESNET.full(order, 8, order) for order in ("W", "H", "C")]
+    kinds += [RESNET.full("energy", 8, "W", "energy"), RESNET.full("fixed_signs", 8, refresh=0)]
     c = forms(resnet_base(variant), RESNET, "full_W", *kinds)
     c["variation"] |= {"models": ()}
     c["one_shot"] = False
@@ -304,6 +329,7 @@ def taken(variant: str) -> Settings:
 
 VARIANTS: dict[str, Callable[[str], Settings]] = {
     "digits": digits,
+    "digits_fragments": digits_fragments,
     "digits_sot": digits_sot,
     "mnist_lenet5_forms": mnist_forms,
     "mnist_lenet5_forms_orders": mnist_forms_orders,

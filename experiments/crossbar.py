@@ -28,7 +28,7 @@ from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Stage, Weights, mesh, phases
 from experiments import artifacts, cnn, crossbar_forms, crossbar_page, crossbar_sot, driver
 from experiments.crossbar_config import AWARE, DENSE, TAKEN, Config, plan_phases, read
-from experiments.crossbar_models import Scene, Subject, make_subject
+from experiments.crossbar_models import Scene, Subject, check_sets, make_subject
 from experiments.driver import Options
 
 
@@ -56,6 +56,8 @@ def run(config: Config, options: Options) -> dict[str, Any]:
         subjects, scene = _taken(config, options)
         return _conclude(config, options, subjects, scene, None, time.monotonic() - started)
     todo = plan_phases(config)
+    for phase in todo:
+        check_sets(phase.rules or (), config.hardware.engine)
     job, info = cnn.make_job(training_config(config), options)
     outcome = driver.train(workdir, written, job, todo)
     names = {p.name: p for p in todo}
@@ -94,6 +96,7 @@ def _taken(config: Config, options: Options) -> tuple[list[Subject], Scene]:
     if not path.is_file():
         raise ConfigError(f"take={config.take!r}: {path} does not exist; name the work directory of a finished run")
     stored = artifacts.read(path)
+    check_sets(tuple(stored.saved.rules), config.hardware.engine)
     name, model_options, facts = cnn.described(path, stored)
     train, test = (_load(config, s, options.data_dir) for s in ("train", "test"))
     if test.info.classes != facts["classes"] or test.info.shape[-1] != len(facts["mean"]):
@@ -195,6 +198,7 @@ def _conclude(
     before = next((s for s in subjects if s.name == DENSE), main)
     pictures = crossbar_page.pictures(workdir, summary["crossbar"])
     if trained:
+        pictures += crossbar_page.sign_changes(workdir)
         pictures += artifacts.pictures(workdir, before.weights.params, main.weights.params, main.rules)
     page = html.Page(
         summary=summary,

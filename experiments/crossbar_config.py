@@ -35,8 +35,9 @@ class Hardware:
 
     Attributes:
       engine: "forms" (ReRAM crossbars) or "sot" (SOT-MRAM bit planes).
-      fragment: rows that are active together where no polarized set says so: 4, 8 or 16.
-      weight_bits: of weights that were not trained on levels; input_bits: of all inputs (1..16; SOT-MRAM 1..8).
+      fragment: rows that are active together where no polarized set says so; it divides the 128 rows of an array.
+      weight_bits: of weights not trained on levels, even for "forms", whose cells hold two; input_bits: of all
+        inputs (2..16; SOT-MRAM 2..8).
       images: test images that run through the simulated engine; 0 is all.
       slow_images: those for which every conversion is simulated (saturating ADC).
       skip_images: those whose activations are measured for zero skipping and saturation.
@@ -61,8 +62,10 @@ class Hardware:
     def __post_init__(self) -> None:
         if self.engine not in ("forms", "sot"):
             raise ConfigError(f"hardware.engine={self.engine!r} is impossible; it must be forms or sot")
-        if self.fragment not in (4, 8, 16):
-            raise ConfigError(f"hardware.fragment={self.fragment} is impossible; it must be 4, 8 or 16")
+        if not 1 <= self.fragment <= 128 or 128 % self.fragment:
+            raise ConfigError(f"hardware.fragment={self.fragment} is impossible; it must divide an array's 128 rows")
+        if self.engine == "forms" and self.weight_bits % 2:
+            raise ConfigError(f"hardware.weight_bits={self.weight_bits} is impossible; it must be even: cells hold two")
         top = 16 if self.engine == "forms" else 8
         for name in ("weight_bits", "input_bits"):
             if not 2 <= getattr(self, name) <= top:

@@ -55,7 +55,7 @@ def place(subject: Subject, scene: Scene, hardware: Any) -> Placed:
     found = network.find_layers(scene.apply, subject.variables, one, train=False)
     found = [replace(layer, rows=held.get(layer.name)) for layer in found]
     base = {layer.name: _design(subject, layer.name, hardware) for layer in found}
-    scales = {p: h.scale for p, h in subject.held.items() if h.scale is not None and h.grid == "cells" and p in base}
+    scales = {p: h.scale for p, h in subject.held.items() if h.scale is not None and p in base}
     grid = network.on_grid(subject.variables, {p: network.levels_of(d) for p, d in base.items()}, scales)
     widest = next(iter(base.values())).but(inputs="sign_planes")
     images = scene.prepare(jnp.asarray(scene.calibration))
@@ -68,7 +68,7 @@ def place(subject: Subject, scene: Scene, hardware: Any) -> Placed:
 
 def _design(subject: Subject, path: str, hardware: Any) -> Design:
     held = subject.held.get(path)
-    bits = held.bits if held and held.bits and held.grid == "cells" else hardware.weight_bits
+    bits = held.magnitude + held.magnitude % 2 if held and held.bits else hardware.weight_bits  # cells of two
     fragment = held.fragment if held and held.fragment else hardware.fragment
     design = presets.forms(fragment, weight_bits=bits).but(input_bits=hardware.input_bits)
     return design if held and held.fragment else design.but(signs="differential_digital", name=f"pairs-{fragment}")
@@ -287,7 +287,10 @@ def _engines(
         "PUMA-like, compressed": run(squeezed, puma.but(**eight), chip["puma"]),
     }
     twins = {m: p for m, p in _by_fragment(placed, main).items() if m}
+    unknown = [m for m in twins if m not in presets.FORMS_FRAGMENTS]
     for m, p in sorted(twins.items()):
+        if m in unknown:
+            continue
         found = skips[m] if p is main else _skipping(p, observe, lots, (m,))[m]
         sweeps = {path: s.mean_slowest for path, s in found.items()}
         design = presets.forms(m).but(weight_bits=next(iter(p.designs.values())).weight_bits)
@@ -316,6 +319,7 @@ def _engines(
         },
         "latency_us": {name: run_one.latency_us for name, run_one in _single(main, skips, chip, hardware).items()},
         "peak": _peaks(chip),
+        "unknown": sorted(unknown),
         "assumptions": list(dict.fromkeys(line for p in plans.values() for line in p.assumptions)),
     }
 
@@ -342,7 +346,7 @@ def _single(main: Placed, skips: Any, chip: Mapping[str, chips.Chip], hardware: 
     out = {"ISAAC, compressed": presets.isaac().but(weight_bits=hardware.weight_bits)}
     squeezed = [replace(layer, rows=None) for layer in main.layers]
     plans = {n: _plan(squeezed, d, chip["isaac"], main.signed, hardware, frames=1) for n, d in out.items()}
-    if m:
+    if m in presets.FORMS_FRAGMENTS:
         sweeps = {path: s.mean_slowest for path, s in skips[m].items()}
         design = presets.forms(m)
         plans[f"FORMS-{m}, compressed"] = _plan(

@@ -1,6 +1,6 @@
 """A model on its way to an engine: its weights, the sets they lie in, and what these say about each layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,11 +8,12 @@ import numpy as np
 
 from compressx import compaction
 from compressx.constraints import Constraint, on_leaf
+from compressx.constraints.quantization import levels_of
 from compressx.crossbar import network
 from compressx.crossbar.program import rows_of
 from compressx.data import Info
 from compressx.rules import Rules, resolve
-from compressx.training import Weights
+from compressx.training import ConfigError, Weights
 
 
 class Scene(NamedTuple):
@@ -44,14 +45,15 @@ class Held(NamedTuple):
 
     Attributes:
       fragment: rows of a polarized fragment, or None; rows: their order on the word lines.
-      bits: of trained levels, or None; scale: their step; grid: of the levels.
+      bits: of trained levels, or None; magnitude: bits of the largest multiple of their step, without a sign.
+      scale: the step, a number or one for each filter.
     """
 
     fragment: int | None = None
     rows: np.ndarray | None = None
     bits: int | None = None
-    scale: float | None = None
-    grid: str | None = None
+    magnitude: int = 0
+    scale: Any = None
     order: str | None = None
 
 
@@ -98,6 +100,36 @@ def make_subject(name: str, weights: Weights, rules: Rules, results: dict[str, A
     return Subject(name, weights, rules, held, results)
 
 
+def _magnitude(spec: Mapping[str, Any]) -> int:
+    """Bits of the largest level over the step, of levels that are whole multiples of one."""
+    levels = levels_of(spec)
+    return levels.top if levels.grid == "power_of_two" else levels.top.bit_length()
+
+
+def check_sets(rules: Rules, engine: str) -> None:
+    """Raises ConfigError where the weights of a set cannot be laid on the engine as they are."""
+    for pattern, constraint in rules:
+        for spec in () if constraint is None else (part.spec for part in constraint.sets):
+            if engine == "forms" and spec["kind"] == "polarize" and 128 % spec["fragment"]:
+                raise ConfigError(
+                    f"rule {pattern!r}: fragments of {spec['fragment']} rows do not divide the 128 rows of an array; "
+                    "polarize with 1, 2, 4, 8, 16, 32, 64 or 128"
+                )
+            if spec["kind"] != "quantize":
+                continue
+            if spec["grid"] == "codebook":
+                raise ConfigError(
+                    f"rule {pattern!r}: a codebook's levels are not multiples of one step, and an engine stores "
+                    "integers; use the grid uniform, power_of_two or cells"
+                )
+            bits, most = _magnitude(spec), 16 if engine == "forms" else 7
+            if bits > most:
+                raise ConfigError(
+                    f"rule {pattern!r}: {spec['bits']} bits on the grid {spec['grid']!r} are magnitudes of {bits} "
+                    f"bits; the engine {engine!r} stores up to {most} and a sign"
+                )
+
+
 def live_weights(scene: Scene, variables: Any, names: Sequence[str]) -> dict[str, int] | None:
     """Non-zero weights of each layer on a path from an input to an output: the others could go (`compaction.dead`).
 
@@ -125,8 +157,9 @@ def _held(constraint: Constraint, structure: Any, w: np.ndarray) -> Held:
             found = found._replace(
                 fragment=part.spec["fragment"], order=part.spec["order"], rows=rows_of(piece.order, w)
             )
-        if part.spec["kind"] == "quantize" and part.spec["per"] == "tensor" and part.spec["grid"] != "codebook":
-            found = found._replace(bits=part.spec["bits"], grid=part.spec["grid"], scale=float(piece))
+        if part.spec["kind"] == "quantize":
+            step = np.asarray(piece) if part.spec["per"] == "channel" else float(piece)
+            found = found._replace(bits=part.spec["bits"], magnitude=_magnitude(part.spec), scale=step)
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from compressx.report import crossbar_plots as draw
 from compressx.report import format as fmt
-from compressx.report import plots
+from compressx.report import metrics, plots
 from compressx.report.html import Picture, Table
 
 _FACTORS = ("prune", "bits", "signs", "rounding", "sweeps", "skipping", "clock", "chip", "balance")
@@ -31,6 +31,25 @@ def pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
 def sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The tables."""
     return _forms_sections(found) if found["engine"] == "forms" else _sot_sections(found)
+
+
+def sign_changes(workdir: Path) -> list[Picture]:
+    """How many signs each refresh of the training changed, if there was one."""
+    records = metrics.read_metrics(workdir / "metrics.jsonl")
+    curves = metrics.leaf_series(records, "changed")
+    if not curves:
+        return []
+    path = plots.lines(
+        workdir / "sign_changes.png",
+        curves,
+        title="Fragments whose sign the last refresh changed",
+        ylabel="share of fragments",
+        percent=True,
+        steps=True,
+        phases=metrics.phases(records),
+    )
+    text = "Of the fragments that hold a weight. Falling curves: the signs settle while ADMM pulls."
+    return [Picture(path, "Sign changes", text)]
 
 
 # -- ReRAM -------------------------------------------------------------------------------------------------------------
@@ -238,6 +257,9 @@ def _engine_tables(engines: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "FPS ratio",
     )
     text = "Operations are those of the dense network. The ratio is against the first row."
+    if engines["unknown"]:
+        sizes = ", ".join(str(m) for m in engines["unknown"])
+        text += f" Area, power and speed of FORMS with fragments of {sizes} rows are not known: no part is published."
     out: list[tuple[str, Any]] = [("Engines", [text, Table(head, rows, (False, *[True] * 9))])]
     for key, title in (("against_base", engines["base"]), ("against_peer", engines["peer"])):
         rows = [

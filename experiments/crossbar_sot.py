@@ -31,16 +31,17 @@ def place(subject: Subject, scene: Scene, hardware: Any, bits: int = 0) -> Place
     """Puts a model's weights on levels of the width that they were trained on, or else rounds them to `bits`."""
     one = scene.prepare(jnp.asarray(scene.calibration[:1]))
     found = network.find_layers(scene.apply, subject.variables, one, train=False)
-    trained = {p: h for p, h in subject.held.items() if h.bits and h.grid == "uniform" and not bits}
-    width = {x.name: trained[x.name].bits if x.name in trained else bits or hardware.weight_bits for x in found}
-    levels = {p: network.levels_of(Operands(w_bits=int(b or 8))) for p, b in width.items()}
+    trained = {p: h for p, h in subject.held.items() if h.bits and not bits}
+    rounded = bits or hardware.weight_bits
+    width = {x.name: trained[x.name].magnitude + 1 if x.name in trained else rounded for x in found}
+    levels = {p: network.levels_of(Operands(w_bits=b)) for p, b in width.items()}
     scales = {p: h.scale for p, h in trained.items() if h.scale is not None}
     grid = network.on_grid(subject.variables, levels, scales)
     seen = _inputs(scene, grid.variables)
     operands, input_scales = {}, {}
     for path, x in seen.items():
         signed = bool(x.min() < 0)
-        operands[path] = Operands(hardware.input_bits, int(width[path] or 8), signed)
+        operands[path] = Operands(hardware.input_bits, width[path], signed)
         input_scales[path] = (float(np.abs(x).max()) or 1.0) / operands[path].input_range[1]
     return Placed(subject, grid, found, operands, input_scales)
 

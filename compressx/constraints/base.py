@@ -36,6 +36,8 @@ class Constraint(NamedTuple):
       joint: True where `w` is a tuple of leaves (all that one rule matches) and not one leaf.
       refuses: `refuses(other) -> reason`, why this set cannot be intersected with another one; None where it can.
       leaf: where a set over a single leaf holds on every leaf of a tuple (see `intersection`), that set; else None.
+      changed: `changed(w, before, after) -> share`, how much of the structure a refresh changed for a w of the set,
+        float32 [] in 0..1; None for a set that has no such figure.
     """
 
     spec: Mapping[str, Any]
@@ -49,6 +51,7 @@ class Constraint(NamedTuple):
     joint: bool = False
     refuses: Callable[["Constraint"], str | None] = lambda other: None
     leaf: "Constraint | None" = None
+    changed: Callable[[Any, Any, Any], Array] | None = None
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return intersection(self, other)

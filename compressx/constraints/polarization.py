@@ -79,6 +79,7 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
         freeze=lambda w, structure: structure,
         retract=project,
         stage=SIGN,
+        changed=lambda w, before, after: flipped_share(w, before, after, fragment),
     )
 
 
@@ -111,6 +112,13 @@ def sign_flips(before: Polarity, after: Polarity, fragment: int) -> Array:
     """How many fragments of `after` hold a weight whose required sign differs from `before`: int32 []."""
     changed = required(before, fragment) != required(after, fragment)
     return jnp.sum(jnp.any(_cut(changed[after.order], fragment), axis=1), dtype=jnp.int32)
+
+
+def flipped_share(w: Array, before: Polarity, after: Polarity, fragment: int) -> Array:
+    """`sign_flips` over the fragments that hold a non-zero weight: float32 [], in 0..1."""
+    flipped = jnp.any(_cut((required(before, fragment) != required(after, fragment))[after.order], fragment), axis=1)
+    kept = jnp.any(compact(w, after, fragment) != 0, axis=1)
+    return jnp.sum(flipped & kept, dtype=jnp.float32) / jnp.maximum(jnp.sum(kept, dtype=jnp.float32), 1)
 
 
 def mixed_fragments(w: Array, structure: Polarity, fragment: int) -> Array:

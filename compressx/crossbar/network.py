@@ -114,20 +114,22 @@ class Grid(NamedTuple):
     """Variables with kernels on levels, and the step of each layer: `kernel = scale * integer`, exactly."""
 
     variables: Any
-    scales: dict[str, float]
+    scales: dict[str, Any]
 
 
-def on_grid(variables: Any, levels: Mapping[str, Levels], scales: Mapping[str, float] | None = None) -> Grid:
+def on_grid(variables: Any, levels: Mapping[str, Levels], scales: Mapping[str, Any] | None = None) -> Grid:
     """Every named kernel at its nearest levels; a step is chosen by least squares where `scales` gives none.
 
-    A kernel that lies on multiples of its given step within the levels is not changed.
+    A kernel that lies on multiples of its given step within the levels is not changed. A step is a number, or one for
+    each of the kernel's last axis.
     """
     known, found, out = dict(scales or {}), {}, variables
     for path, level in levels.items():
         w = jnp.asarray(kernel(variables, path))
         step = jnp.asarray(known[path], w.dtype) if path in known else fit(w, level)
+        level = replace(level, per="channel") if step.ndim else level
         out = _with_kernel(out, path, np.asarray(decode(encode(w, step, level), step, level, w.dtype)))
-        found[path] = float(step)
+        found[path] = np.asarray(step) if step.ndim else float(step)
     return Grid(out, found)
 
 

@@ -9,7 +9,7 @@ PUMA_PAPER = 'A. Ankit et al., "PUMA", ASPLOS 2019'
 FORMS_PAPER = 'G. Yuan et al., "FORMS", ISCA 2021, arXiv 2106.09144'
 _OURS = "our choice; the paper does not say"
 
-_FORMS_ADC_BITS = {4: 3, 8: 4, 16: 5}  # FORMS, section IV
+FORMS_FRAGMENTS = {4: 3, 8: 4, 16: 5}  # rows of a fragment: bits of its ADC; FORMS, section IV
 
 
 def isaac() -> Design:
@@ -35,25 +35,29 @@ def forms(fragment: int = 8, encoding: str = "flip", weight_bits: int = 8) -> De
     """FORMS: polarized fragments of 4, 8 or 16 rows, one fragment active at a time, 3-, 4- or 5-bit ADC.
 
     Args:
-      fragment: rows of a fragment.
+      fragment: rows of a fragment. Other sizes that divide the array's 128 rows get the ADC that is lossless with
+        flipped columns, which for 4, 8 and 16 is the paper's; their power and area are not known.
       encoding: "flip" makes the paper's ADC widths lossless (a worst-case sum of 3 m needs one bit more without it);
         the paper does not mention it. "saturating" takes the widths at face value; "ideal" never clips.
       weight_bits: bits of the magnitude. The paper says "8-bit weights" and keeps the sign elsewhere; whether the sign
         is one of the 8 is not said.
     """
-    if fragment not in _FORMS_ADC_BITS:
-        raise ValueError(f"FORMS has fragments of 4, 8 and 16 rows, got {fragment}; build other sizes with Design(...)")
+    if not 1 <= fragment <= 128 or 128 % fragment:
+        raise ValueError(f"a fragment must divide the 128 rows of FORMS' arrays, got {fragment}")
+    device, published = Device(2, source=FORMS_PAPER), fragment in FORMS_FRAGMENTS
+    bits = FORMS_FRAGMENTS[fragment] if published else (fragment * device.top // 2).bit_length()
     return Design(
         name=f"FORMS-{fragment}",
         active_rows=fragment,
-        device=Device(2, source=FORMS_PAPER),
-        adc=Adc(_FORMS_ADC_BITS[fragment], encoding=encoding),
+        device=device,
+        adc=Adc(bits, encoding=encoding),
         input_bits=16,
         weight_bits=weight_bits,
         signs="polarized",
         sources=(
             ("rows, cols, active_rows, device, dac_bits", f"{FORMS_PAPER}, section IV"),
-            ("adc.bits", f"{FORMS_PAPER}, section IV: 3, 4, 5 bits for 4, 8, 16 rows"),
+            ("adc.bits", f"{FORMS_PAPER}, section IV: 3, 4, 5 bits for 4, 8, 16 rows"
+             if published else f"lossless with flipped columns, as the paper's are for 4, 8, 16 rows: {_OURS}"),
             ("adc.encoding", "flip is ISAAC's, added here: without it the stated widths are one bit short"),
             ("input_bits", f"{FORMS_PAPER}: 16-bit inputs, one bit a cycle"),
             ("weight_bits", f"{FORMS_PAPER}: 8 bits, four 2-bit cells"),

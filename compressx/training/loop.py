@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from compressx.admm import changes
 from compressx.admm import find_state as find_admm
 from compressx.data import batches
 from compressx.harden import structures
@@ -446,15 +447,20 @@ def _diverged(phase: Phase, epoch: int, state: TrainState, loss: float) -> NoRet
 
 
 def _residuals(opt_state: Any) -> dict[str, Any]:
-    """rho and the residuals by leaf (the largest over its sets), once there has been an update."""
+    """rho and the residuals by leaf (the largest over its sets), once there has been an update.
+
+    With them what the last refresh changed, of leaves whose set can tell (`admm.watch_refreshes`).
+    """
     state = jax.device_get(find_admm(opt_state)._replace(z=(), pull=(), structure={}))
     if int(state.updates) == 0:
         return {}
-    return {
+    found = {
         "primal": {n: float(np.max(v)) for n, v in state.primal.items()},
         "dual": {n: float(np.max(v)) for n, v in state.dual.items()},
         "rho": {n: float(v) for n, v in state.rho.items()},
     }
+    changed = {n: float(v) for n, v in changes(opt_state).items()}
+    return found | ({"changed": changed} if changed else {})
 
 
 def epoch_order(phase: Phase, epoch: int, job: Job) -> np.ndarray:

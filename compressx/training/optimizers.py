@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compressx import rho as rho_schedules
-from compressx.admm import admm
+from compressx.admm import admm, watch_refreshes
 from compressx.retrain import retrain
 from compressx.rules import Rules
 from compressx.training.config import Admm, ConfigError, Fit
@@ -87,6 +87,8 @@ def constrained(
     """Training with ADMM's pull towards the rules, inside `within` (the rules of the stage before) if there are any."""
     due = every(fit, steps_per_epoch)
     pull = admm(rules, rho=_rho(fit, steps // due), every=due, refresh_every=fit.refresh_every or None)
+    if fit.refresh_every and any(part.changed is not None for _, c in rules if c is not None for part in c.sets):
+        pull = watch_refreshes(pull, rules, fit.refresh_every)
     direction, scaling = _parts(name, fit, steps)
     chain = [*direction, pull, *scaling] if fit.decoupled else [pull, *direction, *scaling]
     return optax.chain(*chain, *([retrain(within, structure)] if within is not None else []))

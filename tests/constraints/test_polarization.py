@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -15,8 +16,16 @@ from hypothesis.extra import numpy as hnp
 
 import compressx as cx
 from compressx import views
-from compressx.admm import find_state
-from compressx.constraints.polarization import Polarity, compact, mixed_fragments, polarity, required, sign_flips
+from compressx.admm import changes, find_state, watch_refreshes
+from compressx.constraints.polarization import (
+    Polarity,
+    compact,
+    flipped_share,
+    mixed_fragments,
+    polarity,
+    required,
+    sign_flips,
+)
 from compressx.harden import check, project, structures
 from compressx.retrain import find_state as retrain_state
 
@@ -158,6 +167,43 @@ def test_sign_flips_counts_fragments() -> None:
     b = polarity(jnp.asarray([[-1.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]), 2, "C")
     assert int(sign_flips(a, a, 2)) == 0
     assert int(sign_flips(a, b, 2)) == 1
+    # of the four fragments three hold a weight, and the flipped one is among them
+    kept = jnp.asarray([[-1.0, 1.0], [-1.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    assert float(flipped_share(kept, a, b, 2)) == pytest.approx(1 / 3)
+    assert float(flipped_share(kept.at[:2, 0].set(0), a, b, 2)) == 0.0
+
+
+def test_watched_refreshes_say_which_share_of_signs_changed() -> None:
+    rules = [("w", cx.columns(0.5) & cx.polarize(4)), ("v", cx.unstructured(0.5)), ("b", None)]
+    every = {"rho": 0.5, "every": 2, "refresh_every": 3}
+    tx = optax.chain(watch_refreshes(cx.admm(rules, **every), rules, 3), optax.sgd(0.5))
+    plain = optax.chain(cx.admm(rules, **every), optax.sgd(0.5))
+    params = {"w": normal((2, 2, 4, 5)), "v": normal((4, 4), 1), "b": normal((5,), 2)}
+    state, other, same = tx.init(params), plain.init(params), params
+    signs = lambda s: np.asarray(required(find_state(s).structure["w"][1], 4))
+    assert changes(state) == {}
+    seen, now = [], signs(state)
+    for i in range(30):
+        grad = jax.tree.map(lambda p, i=i: p - normal(p.shape, 10 + i), params)
+        updates, state = jax.jit(tx.update)(grad, state, params)
+        theirs, other = jax.jit(plain.update)(grad, other, same)
+        chex.assert_trees_all_equal(updates, theirs)
+        params, same = optax.apply_updates(params, updates), optax.apply_updates(same, theirs)
+        if (i + 1) % 6 == 0:
+            polar = find_state(state).structure["w"][1]
+            order, z = np.asarray(polar.order), np.asarray(find_state(state).z[1]["w"]).reshape(16, 5)
+            before, now = now, signs(state)
+            total = flipped = 0
+            for f in range(5):
+                for start in range(0, 16, 4):
+                    rows = order[start : start + 4]
+                    if np.any(z[rows, f]):
+                        total, flipped = total + 1, flipped + int(np.any(before[rows, f] != now[rows, f]))
+            seen.append(flipped / total)
+        if seen:
+            assert changes(state) == {"w": pytest.approx(seen[-1])}
+    assert any(seen)
+
 
 
 def quadratic(target: jax.Array) -> Any:

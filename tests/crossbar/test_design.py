@@ -25,7 +25,8 @@ from compressx.crossbar.design import Adc, Design, Device
         (lambda: Design(signs="differential_analog", adc=Adc(8, encoding="flip")), "unsigned sums"),
         (lambda: Design(cols=2), "takes 4 columns"),
         (lambda: Design(adc=Adc(8, lsb=Fraction(1, 2**23))), "overflow"),
-        (lambda: presets.forms(5), "4, 8 and 16"),
+        (lambda: presets.forms(5), "must divide the 128 rows of FORMS' arrays, got 5"),
+        (lambda: presets.forms(256), "must divide"),
         (lambda: presets.preset("tpu"), "isaac"),
     ],
 )

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from compressx import formats, models
+from compressx.constraints import from_spec
+from compressx.crossbar import layers, network
 from compressx.report.summary import check_summary, read_summary
 from compressx.rules import resolve
-from compressx.training import ConfigError
+from compressx.training import ConfigError, Weights, phases
 from configs import crossbar as configs
-from experiments import crossbar, crossbar_sot
-from experiments.crossbar_config import plan_phases
-from experiments.crossbar_models import Scene, live_weights
+from experiments import crossbar, crossbar_forms, crossbar_sot
+from experiments.crossbar_config import Hardware, plan_phases
+from experiments.crossbar_models import Scene, live_weights, make_subject
 from experiments.driver import Options
 
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}
@@ -77,6 +79,78 @@ def test_models_lie_in_their_sets_and_on_the_engine_as_on_paper(done):
     assert found["dense"]["arrays"] == 1 + 4 + 16 + 1 and found["full_8"]["arrays"] == 4
 
 
+def _untrained(spec):
+    """A network hardened into one set for all layers, and what it is measured on."""
+    model, rng = models.build("digits_cnn", classes=10, width=0.25), np.random.default_rng(0)
+    images = rng.uniform(0, 1, (4, 8, 8, 1)).astype(np.float32)
+    params = model.init(jax.random.key(0), jnp.asarray(images))
+    rules = ((r"params/.*/kernel", from_spec(spec)), (r".*", None))
+    hardened = phases.harden(Weights(params, {}, {}), rules)
+    scene = Scene(model.apply, lambda x: x, images, images, np.zeros(4, np.int32), None)
+    return make_subject("it", jax.device_get(hardened), rules, {}), scene
+
+
+@pytest.mark.parametrize(
+    ("spec", "forms_bits", "sot_bits"),
+    [
+        ({"grid": "cells", "bits": 6}, 6, 7),
+        ({"grid": "uniform", "bits": 6}, 6, 6),  # five bits of magnitude take three cells
+        ({"grid": "uniform", "bits": 7, "per": "channel"}, 6, 7),
+        ({"grid": "power_of_two", "bits": 4}, 8, 8),  # 1, 2, .. 64
+    ],
+)
+def test_trained_levels_reach_the_engine_unchanged(spec, forms_bits, sot_bits):
+    subject, scene = _untrained({"kind": "quantize", **spec})
+    for place, hardware in ((crossbar_forms.place, Hardware()), (crossbar_sot.place, Hardware("sot", input_bits=8))):
+        placed = place(subject, scene, hardware)
+        jax.tree.map(np.testing.assert_array_equal, placed.grid.variables["params"], subject.variables["params"])
+        for path in ("c1", "c2", "f1", "f2"):
+            assert subject.held[path].bits == spec["bits"]
+            np.testing.assert_array_equal(placed.grid.scales[path], subject.weights.structure[f"params/{path}/kernel"])
+        if place is crossbar_forms.place:
+            assert {d.weight_bits for d in placed.designs.values()} == {forms_bits}
+            arrays = placed.deploy("flip", True)
+        else:
+            assert {o.w_bits for o in placed.operands.values()} == {sot_bits}
+            arrays = network.deploy_network(placed.grid, placed.operands, placed.input_scales)
+        with layers.hardware(arrays):
+            got = np.asarray(scene.apply(placed.grid.variables, scene.images))
+        plain = np.asarray(scene.apply(subject.variables, scene.images))
+        np.testing.assert_allclose(got, plain, atol=0.05 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("fragment", [1, 2, 32, 64, 128])
+def test_fragments_of_any_size_that_divides_an_array_run_without_clipping(fragment):
+    subject, scene = _untrained({"kind": "polarize", "fragment": fragment})
+    placed = crossbar_forms.place(subject, scene, Hardware())
+    assert {(d.active_rows, d.signs) for d in placed.designs.values()} == {(fragment, "polarized")}
+    assert all(d.adc.bits == d.lossless_bits for d in placed.designs.values())
+    deployed = placed.deploy("flip", True)
+    assert network.proven_share(deployed) == 1.0
+    with layers.hardware(deployed):
+        got = np.asarray(scene.apply(placed.grid.variables, scene.images))
+    np.testing.assert_allclose(got, scene.apply(placed.grid.variables, scene.images), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "engine", "words"),
+    [
+        ({"kind": "quantize", "bits": 4, "grid": "codebook"}, "forms", "a codebook's levels are not multiples"),
+        ({"kind": "quantize", "bits": 8, "grid": "cells"}, "sot", "of 8 bits; the engine 'sot' stores up to 7"),
+        ({"kind": "quantize", "bits": 6, "grid": "power_of_two"}, "forms", "magnitudes of 31 bits"),
+        ({"kind": "polarize", "fragment": 5}, "forms", "fragments of 5 rows do not divide the 128 rows"),
+    ],
+)
+def test_sets_that_no_engine_holds_are_refused_before_training(spec, engine, words, tmp_path):
+    settings = configs.get_config("digits_tiny").unlock()
+    settings.branches = ({"name": "x", "rules": ((r"params/.*/kernel", spec),)},)
+    settings.main, settings.variation.models, settings.noise_aware.start = "x", (), ""
+    settings.hardware.engine, settings.hardware.input_bits = engine, 8
+    with pytest.raises(ConfigError, match=words):
+        crossbar.run(crossbar.read(settings), Options(tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_live_weights_are_those_on_a_path_from_input_to_output():
     model, rng = models.build("digits_cnn", classes=10), np.random.default_rng(0)
     images = rng.uniform(0, 1, (2, 8, 8, 1)).astype(np.float32)
@@ -95,6 +169,16 @@ def test_live_weights_are_those_on_a_path_from_input_to_output():
         "f1": (f1.shape[0] - per_channel) * (f1.shape[1] - 1),
         "f2": f2.size - f2.shape[1],
     }
+
+
+def test_sign_changes_of_each_refresh_are_recorded_and_drawn(done):
+    folder, _ = done
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {r["phase"]: r["changed"] for r in records if "changed" in r}
+    assert set(found) == {"admm_signs_8"}  # the only phase that chooses signs anew
+    assert set(found["admm_signs_8"]) == {f"params/{n}/kernel" for n in ("c1", "c2", "f1", "f2")}
+    assert all(0 <= v <= 1 for v in found["admm_signs_8"].values())
+    assert (folder / "sign_changes.png").exists() and "Sign changes" in (folder / "report.html").read_text()
 
 
 def test_live_weights_are_reported_beside_the_kept_ones(done):
@@ -139,6 +223,19 @@ def test_variation_has_an_interval(done):
     found = s["crossbar"]["models"]["full_8"]["variation"]
     assert found["main"] == found["sweep"][0] and (found["main"]["sigma"], found["main"]["devices"]) == (0.1, 3)
     assert found["main"]["low"] <= found["main"]["mean"] <= found["main"]["high"]
+
+
+@pytest.mark.slow
+def test_a_fragment_whose_parts_are_not_published_has_accuracy_and_arrays_but_no_cost(tmp_path):
+    settings = configs.get_config("digits_fragments_tiny").unlock()
+    settings.branches = tuple(b for b in settings.branches if b["name"] in ("pruned", "full_4", "full_32"))
+    settings.main = "full_32"
+    s = crossbar.run(crossbar.read(settings), Options(tmp_path))
+    found = s["crossbar"]
+    assert found["models"]["full_32"]["fragment"] == 32 and found["models"]["full_32"]["proven_share"] == 1.0
+    assert found["engines"]["unknown"] == [32] and "FORMS-4, compressed" in found["engines"]["rows"]
+    assert not any(name.startswith("FORMS-32") for name in (*found["engines"]["rows"], *found["engines"]["latency_us"]))
+    assert "fragments of 32 rows are not known" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -222,6 +319,7 @@ def test_every_variant_fits_its_network(variant):
     [
         ({"main": "full_9"}, "main='full_9' is no branch; they are pruned"),
         ({"hardware__fragment": 5}, "hardware.fragment=5 is impossible"),
+        ({"hardware__weight_bits": 7}, "hardware.weight_bits=7 is impossible; it must be even"),
         ({"hardware__engine": "dram"}, "it must be forms or sot"),
         ({"variation__seeds": 1}, "at least 2 devices"),
         ({"variation__models": ("ful",)}, "variation.models names 'ful'"),
