@@ -72,7 +72,7 @@ class Config:
       power: how rates are shared out over layers, see `compaction.amounts`.
       share: how "combined" splits its rate, likewise.
       positive: weight of the objectness of true boxes in the loss.
-      latency: whether times are measured: rounds, 0 for not at all.
+      latency: whether times are measured, of the dense network and of every point by ADMM: rounds, 0 for not at all.
       variant, seed, data, model, batch, eval_batch, optimizer, save, paper: as in `experiments.cnn`.
     """
 
@@ -264,13 +264,15 @@ def conclude(
     if head.method == "admm":
         assert start.rules is not None
         networks["hardened"] = phases.harden(weights(start.start), start.rules)
-    scores = {name: judge.score({**w.params, **w.batch_stats}) for name, w in networks.items()}
+    scored = {name: judge.score({**w.params, **w.batch_stats}) for name, w in networks.items()}
+    scores = {name: s.facts for name, s in scored.items()}
     dense = {**networks["dense"].params, **networks["dense"].batch_stats}
     sizes = {"dense": pneumonia_score.whole(plan.model, dense, task)}
     for point in config.points:
         w = networks[point.name]
         sizes[point.name] = pneumonia_score.compacted(plan.model, {**w.params, **w.batch_stats}, task)
-    times = pneumonia_score.times(plan.model, dense, sizes[head.name], task, config.latency) if config.latency else None
+    measured = {p.name: sizes[p.name] for p in config.points if p == head or p.method == "admm"}
+    times = pneumonia_score.times(plan.model, dense, measured, task, config.latency) if config.latency else None
     if jax.process_index() != 0:
         return {}
     last = by_name[f"retrain_{head.name}"]
@@ -287,11 +289,18 @@ def conclude(
                 "weights_kept": plan.amounts[p.name].weights,
                 "rate_kept": plan.amounts[p.name].total / plan.amounts[p.name].weights,
                 "scores": scores[p.name],
+                "minus_dense": judge.minus(scored[p.name], scored["dense"]),
                 "size": sizes[p.name].facts,
+                "latency_ms": times.points.get(p.name) if times else None,
             }
             for p in config.points
         },
-        "dense": {"scores": scores["dense"], "size": sizes["dense"].facts},
+        "combined_minus": pneumonia_score.combined_minus(config.points, judge, scored),
+        "dense": {
+            "scores": scores["dense"],
+            "size": sizes["dense"].facts,
+            "latency_ms": times.dense if times else None,
+        },
         "same_budget": scores.get("dense_same_budget"),
         "hardened": scores.get("hardened"),
         "groups": len(plan.groups),
@@ -301,6 +310,7 @@ def conclude(
         "phases": outcome.results,
         "run": run_record(options.command),
     }
+    block["rows"] = pneumonia_score.rows(block, task.metric, config.seed)
     summary = make_summary(**_summary(config, task, stored, outcome, scores, block, times))
     head_rules, before, after = last.rules, networks["dense"].params, networks[head.name].params
     page = html.Page(
@@ -357,7 +367,7 @@ def _summary(
         "bytes": stored.size,
         "residual": {k: max(residual[k].values()) if residual.get(k) else None for k in ("primal", "dual")},
         "violations": stored.violations,
-        "latency_ms": {"dense": times.dense, "compressed": times.compressed} if times else None,
+        "latency_ms": {"dense": times.dense, "compressed": times.points[head.name]} if times else None,
         "seconds": outcome.seconds,
         "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
         "pneumonia": block,
@@ -394,7 +404,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, variables):
         raise ConfigError(f"the weights in {path} do not fit {named['name']} on images {task.shape}")
     judge = pneumonia_score.Judge(task, model, config.eval_batch)
-    figures = judge.score(variables, threshold=float(facts["threshold"]))
+    figures = judge.score(variables, threshold=float(facts["threshold"])).facts
     summary = make_summary(
         driver="pneumonia",
         variant=config.variant,

@@ -1,6 +1,6 @@
 """The sections of the report that only `experiments.pneumonia` has."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def sections(
     picture = xrays.reliability(workdir / "reliability.png", curves)  # type: ignore[arg-type]
     text = "The probability of an image is the score of its best box." if task.geometry is not None else ""
     out.append(("Reliability", html.Picture(picture, "Reliability", f"{text} Larger dots hold more images.")))
-    out.append(("What a layer costs", _layers(sizes["dense"], sizes[head], times)))
+    out.append(("What a layer costs", _layers(head, sizes["dense"], sizes[head], times)))
     out.append(("Device estimate", _device(block)))
     return out
 
@@ -51,33 +51,54 @@ def _write(value: float | None) -> str:
 def _networks(task: Task, block: Mapping[str, Any]) -> html.Table:
     keys = [task.metric, "map_50", "map_40_75", "auc", "sensitivity", "calibration_error"]
     keys = [k for k in dict.fromkeys(keys) if k in block["dense"]["scores"]]
-    header = ["network", "weights", "fewer", "MACs", "peak activations", *(k.replace("_", " ") for k in keys)]
+    header = ["network", "weights", "fewer", "MACs", "bytes", "of them index", "peak activations", "one image"]
+    header += [k.replace("_", " ") for k in keys]
+    header[9:9] = ["minus dense", "its interval"]
     header += ["AUC interval", "masked - compacted"]
     full = block["dense"]["size"]["weights"]
+    networks = [("dense", block["dense"])]
+    if block["same_budget"]:
+        networks.append(("dense, same budget", {"scores": block["same_budget"], "size": block["dense"]["size"]}))
     rows = []
-    for name, entry in [("dense", block["dense"]), *block["points"].items()]:
-        size, scores = entry["size"], entry["scores"]
+    for name, entry in [*networks, *block["points"].items()]:
+        size, scores, minus = entry["size"], entry["scores"], entry.get("minus_dense", {})
         gap = size.get("masked_minus_compacted")
+        figures = [_write(scores.get(k)) for k in keys]
+        figures[1:1] = [_signed(minus.get("difference")), _interval(minus.get("low"), minus.get("high"), _signed)]
         rows.append(
             [
                 name,
                 fmt.count(size["weights"]),
                 fmt.rate(full / size["weights"]),
                 fmt.count(size["macs"]),
+                fmt.size(size["bytes"]),
+                fmt.size(size["index_bytes"]),
                 fmt.size(size["peak_activation_bytes"]),
-                *(_write(scores.get(k)) for k in keys),
-                f"{_write(scores.get('auc_low'))} to {_write(scores.get('auc_high'))}",
+                fmt.milliseconds(entry.get("latency_ms")),
+                *figures,
+                _interval(scores.get("auc_low"), scores.get("auc_high")),
                 fmt.ABSENT if gap is None else f"{gap:.1e}",
             ]
         )
     return html.Table(header, rows, [False] + [True] * (len(header) - 1))
 
 
+def _signed(value: float | None) -> str:
+    return fmt.ABSENT if value is None else f"{value:+.4f}"
+
+
+def _interval(low: float | None, high: float | None, write: Callable[[float | None], str] = _write) -> str:
+    return fmt.ABSENT if low is None or high is None else f"{write(low)} to {write(high)}"
+
+
 def _about(task: Task) -> str:
     text = (
-        "Weights are those of the convolutions after compaction, positions that no filter uses left out. Sensitivity "
-        f"is that at a specificity of at least {pneumonia_score.SPECIFICITY:g}; the AUC's interval is a bootstrap over "
-        f"patients. {task.info.note}."
+        "Weights are those of the convolutions after compaction, positions that no filter uses left out; bytes are of "
+        "all arrays as float32, and of the index: which positions of a kernel are used (channels need none, their "
+        "arrays are smaller). One image: the fastest way measured, of the dense network and of points by ADMM. "
+        "Sensitivity is that at a specificity of at least "
+        f"{pneumonia_score.SPECIFICITY:g}; intervals are 95 % bootstraps over patients, differences on the same draws. "
+        f"{task.info.note}."
     )
     return text[0].upper() + text[1:]
 
@@ -102,25 +123,41 @@ def _against_rate(workdir: Path, task: Task, points: Sequence[Any], block: Mappi
         name=task.metric.replace("_", " "),
         percent=False,
     )
-    ordered = sorted((p["size"] for p in block["points"].values()), key=lambda size: -size["weights"])
-    macs = plots.lines(
-        workdir / "macs.png",
-        {
-            "multiply-adds left": (
-                np.array([block["dense"]["size"]["weights"] / size["weights"] for size in ordered]),
-                np.array([size["macs"] for size in ordered]),
-            )
-        },
-        title="Multiply-adds against compression of the weights",
-        ylabel="multiply-adds",
-        xlabel="fewer weights",
-        logx=True,
-        logy=True,
-    )
-    return [
-        html.Picture(path, "Score against rate", "One seed a run; random is the negative control."),
-        html.Picture(macs, "Weights are not work", "Early layers hold few weights and most of the multiply-adds."),
+    full, curves = block["dense"]["size"], {}
+    for kind in dict.fromkeys(p.kind for p in points if p.method == "admm"):
+        mine = [block["points"][p.name]["size"] for p in points if (p.kind, p.method) == (kind, "admm")]
+        at = sorted([full, *mine], key=lambda size: -size["weights"])
+        fewer = np.array([full["weights"] / size["weights"] for size in at])
+        curves[kind] = (fewer, np.array([size["macs"] for size in at]))
+    out: list[str | html.Picture] = [
+        html.Picture(path, "Score against rate", "One seed a run; random is the negative control.")
     ]
+    if curves:
+        macs = plots.lines(
+            workdir / "macs.png",
+            curves,
+            title="Multiply-adds against compression of the weights",
+            ylabel="multiply-adds left",
+            xlabel="fewer weights",
+            logx=True,
+            logy=True,
+        )
+        text = "Early layers hold few weights and most of the multiply-adds. Each line begins at the dense network."
+        out.append(html.Picture(macs, "Weights are not work", text))
+    sentences = [_compared(entry) for entry in block["combined_minus"]]
+    return [*out, " ".join(sentences)] if sentences else out
+
+
+def _compared(entry: Mapping[str, Any]) -> str:
+    """One sentence: whether "combined" is better than another kind at a rate, by what its interval says."""
+    names = f"{entry['rate']:g}× combined", f"{entry['than']} alone"
+    low, high = entry["low"], entry["high"]
+    if low is None or high is None:
+        return f"At {names[0]} and {names[1]} cannot be compared."
+    measured = f"(by {_signed(entry['difference'])}, interval {_interval(low, high, _signed)})"
+    if low > 0 or high < 0:
+        return f"At {names[0]} is {'better' if low > 0 else 'worse'} than {names[1]} {measured}."
+    return f"At {names[0]} and {names[1]} are equal as far as these test images tell {measured}."
 
 
 def _boxes(
@@ -144,7 +181,7 @@ def _boxes(
 
 
 def _layers(
-    dense: "pneumonia_score.Size", small: "pneumonia_score.Size", times: "pneumonia_score.Times | None"
+    head: str, dense: "pneumonia_score.Size", small: "pneumonia_score.Size", times: "pneumonia_score.Times | None"
 ) -> html.Content:
     after = {c.path: c for c in small.layers}
     spent = {t.path: t for t in times.layers} if times else {}
@@ -168,11 +205,15 @@ def _layers(
     table = html.Table(header, rows, [False, False, False] + [True] * 9)
     if times is None:
         return table
-    best = times.facts["milliseconds"]
-    text = ", ".join(f"{name} {fmt.milliseconds(value)}" for name, value in best.items())
+    networks = [(name, times.facts["networks"][name]["milliseconds"]) for name in ("dense", head)]
+    text = "; ".join(
+        f"{name} " + ", ".join(f"{way} {fmt.milliseconds(value)}" for way, value in ways.items())
+        for name, ways in networks
+    )
     about = (
-        f"One image, float32, medians of {times.facts['rounds']} interleaved rounds on this machine: {text}. Layers "
-        "are timed alone, so their sum is not the network's time."
+        f"One image, float32, medians of {times.facts['rounds']} interleaved rounds on this machine: {text}. Native is "
+        "compressx.compile; mixed gathers the layers for which that was faster alone. Layers are timed alone, so their "
+        "sum is not the network's time."
     )
     return [
         about,

@@ -3,13 +3,14 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import compressx
 from compressx import compaction, detection
 from compressx.compaction import gathered
 from compressx.compaction.cost import LayerCost
@@ -18,10 +19,25 @@ from compressx.data import batches
 from compressx.detection import screening
 from compressx.detection.score import Found
 from compressx.detection.task import find_all
+from compressx.formats.base import index_dtype
+from compressx.kernels import native
 from compressx.models.layers import convolve
 from experiments.pneumonia_data import Task
 
 SPECIFICITY = 0.9
+
+
+class Scored(NamedTuple):
+    """What a network achieves.
+
+    Attributes:
+      facts: all figures, for the summary.
+      images: float64 `[n]`, of every test image: its challenge score, NaN where it does not count; without boxes the
+        probability.
+    """
+
+    facts: dict[str, Any]
+    images: np.ndarray
 
 
 class Judge:
@@ -38,7 +54,7 @@ class Judge:
         """Detections beside true boxes, for every image of a split."""
         return find_all(self._find, variables, part, self.batch)
 
-    def score(self, variables: Any, threshold: float | None = None) -> dict[str, Any]:
+    def score(self, variables: Any, threshold: float | None = None) -> Scored:
         """All figures of a network; numbers that do not exist (of a split without positives) are None.
 
         Args:
@@ -50,6 +66,7 @@ class Judge:
         if self.task.geometry is None:
             probability = self._probabilities(variables, self.task.test)
             out: dict[str, Any] = {"threshold": 0.5}
+            each = probability
             out["accuracy"] = float(((probability >= 0.5) == judged.positive.astype(bool)).mean())
         else:
             if threshold is None:
@@ -61,6 +78,8 @@ class Judge:
             every = self.found(variables, self.task.test)
             images = [f for f, b in zip(every, judged.boxed, strict=True) if b]
             score = detection.challenge_score(images, threshold)
+            each = np.full(len(every), np.nan)
+            each[judged.boxed] = score.each
             probability = np.array([f.scores.max(initial=0.0) for f in every])
             out = {
                 "threshold": threshold,
@@ -78,7 +97,21 @@ class Judge:
             point = screening.sensitivity_at(judged.positive, probability, SPECIFICITY)
             out |= {"sensitivity": point.sensitivity, "at_specificity": point.specificity}
         out["reliability"] = {k: getattr(calibration, k).tolist() for k in ("predicted", "observed", "count")}
-        return {k: None if isinstance(v, float) and np.isnan(v) else v for k, v in out.items()}
+        return Scored({k: None if isinstance(v, float) and np.isnan(v) else v for k, v in out.items()}, each)
+
+    def minus(self, a: Scored, b: Scored) -> dict[str, float | None]:
+        """How much larger a's headline figure is than b's, with the ends of its bootstrap interval over patients."""
+        judged = self.task.judged["test"]
+
+        def figure(scored: Scored, rows: np.ndarray) -> float:
+            values = scored.images[rows]
+            if self.task.geometry is None:
+                return screening.auc(judged.positive[rows], values)
+            return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+        found = screening.bootstrap(lambda rows: figure(a, rows) - figure(b, rows), judged.patient)
+        ends = {"difference": found.value, "low": found.low, "high": found.high}
+        return {k: None if np.isnan(v) else v for k, v in ends.items()}
 
     def _probabilities(self, variables: Any, part: dict[str, np.ndarray]) -> np.ndarray:
         n = len(part["labels"])
@@ -108,12 +141,17 @@ def _inputs(task: Task) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *task.shape), jnp.float32)
 
 
-def _facts(layers: list[LayerCost], peak: int) -> dict[str, Any]:
+def _facts(layers: list[LayerCost], peak: int, variables: Any, positions: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Sums; `bytes` is of all arrays as stored: unused positions left out, the used ones listed (`index_bytes`)."""
     convolutions = [c for c in layers if len(c.shape) == 4]
     guess = estimate(layers)
+    extents = {c.path: int(np.prod(c.shape[:-1])) for c in layers}
+    index = sum(len(used) * index_dtype(extents[path]).itemsize for path, used in positions.items())
     return {
         "weights": sum(c.weights for c in convolutions),
         "macs": sum(c.macs for c in layers),
+        "bytes": sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(variables)) + index,
+        "index_bytes": index,
         "peak_activation_bytes": peak,
         "tx2_estimate": {"milliseconds": 1e3 * guess.seconds, "frames": guess.frames, "joules": guess.joules},
     }
@@ -123,7 +161,7 @@ def whole(model: Any, variables: Any, task: Task) -> Size:
     """The dense network."""
     x = _inputs(task)
     layers = compaction.costs(model, variables, x)
-    return Size(layers, _facts(layers, compaction.peak_bytes(model, variables, x)))
+    return Size(layers, _facts(layers, compaction.peak_bytes(model, variables, x), variables, {}))
 
 
 def compacted(model: Any, variables: Any, task: Task) -> Size:
@@ -137,9 +175,48 @@ def compacted(model: Any, variables: Any, task: Task) -> Size:
     masked = jax.jit(lambda v, i: model.apply(v, i))(variables, images)
     ours = jax.jit(small.apply)(small.variables, images)
     gaps = [float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(masked), jax.tree.leaves(ours), strict=True)]
-    facts = _facts(layers, compaction.peak_bytes(small.apply, small.variables, x))
+    facts = _facts(layers, compaction.peak_bytes(small.apply, small.variables, x), *packed)
     facts["masked_minus_compacted"] = max(gaps)
     return Size(layers, facts, small, packed)
+
+
+# -- points side by side -----------------------------------------------------------------------------------------------
+
+
+def combined_minus(points: Sequence[Any], judge: Judge, scored: Mapping[str, Scored]) -> list[dict[str, Any]]:
+    """At every rate at which ADMM was run for "combined" and for another kind: how much better the former is."""
+    admm = {(p.rate, p.kind): p.name for p in points if p.method == "admm"}
+    return [
+        {"rate": rate, "than": kind, **judge.minus(scored[admm[rate, "combined"]], scored[name])}
+        for (rate, kind), name in sorted(admm.items())
+        if kind != "combined" and (rate, "combined") in admm
+    ]
+
+
+def rows(block: Mapping[str, Any], metric: str, seed: int) -> list[dict[str, Any]]:
+    """The networks of a run as one list, a flat entry each: what the tables of results are made from.
+
+    Args:
+      block: of the summary, see `pneumonia.conclude`.
+      metric: the name of the headline figure, here `score`.
+      seed: of the run.
+    """
+    same_budget = {"scores": block["same_budget"], "size": block["dense"]["size"]}
+    dense = {"kind": "dense", "rate": 1.0, "rate_kept": 1.0}
+    entries = [{**dense, "method": "before compression", **block["dense"]}]
+    if block["same_budget"]:
+        entries.append({**dense, "method": "same budget", **same_budget})
+    entries += block["points"].values()
+    out = []
+    for entry in entries:
+        scores, size = entry["scores"], entry["size"]
+        row = {k: entry[k] for k in ("kind", "rate", "method", "rate_kept")}
+        row |= {"seed": seed, "score": scores[metric], "latency_ms": entry.get("latency_ms")}
+        row["minus_dense"] = entry.get("minus_dense", {}).get("difference")
+        row |= {k: scores.get(k) for k in ("map_50", "map_40_75", "auc")}
+        row |= {k: size[k] for k in ("weights", "macs", "bytes", "index_bytes")}
+        out.append(row)
+    return out
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
@@ -155,26 +232,26 @@ class LayerTime(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Medians in milliseconds for one image.
+    """Medians in milliseconds for one image, each of the fastest way to run the network.
 
     Attributes:
       dense: the dense network.
-      compressed: the fastest way to run the compact one.
-      layers: by layer.
+      points: name -> the compact network.
+      layers: of the first point, by layer.
       facts: for the summary.
     """
 
     dense: float
-    compressed: float
+    points: dict[str, float]
     layers: list[LayerTime]
     facts: dict[str, Any]
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def interleaved(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """Median milliseconds of each call; a round makes each once, so that other work on the machine meets all alike."""
     for call in calls.values():
         jax.block_until_ready(call())
-    spent: dict[str, list[float]] = {name: [] for name in calls}
+    spent: dict[Any, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -183,42 +260,67 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
-def times(model: Any, dense: Any, size: Size, task: Task, rounds: int) -> Times:
-    """Measures the dense and the compact network, whole and by layer; gathers where that was faster for the layer."""
-    assert size.small is not None and size.packed is not None
-    small, (_, positions) = size.small, size.packed
-    x = jnp.zeros((1, *task.shape), jnp.float32)
-    before = {c.path: c for c in compaction.costs(model, dense, _inputs(task))}
-    cache: dict[Any, float] = {}
+def times(model: Any, dense: Any, sizes: Mapping[str, Size], task: Task, rounds: int) -> Times:
+    """Measures the dense network and compact ones, whole, in every way that there is to run them; the fastest counts.
+
+    Args:
+      model: the network.
+      dense: its dense variables.
+      sizes: compact networks; the first is measured by layer too, and mixed: gathered where that was faster.
+      task: the images.
+      rounds: of the measurement; all networks take turns in each.
+    """
+    head, x = next(iter(sizes)), jnp.zeros((1, *task.shape), jnp.float32)
+    rows = _by_layer(model, dense, sizes[head], task, rounds)
+    better = {r.path for r in rows if r.gathered is not None and r.small is not None and r.gathered < r.small}
+    dense = jax.tree.map(jnp.asarray, dense)
+    calls = {("dense", way): call for way, call in _ways(model.apply, dense, x).items()}
+    for name, size in sizes.items():
+        assert size.small is not None and size.packed is not None
+        calls |= {(name, way): call for way, call in _ways(size.small.apply, size.small.variables, x).items()}
+        gathers = {"gathered": size.packed}
+        if name == head:
+            gathers["mixed"] = compaction.gather(size.small.variables, lambda path, kernel: path in better)
+        for way, (variables, used) in gathers.items():
+            if used:
+                f = jax.jit(compaction.smaller(model, dense, size.small.dead, positions=used))
+                calls[name, way] = functools.partial(f, variables, x)
+    got = interleaved(calls, rounds)
+    facts: dict[str, Any] = {}
+    for name in ("dense", *sizes):
+        mine = {way: value for (network, way), value in got.items() if network == name}
+        facts[name] = {"milliseconds": mine, "best": min(mine, key=mine.__getitem__)}
+    fastest = {name: min(entry["milliseconds"].values()) for name, entry in facts.items()}
+    first = {"networks": facts, "gathered_layers": len(better), "rounds": rounds, "batch": 1}
+    return Times(fastest.pop("dense"), fastest, rows, first)
+
+
+def _ways(apply: Callable[[Any, Any], Any], variables: Any, x: jax.Array) -> dict[str, Callable[[], Any]]:
+    """A network by plain convolutions, and by this library's own kernels where they run."""
+    ways: dict[str, Callable[[], Any]] = {}
+    ways["plain"] = functools.partial(jax.jit(lambda v, i: apply(v, i)), variables, x)
+    if native.available():
+        f, arrays = compressx.compile(apply, variables).lower(x)
+        ways["native"] = functools.partial(f, arrays, x)
+    return ways
+
+
+def _by_layer(model: Any, dense: Any, size: Size, task: Task, rounds: int) -> list[LayerTime]:
+    assert size.packed is not None
+    positions, cache = size.packed[1], dict[Any, float]()
+    after = {c.path: c for c in size.layers}
     rows = []
-    for path, layer in before.items():
-        mine = next((c for c in size.layers if c.path == path), None)
+    for layer in compaction.costs(model, dense, _inputs(task)):
+        mine, used = after.get(layer.path), positions.get(layer.path)
         rows.append(
             LayerTime(
-                path,
+                layer.path,
                 _layer(layer, None, rounds, cache),
                 None if mine is None else _layer(mine, None, rounds, cache),
-                _layer(mine, positions[path], rounds, cache) if mine is not None and path in positions else None,
+                None if mine is None or used is None else _layer(mine, used, rounds, cache),
             )
         )
-    better = {r.path for r in rows if r.gathered is not None and r.small is not None and r.gathered < r.small}
-    mixed, used = compaction.gather(small.variables, lambda path, kernel: path in better)
-    all_packed, all_used = size.packed
-    ways = {
-        "dense": (lambda v, i: model.apply(v, i), jax.tree.map(jnp.asarray, dense)),
-        "plain": (small.apply, small.variables),
-        "mixed": (compaction.smaller(model, dense, small.dead, positions=used), mixed),
-        "gathered": (compaction.smaller(model, dense, small.dead, positions=all_used), all_packed),
-    }
-    if not used:
-        del ways["mixed"]
-    if not all_used:
-        del ways["gathered"]
-    compiled = {name: (jax.jit(f), v) for name, (f, v) in ways.items()}
-    got = interleaved({name: functools.partial(f, v, x) for name, (f, v) in compiled.items()}, rounds)
-    best = min((name for name in got if name != "dense"), key=got.__getitem__)
-    facts = {"milliseconds": got, "best": best, "gathered_layers": len(used), "rounds": rounds, "batch": 1}
-    return Times(got["dense"], got[best], rows, facts)
+    return rows
 
 
 def _layer(layer: LayerCost, used: np.ndarray | None, rounds: int, cache: dict[Any, float]) -> float:

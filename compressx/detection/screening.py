@@ -1,6 +1,7 @@
 """The decision per image, "is there an opacity": how well probabilities rank, decide and match frequencies."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -91,20 +92,42 @@ def auc_interval(
       resamples: bootstrap samples; those in which one class is missing are left out.
       level: of the interval.
       seed: of the draws.
+    """
+    y, s = _check(labels, scores)
+    owner = np.arange(len(y)) if groups is None else groups
+    return bootstrap(lambda rows: _auc(y[rows], s[rows]), owner, resamples=resamples, level=level, seed=seed)
+
+
+def bootstrap(
+    figure: Callable[[npt.NDArray[np.intp]], float],
+    groups: npt.ArrayLike,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A figure of images with its percentile bootstrap interval; whole groups (patients) are drawn.
+
+    The difference of two networks on the same images is such a figure: both are then judged on the same draws.
+
+    Args:
+      figure: `figure(rows) -> value` of the images `rows`, which may repeat; NaN where there is none.
+      groups: `[n]`, which images belong together.
+      resamples: bootstrap samples; those without a value are left out.
+      level: of the interval.
+      seed: of the draws.
 
     Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
     """
-    y, s = _check(labels, scores)
-    owner = np.arange(len(y)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    owner: npt.NDArray[Any] = np.unique(np.asarray(groups), return_inverse=True)[1]
     rows = [np.flatnonzero(owner == g) for g in range(int(owner.max(initial=-1)) + 1)]
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(resamples if rows else 0):
-        drawn = np.concatenate([rows[g] for g in rng.integers(len(rows), size=len(rows))])
-        values.append(_auc(y[drawn], s[drawn]))
+        values.append(figure(np.concatenate([rows[g] for g in rng.integers(len(rows), size=len(rows))])))
     kept = np.array([v for v in values if not np.isnan(v)])
     ends = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2]) if kept.size else np.full(2, np.nan)
-    return Interval(_auc(y, s), float(ends[0]), float(ends[1]), int(kept.size))
+    return Interval(figure(np.arange(owner.size)), float(ends[0]), float(ends[1]), int(kept.size))
 
 
 def sensitivity_at(labels: npt.ArrayLike, scores: npt.ArrayLike, specificity: float = 0.9) -> Operating:

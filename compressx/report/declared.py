@@ -5,7 +5,9 @@ name = "mnist_unstructured"              # <!-- results:mnist_unstructured --> .
 driver = "cnn"                           # left out: every driver
 variant = "mnist_lenet5_unstructured*"   # a shell pattern; left out: every variant
 group_by = ["cnn.density"]               # more keys that tell rows apart; left out: none
-rows = "sweep.rows"                      # a list in each summary: a row an entry, shown as row.KEY; left out: none
+rows = "sweep.rows"                      # a list in each summary: a row an entry, shown as row.KEY; left out: none.
+                                         # With group_by = ["row.KEY", ...], entries that agree in those keys are one
+                                         # row, whatever their place in the list and the variant of their run
 columns = ["variant", "seeds", "rate", "compressed", { title = "area", key = "cnn.area", format = "number" }]
 
 [[table.goal]]                           # a row that no summary fills is shown as not measured
@@ -92,6 +94,11 @@ class Table:
     rows: str | None = None
     goals: Sequence[Goal] = field(default_factory=tuple)
 
+    @property
+    def merges(self) -> bool:
+        """Whether entries of several variants are one row: those that agree in the `row.` keys of `group_by`."""
+        return any(key.startswith("row.") for key in self.group_by)
+
 
 def read_tables(path: Path) -> list[Table]:
     """The tables declared in a TOML file.
@@ -133,6 +140,8 @@ def _table(entry: Any, where: str) -> Table:
     group_by, columns = entry.get("group_by", []), entry.get("columns")
     if not isinstance(group_by, list) or not all(isinstance(key, str) for key in group_by):
         raise TableError(f"{where}: group_by is {group_by!r}; a list of dotted keys is needed")
+    if entry.get("rows") is None and any(key.startswith("row.") for key in group_by):
+        raise TableError(f"{where}: group_by is {group_by!r}, and there are no rows; name the list of entries in rows")
     if not isinstance(columns, list) or not columns:
         raise TableError(f"{where}: columns is {columns!r}; a list is needed, of {', '.join(COLUMNS)} or title and key")
     goals = entry.get("goal", [])

@@ -54,7 +54,8 @@ def render(table: Table, results: Sequence[Result]) -> str:
         summary = result.summary
         if table.driver in (None, summary["driver"]) and fnmatch.fnmatchcase(summary["variant"], table.variant):
             for at, entry in _entries(table, result):
-                groups.setdefault((*_identity(table, entry.summary), *at), []).append(entry)
+                key = _identity(table, entry.summary) if table.merges else (*_identity(table, entry.summary), *at)
+                groups.setdefault(key, []).append(entry)
     rows = [sorted(group, key=lambda r: r.summary["seed"]) for _, group in sorted(groups.items(), key=_natural)]
     for row in rows:
         _distinct_seeds(table, row)
@@ -69,7 +70,7 @@ def render(table: Table, results: Sequence[Result]) -> str:
     if any("±" in cell for line in cells for cell in line):
         lines.append("± is the sample standard deviation over the seeds." + (_JUDGED if table.goals else ""))
     if rows:
-        items = "\n".join(dict.fromkeys(_provenance(row) for row in rows))
+        items = "\n".join(dict.fromkeys(_provenance(part, table) for row in rows for part in _by_variant(row)))
         lines.append(f"<details><summary>Commands, dates and machines</summary>\n\n{items}\n\n</details>")
     return "\n\n".join(lines)
 
@@ -131,7 +132,8 @@ _UNMEASURED = "not measured"
 def _identity(table: Table, summary: Mapping[str, Any]) -> tuple[Any, ...]:
     data = summary["dataset"]
     more = (_hashable(lookup(summary, key)) for key in table.group_by)
-    return summary["driver"], summary["variant"], *more, data["name"], data["stand_in"]
+    variant = () if table.merges else (summary["variant"],)
+    return summary["driver"], *variant, *more, data["name"], data["stand_in"]
 
 
 def _entries(table: Table, result: Result) -> list[tuple[tuple[Any, ...], Result]]:
@@ -279,12 +281,19 @@ def _open_cell(column: Column, goal: Goal) -> str:
     return markdown.text(str(wanted)) if wanted is not None else fmt.ABSENT
 
 
-def _provenance(row: Sequence[Result]) -> str:
+def _by_variant(row: Sequence[Result]) -> list[list[Result]]:
+    parts: dict[str, list[Result]] = {}
+    for result in row:
+        parts.setdefault(result.summary["variant"], []).append(result)
+    return list(parts.values())
+
+
+def _provenance(row: Sequence[Result], table: Table) -> str:
     first = row[0].summary
     run = run_of(first)
     seeds = ", ".join(str(result.summary["seed"]) for result in row)
     parts = [markdown.code(first["variant"])]
-    if "row" not in first:  # an entry's seeds are its own affair
+    if "row" not in first or table.merges:  # otherwise an entry's seeds are its own affair
         parts[0] += f", seed{'s' if len(row) > 1 else ''} {seeds}"
     parts.append(markdown.code(str(run["command"])) if run.get("command") else "no command recorded")
     dates = sorted({str(run_of(result.summary).get("date") or "")[:10] for result in row} - {""})

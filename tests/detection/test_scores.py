@@ -249,3 +249,18 @@ def test_bad_labels_and_probabilities_are_named() -> None:
         screening.auc([0, 2], [0.1, 0.2])
     with pytest.raises(ValueError, match="must lie in 0..1"):
         screening.reliability([0, 1], [0.1, 1.2])
+
+
+def test_the_bootstrap_draws_whole_patients() -> None:
+    groups, seen = np.array([7, 3, 7, 3, 5]), []
+
+    def figure(rows) -> float:
+        seen.append(sorted(rows.tolist()))
+        return float(len(rows))
+
+    got = screening.bootstrap(figure, groups, resamples=50)
+    assert got.value == 5 and seen[-1] == [0, 1, 2, 3, 4] and got.resamples == 50
+    assert got.low >= 3 and got.high <= 6  # three patients of two, two and one images
+    for rows in seen:
+        counts = np.bincount(rows, minlength=5)
+        assert counts[0] == counts[2] and counts[1] == counts[3] and counts[0] + counts[1] + counts[4] == 3

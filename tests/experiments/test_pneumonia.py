@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import compressx
 from compressx import data
 from compressx.report.summary import check_summary, read_summary
 from compressx.training import ConfigError
@@ -100,10 +101,75 @@ def test_the_summary_says_what_happened(done) -> None:
         assert point["rate_kept"] >= 8 and point["size"]["weights"] <= point["weights_kept"]
         assert point["size"]["masked_minus_compacted"] < 1e-4
         assert point["size"]["macs"] < own["dense"]["size"]["macs"]
-    assert s["latency_ms"]["dense"] > 0 and own["latency"]["best"] in own["latency"]["milliseconds"]
+    assert s["latency_ms"]["dense"] > 0 and own["points"]["combined_8x"]["latency_ms"] == s["latency_ms"]["compressed"]
+    assert own["points"]["one_shot_combined_8x"]["latency_ms"] is None
+    for name in ("dense", "combined_8x"):
+        at = own["latency"]["networks"][name]
+        assert at["milliseconds"][at["best"]] == min(at["milliseconds"].values())
+        assert {"plain"} < at["milliseconds"].keys() <= {"plain", "native", "gathered", "mixed"}
     scores = own["dense"]["scores"]
     assert scores["auc_low"] <= scores["auc"] <= scores["auc_high"]
     assert s["pneumonia"]["data"]["patients"]["train"] == 16
+
+
+def test_the_rows_are_the_networks(done) -> None:
+    _, s = done
+    own = s["pneumonia"]
+    points = [own["points"][f"{m}combined_8x"] for m in ("", "one_shot_")]
+    rows = own["rows"]
+    wanted = [("dense", "before compression"), ("combined", "admm"), ("combined", "one_shot")]
+    assert [(r["kind"], r["method"]) for r in rows] == wanted
+    for row, point in zip(rows[-2:], points, strict=True):
+        assert row["score"] == point["scores"]["auc"] and row["seed"] == s["seed"] and row["rate"] == 8
+        assert row["minus_dense"] == pytest.approx(row["score"] - s["metric"]["dense"])
+        assert point["minus_dense"]["low"] <= row["minus_dense"] <= point["minus_dense"]["high"]
+        assert row["weights"] == point["size"]["weights"] and row["latency_ms"] == point["latency_ms"]
+    trained_on = pneumonia_score.rows({**own, "same_budget": {"auc": 0.75}}, "auc", 3)
+    assert len(trained_on) == 4 and trained_on[1]["method"] == "same budget"
+    assert (trained_on[1]["score"], trained_on[1]["seed"], trained_on[1]["macs"]) == (0.75, 3, rows[0]["macs"])
+    assert rows[0]["index_bytes"] == 0 and rows[0]["bytes"] == s["bytes"]["dense"]
+    assert 0 < rows[-1]["index_bytes"] < rows[-1]["bytes"] < rows[0]["bytes"]
+
+
+def test_the_saved_network_compiles(done) -> None:
+    folder, _ = done
+    saved = compressx.load_model(folder / "compressed.safetensors")
+    x = np.random.default_rng(0).standard_normal((2, 32, 32, 1), dtype=np.float32)
+    model = pneumonia.models.build(saved.model["name"], classes=2, **saved.model["options"])
+    np.testing.assert_allclose(compressx.compile(saved)(x), model.apply(saved.params, x), atol=1e-5)
+
+
+def _judge(values: dict[str, list[float]], patient: list[int]):
+    """A judge of a detector, and networks with these challenge scores of the test images."""
+    judged = pneumonia_data.Judged(np.ones(4, np.int32), np.array(patient), np.ones(4, bool))
+    task = pneumonia_data.Task(*[None] * 12)._replace(geometry=pneumonia_data.detection.Geometry((32, 32)))
+    judge = object.__new__(pneumonia_score.Judge)
+    judge.task = task._replace(judged={"test": judged})
+    return judge, {k: pneumonia_score.Scored({}, np.array(v)) for k, v in values.items()}
+
+
+def test_combined_is_compared_with_either_alone_on_the_same_draws() -> None:
+    points = [pneumonia.Point(kind, rate) for rate in (8.0, 2.0) for kind in ("combined", "filters", "columns")]
+    values = {p.name: [0.5, np.nan, 0.25, 0.75] for p in points}
+    values["filters_8x"] = [0.25, np.nan, 0.0, 0.5]  # always 0.25 less, where it counts
+    values["columns_8x"] = [1.0, 1.0, np.nan, 0.0]  # means 2/3 and 1/2
+    judge, scored = _judge(values, [0, 1, 2, 3])
+    got = pneumonia_score.combined_minus(points, judge, scored)
+    assert [(e["rate"], e["than"]) for e in got] == [(2, "columns"), (2, "filters"), (8, "columns"), (8, "filters")]
+    assert [e["difference"] for e in got] == pytest.approx([0, 0, 1 / 2 - 2 / 3, 0.25])
+    assert [got[3]["low"], got[3]["high"]] == pytest.approx([0.25, 0.25])
+    assert got[2]["low"] < 0 < got[2]["high"]
+    text = [pneumonia_page._compared(e) for e in got]
+    assert text[3].startswith("At 8× combined is better than filters alone (by +0.2500")
+    assert "equal as far as these test images tell" in text[2]
+    worse = pneumonia_page._compared(got[3] | {"difference": -0.25, "low": -0.3, "high": -0.1})
+    assert worse.startswith("At 8× combined is worse than filters alone")
+    assert pneumonia_score.combined_minus(points[:1], judge, scored) == []
+
+
+def test_without_a_counted_image_there_is_no_difference() -> None:
+    judge, scored = _judge({"a": [np.nan] * 4, "b": [0.5] * 4}, [0, 0, 1, 1])
+    assert judge.minus(scored["a"], scored["b"]) == {"difference": None, "low": None, "high": None}
 
 
 def test_a_finished_run_is_left_alone_and_another_config_refused(done, images) -> None:

@@ -267,6 +267,40 @@ def test_entries_of_other_names_are_other_rows(root, sample):
     assert "±" not in text and sum("%" in line for line in text.splitlines()) == 4
 
 
+MERGED = (
+    '[[table]]\nname = "main"\ndriver = "net"\nrows = "net.rows"\ngroup_by = ["row.rate", "row.kind"]\ncolumns = ["seeds", '
+    '{ title = "r", key = "row.rate", format = "rate" }, { title = "k", key = "row.kind", format = "text" }, '
+    '{ title = "a", key = "row.accuracy", format = "percent" }]\n'
+)
+
+
+def _net(root, sample, variant, seed, rows):
+    entries = [{"kind": kind, "rate": rate, "accuracy": a} for kind, rate, a in rows]
+    summary = sample.summary(driver="net", variant=variant, seed=seed, net={"rows": entries})
+    write_summary(root / f"docs/results/{variant}.{seed}/summary.json", summary)
+
+
+def test_entries_that_agree_in_their_keys_are_one_row_of_all_variants(root, sample):
+    _net(root, sample, "sweep", 0, [("both", 8.0, 0.5), ("one", 8.0, 0.25), ("both", 16.0, 0.75)])
+    _net(root, sample, "seeds", 1, [("one", 8.0, 0.25), ("both", 8.0, 0.7)])
+    _net(root, sample, "seeds", 2, [("one", 8.0, 0.25), ("both", 8.0, 0.9)])
+    (root / "docs/results/tables.toml").write_text(MERGED)
+    assert tables.main(["--root", str(root)]) == 0
+    text = (root / "README.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "%" in line]
+    wanted = ["3 | 8.00× | both | 70.00 ± 20.00 %", "3 | 8.00× | one | 25.00 %", "1 | 16.0× | both | 75.00 %"]
+    assert rows == [f"| {row} |" for row in wanted]
+    assert text.count("`sweep`, seed 0") == text.count("`seeds`, seeds 1, 2") == 1
+    _net(root, sample, "other", 2, [("one", 8.0, 0.5)])
+    assert tables.main(["--root", str(root)]) == 2  # seed 2 twice in a row
+
+
+def test_keys_of_entries_need_entries(root, capsys):
+    (root / "docs/results/tables.toml").write_text(MERGED.replace('rows = "net.rows"\n', ""))
+    assert tables.main(["--root", str(root)]) == 2
+    assert "there are no rows" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rows", ["metric.dense", "metric", "no.such"])
 def test_rows_that_are_none_are_refused(root, rows, capsys):
     (root / "docs/results/tables.toml").write_text(
