@@ -34,19 +34,22 @@ def sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def sign_changes(workdir: Path) -> list[Picture]:
-    """How many signs each refresh of the training changed, if there was one."""
-    records = metrics.read_metrics(workdir / "metrics.jsonl")
-    curves = metrics.leaf_series(records, "changed")
+    """How many signs the refreshes of each phase changed, if there were any."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for record in metrics.read_metrics(workdir / "metrics.jsonl"):
+        if shares := record.get("changed"):
+            epochs, means = curves.setdefault(record["phase"], ([], []))
+            epochs.append(record["epoch"])
+            means.append(sum(shares.values()) / len(shares))
     if not curves:
         return []
     path = plots.lines(
         workdir / "sign_changes.png",
         curves,
         title="Fragments whose sign the last refresh changed",
-        ylabel="share of fragments",
+        ylabel="share of fragments, mean over layers",
+        xlabel="epoch of the phase",
         percent=True,
-        steps=True,
-        phases=metrics.phases(records),
     )
     text = "Of the fragments that hold a weight. Falling curves: the signs settle while ADMM pulls."
     return [Picture(path, "Sign changes", text)]
