@@ -25,7 +25,10 @@ Function = Callable[[Any, Array], Any]  # of variables and x
 
 
 def stablehlo(
-    module: nn.Module | Function, variables: Any, shape: Sequence[int], platforms: Sequence[str] = ("cpu", "cuda", "tpu")
+    module: nn.Module | Function,
+    variables: Any,
+    shape: Sequence[int],
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> bytes:
     """The network as serialized StableHLO, to be run by `jax.export.deserialize(data).call(x)`.
 
@@ -82,7 +85,10 @@ def onnx(module: nn.Module | Function, variables: Any, shape: Sequence[int], nam
 
 
 def portable(module: nn.Module | Function, variables: Any) -> Apply:
-    """`x -> module.apply(variables, x)`, or a function's `f(variables, x)`, with every convolution left to the runtime, not unrolled for this machine."""
+    """`x -> module.apply(variables, x)`, or `f(variables, x)`, with every convolution left to the runtime.
+
+    None is unrolled for this machine.
+    """
 
     def plain(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if type(context.module) is nn.Conv and context.method_name == "__call__" and args[0].ndim == 4:

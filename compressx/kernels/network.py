@@ -104,13 +104,9 @@ def compile(
     if variables is None:
         if not hasattr(packed_model, "packed") or not hasattr(packed_model, "params"):
             raise ValueError("compile needs a SavedModel, or a module (or function) and its variables")
-        if packed_model.model is None:
-            raise ValueError("the saved model names no network; give compile the module and the variables")
         from compressx import models
 
-        about, facts = packed_model.model, packed_model.extra
-        known = {"classes": facts["classes"]} if isinstance(facts, dict) and "classes" in facts else {}
-        model = models.build(about["name"], **known | about.get("options", {}))
+        model = models.named(packed_model)
         variables, packed = packed_model.params, packed_model.packed
     if path not in (None, "native", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native and xla")
