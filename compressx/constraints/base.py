@@ -36,6 +36,8 @@ class Constraint(NamedTuple):
       joint: True where `w` is a tuple of leaves (all that one rule matches) and not one leaf.
       refuses: `refuses(other) -> reason`, why this set cannot be intersected with another one; None where it can.
       leaf: where a set over a single leaf holds on every leaf of a tuple (see `intersection`), that set; else None.
+      settle: `settle(w, structure) -> structure`, at hardening, for w as the earlier sets leave it: what follows from
+        their zeros is formed anew where it has changed, the rest is kept; None where nothing follows from them.
     """
 
     spec: Mapping[str, Any]
@@ -49,6 +51,7 @@ class Constraint(NamedTuple):
     joint: bool = False
     refuses: Callable[["Constraint"], str | None] = lambda other: None
     leaf: "Constraint | None" = None
+    settle: Callable[[Any, Any], Any] | None = None
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return intersection(self, other)
@@ -178,6 +181,7 @@ def _on_every_leaf(single: Constraint) -> Constraint:
         retract=each(single.retract),
         joint=True,
         leaf=single,
+        settle=each(single.settle) if single.settle else None,
     )
 
 
