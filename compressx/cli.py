@@ -3,6 +3,7 @@
     compressx inspect FILE    what is kept of every layer, and its bytes
     compressx verify FILE     every constraint, checked on the stored weights
     compressx diff A B        what differs between two files
+    compressx export FILE OUT --to onnx --shape 32x32x3     the network for other runtimes; --compact for the small one
     compressx doctor          versions, devices, compiler, data; and how to get what is missing
 
 Exit codes: 0 all is well; 1 a finding (a violated constraint, a difference, something missing); 2 an error (bad usage,
@@ -13,10 +14,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
 import compressx
 from compressx import formats
@@ -40,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         answer: Answer = arguments.run(arguments)
-    except CompressedFileError as error:
+    except (CompressedFileError, _Refused) as error:
         return _error(str(error))
     except OSError as error:
         return _error(f"{error.filename or 'a file'}: {error.strerror or error}")
@@ -50,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = open("/dev/null", "w")
     return answer.code
+
+
+class _Refused(Exception):
+    """What a command cannot do, with the reason."""
 
 
 def _error(message: str) -> int:
@@ -76,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     command("inspect", _inspect, "what is kept of every layer, and its bytes", "FILE")
     command("verify", _verify, "check every constraint on the stored weights; exit code 1 if one is violated", "FILE")
     command("diff", _diff, "compare two files; exit code 1 if they differ", "A", "B")
+    export = command("export", _export, "write the network for other runtimes, any batch size", "FILE")
+    export.add_argument("OUT", help="the file to write")
+    export.add_argument("--to", required=True, choices=("onnx", "stablehlo"), help="what is written")
+    shape = "shape of one input without the batch axis, such as 32x32x3"
+    export.add_argument("--shape", required=True, type=_extents, metavar="HxWxC", help=shape)
+    export.add_argument("--compact", action="store_true", help="leave out the channels that pruning made useless")
     doctor = command("doctor", _doctor, "versions, devices, compiler, data; and how to get what is missing")
     doctor.add_argument("--data_dir", metavar="DIR", help="look for data here first, then in $COMPRESSX_DATA")
     return parser
@@ -90,6 +104,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _extents(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split("x"))
 
 
 # --- inspect
@@ -253,6 +271,32 @@ def _compare(path: str, a: np.ndarray, b: np.ndarray, ca: str | None, cb: str | 
         apart = float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)), initial=0.0))
     out["max_abs_diff"] = apart if np.isfinite(apart) else None
     return out
+
+
+# --- export
+
+
+def _export(arguments: argparse.Namespace) -> Answer:
+    from compressx import compaction, models  # what no other command needs
+    from compressx.formats import export
+
+    saved = formats.load_model(arguments.FILE, arguments.max_bytes)
+    variables, shape = jax.tree.map(jnp.asarray, saved.params), arguments.shape
+    try:
+        module: Any = models.named(saved)
+        if arguments.compact:
+            small = compaction.compact(module, variables, jnp.zeros((1, *shape)))
+            module, variables = small.apply, small.variables
+        made = (export.onnx if arguments.to == "onnx" else export.stablehlo)(module, variables, shape)
+    except (ValueError, TypeError, ImportError, FlaxError) as error:  # no such network, or one that does not fit
+        raise _Refused(f"{arguments.FILE}: cannot be exported for inputs of {_shape(shape)}: {error}") from None
+    Path(arguments.OUT).write_bytes(made)
+    number = sum(x.size for x in jax.tree.leaves(variables))
+    data = {"file": arguments.FILE, "out": arguments.OUT, "to": arguments.to, "shape": list(shape)}
+    data |= {"compact": arguments.compact, "weights": number, "bytes": len(made)}
+    inputs = f"inputs [batch, {', '.join(map(str, shape))}]"
+    lines = [f"{arguments.OUT}: {arguments.to}, {number} weights, {len(made)} B, {inputs}"]
+    return Answer(OK, data, list(map(_clean, lines)))
 
 
 # --- doctor

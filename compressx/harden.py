@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from compressx.admm import AdmmState
-from compressx.constraints.base import violations
+from compressx.constraints.base import Constraint, violations
 from compressx.rules import Bound, Rules, check_finite, resolve
 
 
@@ -16,15 +16,32 @@ class ConstraintViolation(ValueError):
 
 
 def structures(params: Any, rules: Rules, state: AdmmState | None = None) -> dict[str, Any]:
-    """What every set leaves open (signs, libraries, scales), by name: as in ADMM's state, or chosen for params."""
+    """What every set leaves open (signs, libraries, scales), by name: as in ADMM's state, or chosen for params.
+
+    What in ADMM's state follows from the zeros of other sets (the order of the rows in polarized fragments) is formed
+    anew where these zeros are others by now.
+    """
     leaves = jax.tree.leaves(params)
     out = {}
     for b in resolve(rules, params):
         if state is None:
             out[b.name] = b.constraint.init(b.take(leaves))
         else:
-            out[b.name] = state.structure[b.name] if b.constraint.parts else state.structure[b.name][0]
+            each = _settled(b.constraint, b.take(leaves), state.structure[b.name])
+            out[b.name] = each if b.constraint.parts else each[0]
     return out
+
+
+def _settled(constraint: Constraint, w: Any, each: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The structures of an ADMM state, made to agree with the zeros that the projection of w will have."""
+    last = max((k for k, p in enumerate(constraint.sets) if p.settle), default=-1)
+    out = list(each)
+    for k, part in enumerate(constraint.sets[: last + 1]):
+        if part.settle:
+            out[k] = part.settle(w, out[k])
+        if k < last:
+            w = part.project(w, out[k])
+    return tuple(out)
 
 
 def project(params: Any, rules: Rules, structure: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import compressx as cx
-from compressx import cli, data, doctor, formats
+from compressx import cli, compaction, data, doctor, formats, models
 
 RULES = [("a/kernel", cx.unstructured(keep=12)), ("b/kernel", cx.filters(0.5) & cx.columns(0.5))]
 
@@ -173,12 +173,77 @@ def test_errors_are_one_line_and_exit_2(file: str, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("melt",), ("inspect",), ("diff", "a"), ("inspect", "a", "--max-bytes", "0")]
+    "arguments",
+    [
+        *((), ("melt",), ("inspect",), ("diff", "a"), ("inspect", "a", "--max-bytes", "0"), ("export", "a", "b")),
+        *(("export", "a", "b", "--to", to, "--shape", shape) for to, shape in (("tflite", "8"), ("onnx", "8x"))),
+    ],
 )
 def test_bad_usage_exits_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2 and "usage: compressx" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A saved digits CNN with half of its channels pruned, and its variables."""
+    module, x = models.build("digits_cnn", classes=10), jnp.zeros((1, 8, 8, 1))
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    rules = compaction.coupled_rules(compaction.groups(compaction.channels(module, variables, x)), 0.5, vectors=True)
+    hard = cx.harden(variables, rules)
+    path = tmp_path_factory.mktemp("network") / "m.safetensors"
+    formats.save_model(path, hard, rules, model={"name": "digits_cnn", "options": {}}, extra={"classes": 10})
+    return str(path), lambda images: np.asarray(module.apply(hard, images))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_export_writes_a_network_that_onnxruntime_runs(
+    network: Any, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx", reason="needs the extra 'export'")
+    ort = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
+    out = str(tmp_path / "m.onnx")
+    flags = ("--compact",) if compact else ()
+    code, text, err = _run(capsys, "export", network[0], out, "--to", "onnx", "--shape", "8x8x1", "--json", *flags)
+    told = json.loads(text)
+    assert (code, err) == (0, "") and told["bytes"] == Path(out).stat().st_size and told["shape"] == [8, 8, 1]
+    whole = sum(x.size for x in jax.tree.leaves(formats.load_model(network[0]).params))
+    assert told["weights"] < whole / 2 if compact else told["weights"] == whole
+    images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    session = ort.InferenceSession(out, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": images})[0], network[1](images), rtol=0, atol=1e-4)
+
+
+def test_export_writes_stablehlo(network: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("flatbuffers", reason="needs the extra 'export'")
+    out = tmp_path / "m.hlo"
+    code, text, _ = _run(capsys, "export", network[0], str(out), "--to", "stablehlo", "--shape", "8x8x1", "--compact")
+    assert code == 0 and "m.hlo: stablehlo, " in text and "inputs [batch, 8, 8, 1]" in text
+    images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    found = jax.export.deserialize(bytearray(out.read_bytes())).call(jnp.asarray(images))
+    np.testing.assert_allclose(found, network[1](images), rtol=0, atol=1e-4)
+
+
+def test_export_says_what_is_wrong(
+    network: Any, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx", reason="needs the extra 'export'")
+    unnamed, odd, strange, out = (str(tmp_path / n) for n in ("unnamed", "odd", "strange", "out"))
+    formats.save_model(strange, {"w": np.ones(2)}, model={"name": "tiny", "options": {"classes": 10}})
+    formats.save_model(unnamed, {"w": np.ones(2)})
+    formats.save_model(odd, {"w": np.ones(2)}, model={"name": "lenet5", "options": {"classes": 10, "wings": 2}})
+    for arguments, message in (
+        ((unnamed, out, "8x8x1"), "the saved model names no network"),
+        ((file, out, "8x8x1"), "nowhere how many classes"),
+        ((strange, out, "8x8x1"), "no model 'tiny'"),
+        ((odd, out, "8x8x1"), "has no option wings"),
+        ((network[0], out, "9x9x2"), "cannot be exported for inputs of 9x9x2"),
+        ((network[0], str(tmp_path / "no" / "out"), "8x8x1"), "No such file or directory"),
+    ):
+        code, text, err = _run(capsys, "export", *arguments[:2], "--to", "onnx", "--shape", arguments[2])
+        assert (code, text) == (2, "") and err.count("\n") == 1 and message in err
+    assert not Path(out).exists()
 
 
 def test_text_from_a_file_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,8 @@ class Constraint(NamedTuple):
       leaf: where a set over a single leaf holds on every leaf of a tuple (see `intersection`), that set; else None.
       changed: `changed(w, before, after) -> share`, how much of the structure a refresh changed for a w of the set,
         float32 [] in 0..1; None for a set that has no such figure.
+      settle: `settle(w, structure) -> structure`, at hardening, for w as the earlier sets leave it: what follows from
+        their zeros is formed anew where it has changed, the rest is kept; None where nothing follows from them.
     """
 
     spec: Mapping[str, Any]
@@ -52,6 +54,7 @@ class Constraint(NamedTuple):
     refuses: Callable[["Constraint"], str | None] = lambda other: None
     leaf: "Constraint | None" = None
     changed: Callable[[Any, Any, Any], Array] | None = None
+    settle: Callable[[Any, Any], Any] | None = None
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return intersection(self, other)
@@ -181,6 +184,7 @@ def _on_every_leaf(single: Constraint) -> Constraint:
         retract=each(single.retract),
         joint=True,
         leaf=single,
+        settle=each(single.settle) if single.settle else None,
     )
 
 

@@ -10,6 +10,7 @@ Accelerator", 2021, section III.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -43,9 +44,10 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
     "energy" makes the projection the nearest point over all choices of signs; the paper's "sum" does not in general.
     Signs are constant between refreshes (`admm(refresh_every=...)`). `init` and `refresh` also choose the order of the
     rows: those that are zero in all filters come last. So prune and harden before polarizing, or intersect, where the
-    signs are chosen for the pruned weights: `filters(...) & columns(...) & polarize(8)`. The last fragment may be
-    short. Retraining moves in the cone of the signs; a weight at 0 may grow again to its fragment's side. Polarizing
-    can empty a row that was kept: hand this structure on to later phases, or their fragments will close the gap.
+    signs are chosen for the pruned weights: `filters(...) & columns(...) & polarize(8)`. Where pruning moves during
+    ADMM, hardening forms order and signs anew for the rows that are left in the end. The last fragment may be short.
+    Retraining moves in the cone of the signs; a weight at 0 may grow again to its fragment's side. Polarizing can empty
+    a row that was kept: hand this structure on to later phases, or their fragments will close the gap.
 
     Args:
       fragment: weights in a fragment (rows of a sub-array), at least 1; the paper builds 4, 8 and 16.
@@ -66,6 +68,11 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
     def choose(w: Array) -> Polarity:
         return polarity(w, fragment, order, rule)
 
+    def settle(w: Array, structure: Polarity) -> Polarity:
+        anew = choose(w)
+        moved = jnp.any(anew.order != structure.order)
+        return jax.tree.map(lambda a, b: jnp.where(moved, a, b), anew, structure)
+
     def project(w: Array, structure: Polarity) -> Array:
         negative = required(structure, fragment).reshape(w.shape)
         wrong = jnp.where(negative, w > 0, w < 0)
@@ -80,6 +87,7 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
         retract=project,
         stage=SIGN,
         changed=lambda w, before, after: flipped_share(w, before, after, fragment),
+        settle=settle,
     )
 
 

@@ -1,7 +1,11 @@
 """Networks for other runtimes: StableHLO through `jax.export`, and ONNX.
 
 Both hold the network as it computes, weights inside, batch size free. Weights are dense: a masked network carries its
-zeros (no sparse initializers, which few runtimes execute); a compacted network is smaller because its layers are.
+zeros (no sparse initializers, which few runtimes execute); a compacted network is smaller because its layers are:
+
+    small = compaction.compact(module, variables, x)
+    data = export.onnx(small.apply, small.variables, (32, 32, 3))
+
 Convolutions are traced as `lax.conv_general_dilated`, whatever this machine computes them with.
 """
 
@@ -17,15 +21,19 @@ from compressx.models import native
 from compressx.models.layers import lax_only
 
 Apply = Callable[[Array], Array]
+Function = Callable[[Any, Array], Any]  # of variables and x
 
 
 def stablehlo(
-    module: nn.Module, variables: Any, shape: Sequence[int], platforms: Sequence[str] = ("cpu", "cuda", "tpu")
+    module: nn.Module | Function,
+    variables: Any,
+    shape: Sequence[int],
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> bytes:
     """The network as serialized StableHLO, to be run by `jax.export.deserialize(data).call(x)`.
 
     Args:
-      module: called as `module.apply(variables, x)`.
+      module: called as `module.apply(variables, x)`; or a function `f(variables, x)`, as compaction makes it.
       variables: its parameters and batch statistics.
       shape: of one input, without the batch axis: `(h, w, c)`.
       platforms: what it is lowered for.
@@ -46,7 +54,7 @@ def stablehlo(
     return bytes(exported.serialize())
 
 
-def onnx(module: nn.Module, variables: Any, shape: Sequence[int], name: str = "compressx") -> bytes:
+def onnx(module: nn.Module | Function, variables: Any, shape: Sequence[int], name: str = "compressx") -> bytes:
     """The network as an ONNX model (opset 17): input `x` float32 `[batch, *shape]`, output `y`.
 
     The graph is made from the traced program, so it is what the module computes; batch normalisation becomes one
@@ -54,7 +62,7 @@ def onnx(module: nn.Module, variables: Any, shape: Sequence[int], name: str = "c
     stands between two transpositions, which runtimes cancel.
 
     Args:
-      module: called as `module.apply(variables, x)`.
+      module: called as `module.apply(variables, x)`; or a function `f(variables, x)`, as compaction makes it.
       variables: its parameters and batch statistics.
       shape: of one input, without the batch axis.
       name: of the graph.
@@ -76,8 +84,11 @@ def onnx(module: nn.Module, variables: Any, shape: Sequence[int], name: str = "c
     return onnx_graph.convert(traced, name)
 
 
-def portable(module: nn.Module, variables: Any) -> Apply:
-    """`x -> module.apply(variables, x)` with every convolution left to the runtime, not unrolled for this machine."""
+def portable(module: nn.Module | Function, variables: Any) -> Apply:
+    """`x -> module.apply(variables, x)`, or `f(variables, x)`, with every convolution left to the runtime.
+
+    None is unrolled for this machine.
+    """
 
     def plain(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if type(context.module) is nn.Conv and context.method_name == "__call__" and args[0].ndim == 4:
@@ -86,7 +97,10 @@ def portable(module: nn.Module, variables: Any) -> Apply:
 
     def apply(x: Array) -> Array:
         with lax_only(), nn.intercept_methods(plain):
-            return module.apply(variables, x)  # type: ignore[return-value]
+            if isinstance(module, nn.Module):
+                return module.apply(variables, x)  # type: ignore[return-value]
+            y: Array = module(variables, x)
+            return y
 
     return apply
 

@@ -123,19 +123,9 @@ def compile(
     if variables is None:
         if not hasattr(packed_model, "packed") or not hasattr(packed_model, "params"):
             raise ValueError("compile needs a SavedModel, or a module (or function) and its variables")
-        if packed_model.model is None:
-            raise ValueError("the saved model names no network; give compile the module and the variables")
         from compressx import models
 
-        about, facts = packed_model.model, packed_model.extra
-        known = {"classes": facts["classes"]} if isinstance(facts, dict) and "classes" in facts else {}
-        options = known | about.get("options", {})
-        if "classes" not in options:
-            raise ValueError(
-                f"the saved model {about['name']!r} does not say how many classes it has; give compile the module and "
-                "the variables"
-            )
-        model = models.build(about["name"], **options)
+        model = models.named(packed_model)
         variables, packed = packed_model.params, packed_model.packed
     if path not in (None, "native", "pallas", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")

@@ -64,6 +64,22 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
     return make(classes=classes, **options)
 
 
+def named(saved: Any) -> nn.Module:
+    """The model that a saved file (`formats.SavedModel`) names; the number of classes may stand in its extra facts.
+
+    Raises:
+      ValueError: it names none, or one that cannot be built.
+    """
+    if saved.model is None:
+        raise ValueError("the saved model names no network; build the module and give it with the variables")
+    facts = saved.extra
+    known = {"classes": facts["classes"]} if isinstance(facts, dict) and "classes" in facts else {}
+    options = known | saved.model.get("options", {})
+    if "classes" not in options:
+        raise ValueError("the saved model says nowhere how many classes its network has; build the module yourself")
+    return build(saved.model["name"], **options)
+
+
 __all__ = [
     "GRU",
     "MODELS",
@@ -79,4 +95,5 @@ __all__ = [
     "Darknet53",
     "YOLOv3",
     "build",
+    "named",
 ]

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from compressx.models.layers import BatchNorm, Conv, max_pool, widen
 
@@ -34,7 +35,8 @@ def shortcut_a(x: jax.Array, features: int, stride: int) -> jax.Array:
       `[n, ceil(h / stride), ceil(w / stride), features]`.
     """
     extra = features - x.shape[-1]
-    x = x[:, ::stride, ::stride]
+    # not by indexing, which is a gather where the batch size is free: channels pass a slice
+    x = lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 

@@ -299,3 +299,48 @@ def test_bad_arguments_are_named(arguments: tuple[Any, ...], message: str) -> No
 def test_a_bias_cannot_be_polarized() -> None:
     with pytest.raises(ValueError, match=r"bias \(4,\).*2 to 4 axes"):
         cx.resolve([("bias", cx.polarize(4))], {"bias": jnp.ones(4)})
+
+
+PRUNED = {
+    "filters and columns": cx.filters_and_columns(0.5, 0.4),
+    "crossbar": cx.crossbar_aware(0.5, 0.4, rows=4, cols=4, cells_per_weight=2),
+    "unstructured": cx.unstructured(0.05),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_hardening_forms_fragments_of_the_rows_that_are_left(name: str) -> None:
+    """ADMM without refresh, and a support that has moved since its start: kept rows still precede pruned ones."""
+    rng = np.random.default_rng(0)
+    rules = [("w", PRUNED[name] & cx.polarize(4) & cx.quantize(4, "cells"))]
+    dense = {"w": jnp.asarray(rng.normal(size=(3, 3, 4, 6)), jnp.float32)}
+    state = find_state(cx.admm(rules).init(dense))
+    moved = {"w": jnp.asarray(rng.normal(size=(3, 3, 4, 6)), jnp.float32)}
+    pruned = np.asarray(PRUNED[name].project(moved["w"], ())).reshape(36, 6)
+    kept = np.flatnonzero(pruned.any(axis=1))
+    stale = np.asarray(state.structure["w"][1].order)
+    assert 4 < len(kept) < 36 and set(stale[: len(kept)]) != set(kept)
+    structure = structures(moved, rules, state)["w"]
+    order = np.asarray(structure[1].order)
+    nested = np.asarray(views.position_order((3, 3, 4, 6), "W"))
+    assert order.tolist() == [p for p in nested if p in kept] + [p for p in nested if p not in kept]
+    hard = np.asarray(cx.harden(moved, rules, state)["w"]).reshape(36, 6)[order]
+    assert not hard[len(kept) :].any()
+    signs = np.asarray(structure[1].negative)
+    for f in range(6):
+        for at in range(0, len(kept), 4):
+            piece = pruned[order[at : at + 4], f]
+            assert signs[at // 4, f] == (piece.sum() < 0)
+            assert (hard[at : at + 4, f] * (-1 if signs[at // 4, f] else 1) >= 0).all()
+
+
+def test_hardening_keeps_admms_signs_where_the_rows_are_the_same() -> None:
+    rng = np.random.default_rng(1)
+    rules = [("w", cx.columns(0.5) & cx.polarize(4)), ("v", cx.polarize(3))]
+    start = {n: jnp.asarray(rng.normal(size=(3, 3, 4, 6)), jnp.float32) for n in "wv"}
+    state = find_state(cx.admm(rules).init(start))
+    opposite = jax.tree.map(jnp.negative, start)  # the same columns, and the other sign everywhere
+    for settled in (structures(opposite, rules, state), jax.jit(lambda p: structures(p, rules, state))(opposite)):
+        for got, held in ((settled["w"][1], state.structure["w"][1]), (settled["v"], state.structure["v"][0])):
+            np.testing.assert_array_equal(got.order, held.order)
+            np.testing.assert_array_equal(got.negative, held.negative)

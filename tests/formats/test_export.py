@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import compressx as cx
-from compressx import models
+from compressx import compaction, models
 from compressx.formats import export
 
 onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
@@ -155,3 +155,33 @@ def test_what_has_no_counterpart_is_refused(body: Callable[..., jax.Array], mess
     variables = module.init(jax.random.key(0), jnp.ones((4, 6)))
     with pytest.raises(ValueError, match=message):
         export.onnx(module, variables, (6,))
+
+
+@pytest.fixture(scope="module")
+def narrow() -> tuple[nn.Module, Any, compaction.Compact]:
+    """A ResNet-20 with half of its channels pruned, and its compact network."""
+    module, x = models.build("resnet20", classes=10, width=0.5), jnp.zeros((1, 32, 32, 3))
+    variables = _variables(module, (32, 32, 3))
+    groups = compaction.groups(compaction.channels(module, variables, x))
+    hard = cx.harden(variables, compaction.coupled_rules(groups, 0.5, vectors=True))
+    return module, hard, compaction.compact(module, hard, x)
+
+
+def test_a_compacted_network_is_exported_with_smaller_layers(narrow: Any) -> None:
+    module, hard, small = narrow
+    data = export.onnx(small.apply, small.variables, (32, 32, 3))
+    x = jax.random.normal(jax.random.key(2), (4, 32, 32, 3))
+    for batch in (4, 1):
+        np.testing.assert_allclose(_onnx(data)(x[:batch]), module.apply(hard, x[:batch]), rtol=0, atol=1e-4)
+    whole = export.onnx(module, hard, (32, 32, 3))
+    weights = [sum(int(np.prod(t.dims)) for t in onnx.load_from_string(d).graph.initializer) for d in (data, whole)]
+    assert weights[0] < weights[1] / 2.5
+
+
+def test_a_compacted_network_is_exported_to_stablehlo(narrow: Any) -> None:
+    pytest.importorskip("flatbuffers", reason="needs the extra 'export'")
+    module, hard, small = narrow
+    exported = jax.export.deserialize(bytearray(export.stablehlo(small.apply, small.variables, (32, 32, 3))))
+    assert "compressx_conv" not in exported.mlir_module()
+    x = jax.random.normal(jax.random.key(2), (3, 32, 32, 3))
+    np.testing.assert_allclose(exported.call(x), module.apply(hard, x), rtol=0, atol=1e-4)
