@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from compressx.admm import by_set
 from compressx.admm import find_state as find_admm
 from compressx.data import batches
 from compressx.harden import structures
 from compressx.report.metrics import MetricsWriter
 from compressx.retrain import find_state as find_retrain
-from compressx.rules import check_finite
+from compressx.rules import Rules, check_finite
 from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import CheckpointError, Checkpoints
 from compressx.training.config import Admm, ConfigError
@@ -286,7 +287,7 @@ class _Run:
         if not (np.isfinite(mean["loss"]) and bool(all_finite((state.params, state.batch_stats)))):
             _diverged(phase, epoch, state, mean["loss"])
         figures = self._figures(state)
-        residuals = _residuals(state.opt_state) if phase.kind == "admm" else {}
+        residuals = _residuals(state.opt_state, phase.rules or ()) if phase.kind == "admm" else {}
         values = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures, **residuals}
         self._record(global_step, phase.name, epoch=epoch, **values)
         self.results[phase.name]["end"] = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures}
@@ -440,8 +441,8 @@ def _diverged(phase: Phase, epoch: int, state: TrainState, loss: float) -> NoRet
     raise Diverged(f"phase {phase.name}, epoch {epoch}: {text}")
 
 
-def _residuals(opt_state: Any) -> dict[str, Any]:
-    """rho and the residuals by leaf (the largest over its sets), once there has been an update."""
+def _residuals(opt_state: Any, rules: Rules) -> dict[str, Any]:
+    """rho and the residuals by leaf (the largest over its sets) and by set, once there has been an update."""
     state = jax.device_get(find_admm(opt_state)._replace(z=(), pull=(), structure={}))
     if int(state.updates) == 0:
         return {}
@@ -449,6 +450,7 @@ def _residuals(opt_state: Any) -> dict[str, Any]:
         "primal": {n: float(np.max(v)) for n, v in state.primal.items()},
         "dual": {n: float(np.max(v)) for n, v in state.dual.items()},
         "rho": {n: float(v) for n, v in state.rho.items()},
+        **by_set(state.primal, state.dual, rules),
     }
 
 
