@@ -18,7 +18,7 @@ Multipliers", 2011 (scaled form, 3.1.1); W. Niu et al., "PatDNN", 2020 (several 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -317,6 +317,27 @@ def find_state(opt_state: Any) -> AdmmState:
     if len(found) != 1:
         raise ValueError(f"expected one AdmmState in the optimizer state, found {len(found)}")
     return found[0]
+
+
+def by_set(primal: Mapping[str, Any], dual: Mapping[str, Any], rules: Rules) -> dict[str, dict[str, float]]:
+    """The residuals of the leaves that lie in several sets, an entry for each: `<name> <kind of set>`.
+
+    Args:
+      primal, dual: of an `AdmmState`, on the host.
+      rules: those of `admm`.
+
+    Returns:
+      `primal_by_set` and `dual_by_set`; a second set of a kind is called `<kind> 2`. Empty where no leaf has several.
+    """
+    out: dict[str, dict[str, float]] = {"primal_by_set": {}, "dual_by_set": {}}
+    for name in primal:
+        held = next(c for pattern, c in rules if name == pattern or re.fullmatch(pattern, name))
+        kinds = [p.spec["kind"] for p in held.parts] if held is not None else []
+        for k, kind in enumerate(kinds):
+            number = kinds[: k + 1].count(kind)
+            key = f"{name} {kind}" + (f" {number}" if number > 1 else "")
+            out["primal_by_set"][key], out["dual_by_set"][key] = float(primal[name][k]), float(dual[name][k])
+    return out if out["primal_by_set"] else {}
 
 
 def metrics(opt_state: Any) -> dict[str, Array]:

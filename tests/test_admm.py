@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import compressx as cx
+from compressx.admm import by_set
 
 RULES = [("w", cx.unstructured(keep=3) & cx.filters(keep=2))]
 
@@ -60,11 +61,27 @@ def test_two_sets_follow_the_extended_admm_written_in_numpy(rescale: bool) -> No
             got = cx.find_admm_state(state)
             np.testing.assert_allclose(got.primal["w"], primal, rtol=1e-5)
             np.testing.assert_allclose(got.dual["w"], dual, rtol=1e-5, atol=1e-7)
+            told = by_set(jax.device_get(got.primal), jax.device_get(got.dual), RULES)
+            assert list(told["primal_by_set"]) == ["w unstructured", "w filters"]
+            np.testing.assert_allclose(list(told["primal_by_set"].values()), primal, rtol=1e-5)
+            np.testing.assert_allclose(list(told["dual_by_set"].values()), dual, rtol=1e-5, atol=1e-7)
         pull = rho * sum(w - y + x for y, x in zip(z, u, strict=True))
         w, b = w - 0.1 * (np.sin(w) + pull), b - 0.1 * b
         p = optax.apply_updates(p, updates)
         np.testing.assert_allclose(p["w"], w, rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(p["b"], b, rtol=2e-5)
+
+
+def test_residuals_by_set_name_what_lies_in_several_sets() -> None:
+    two = cx.filters(0.5) & cx.filters(0.2)
+    joint = cx.unstructured(0.5, scope="global") & cx.quantize(4)
+    rules = [("a", None), ("a.*", two), ("(b|c)", joint), (".*", cx.filters(0.5))]
+    primal = {"ab": np.array([1.0, 2.0]), "(b|c)": np.array([3.0, 4.0]), "d": np.array([5.0])}
+    dual = {n: 10 * v for n, v in primal.items()}
+    wanted = {"ab filters": 1.0, "ab filters 2": 2.0, "(b|c) unstructured": 3.0, "(b|c) quantize": 4.0}
+    tens = {n: 10 * v for n, v in wanted.items()}
+    assert by_set(primal, dual, rules) == {"primal_by_set": wanted, "dual_by_set": tens}
+    assert by_set({"d": np.array([5.0])}, {"d": np.array([5.0])}, rules) == {}
 
 
 def test_least_squares_reaches_the_best_support() -> None:

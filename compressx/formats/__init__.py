@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from compressx.formats.bank_balanced import BANK_BALANCED
 from compressx.formats.base import MAX_BYTES as MAX_BYTES
 from compressx.formats.base import CompressedFileError as CompressedFileError
 from compressx.formats.base import Format as Format
@@ -33,7 +34,7 @@ from compressx.formats.unified import UNIFIED
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        *(DENSE, COMPACT, BITMASK, csr(32), csr(16), COO_DELTA, FKW, BSPC, BLOCK_MAX),
+        *(DENSE, COMPACT, BITMASK, csr(32), csr(16), COO_DELTA, FKW, BSPC, BLOCK_MAX, BANK_BALANCED),
         *(QUANTIZED, UNIFIED, CELLS, BIT_PLANES, BIT_PLANES_COMPLEMENT, *ON_LEVELS),
     )
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from compressx.formats.bank_balanced import BANK_BALANCED
 from compressx.formats.base import Format, Packed, dtype_of, fail, index_dtype, take
 from compressx.formats.block_max import BLOCK_MAX
 from compressx.formats.bspc import BSPC
@@ -108,7 +109,7 @@ _INNER = {
     inner.name + SUFFIX: (inner, name)
     for inner, name in (
         *((COMPACT, "matrix"), (csr(32), "values"), (csr(16), "values"), (COO_DELTA, "values")),
-        *((FKW, "weight"), (BSPC, "weight"), (BLOCK_MAX, "values")),
+        *((FKW, "weight"), (BSPC, "weight"), (BLOCK_MAX, "values"), (BANK_BALANCED, "values")),
     )
 }
 ON_LEVELS = tuple(on_levels(inner, name) for inner, name in _INNER.values())

@@ -1,9 +1,10 @@
 """`metrics.jsonl`: one JSON object a line, append-only, safe under kill -9, the same after a resume.
 
-A record has `step` (an int that never falls, counted over the whole run and not per phase) and `phase`; the rest is
-the driver's choice. The plots look for `epoch`, `loss`, `accuracy`, and for the dicts by leaf path `primal`, `dual`
-and `rho`. Times of day and durations do not belong here: they would make a resumed run's file differ from an
-uninterrupted one's (they go to `summary.json`).
+A record has `step` (an int that never falls, counted over the whole run and not per phase) and `phase`; the rest is the
+driver's choice. The plots look for `epoch`, `loss`, `accuracy`, and for the dicts by leaf path `primal`, `dual` and
+`rho` (`primal_by_set` and `dual_by_set` hold one entry for each set of a leaf that has several). Times of day and
+durations do not belong here: they would make a resumed run's file differ from an uninterrupted one's (they go to
+`summary.json`).
 
 The order that makes resuming exact: write every record of step s, `sync()`, then save the checkpoint of step s.
 """

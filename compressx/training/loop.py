@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from compressx.admm import changes
+from compressx.admm import by_set, changes
 from compressx.admm import find_state as find_admm
 from compressx.data import batches
 from compressx.harden import structures
 from compressx.report.metrics import MetricsWriter
 from compressx.retrain import find_state as find_retrain
-from compressx.rules import check_finite
+from compressx.rules import Rules, check_finite
 from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import CheckpointError, Checkpoints
 from compressx.training.config import Admm, ConfigError
@@ -288,7 +288,7 @@ class _Run:
         if not (np.isfinite(mean["loss"]) and bool(all_finite((state.params, state.batch_stats)))):
             _diverged(phase, epoch, state, mean["loss"])
         figures = self._figures(state)
-        residuals = _residuals(state.opt_state) if phase.kind == "admm" else {}
+        residuals = _residuals(state.opt_state, phase.rules or ()) if phase.kind == "admm" else {}
         values = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures, **residuals}
         if phase.kind == "admm" and jax.process_count() == 1:
             assert phase.rules is not None
@@ -446,8 +446,8 @@ def _diverged(phase: Phase, epoch: int, state: TrainState, loss: float) -> NoRet
     raise Diverged(f"phase {phase.name}, epoch {epoch}: {text}")
 
 
-def _residuals(opt_state: Any) -> dict[str, Any]:
-    """rho and the residuals by leaf (the largest over its sets), once there has been an update.
+def _residuals(opt_state: Any, rules: Rules) -> dict[str, Any]:
+    """rho and the residuals by leaf (the largest over its sets) and by set, once there has been an update.
 
     With them what the last refresh changed, of leaves whose set can tell (`admm.watch_refreshes`).
     """
@@ -458,6 +458,7 @@ def _residuals(opt_state: Any) -> dict[str, Any]:
         "primal": {n: float(np.max(v)) for n, v in state.primal.items()},
         "dual": {n: float(np.max(v)) for n, v in state.dual.items()},
         "rho": {n: float(v) for n, v in state.rho.items()},
+        **by_set(state.primal, state.dual, rules),
     }
     changed = {n: float(v) for n, v in changes(opt_state).items()}
     return found | ({"changed": changed} if changed else {})

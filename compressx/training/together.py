@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compressx.admm import by_set
 from compressx.admm import find_state as find_admm
 from compressx.data import batches
 from compressx.harden import ConstraintViolation, count_violations, project, structures
 from compressx.report.metrics import MetricsWriter
 from compressx.retrain import find_state as find_retrain
 from compressx.retrain import retract
+from compressx.rules import Rules
 from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import Checkpoints
 from compressx.training.config import Admm, ConfigError
@@ -226,7 +228,7 @@ class _Together:
         figures = self._figures(state)
         residuals: list[dict[str, Any]] = [{} for _ in self.jobs]
         if phase.kind == "admm" and not start:
-            residuals = _residuals(find_admm(state.opt_state), len(self.jobs))
+            residuals = _residuals(find_admm(state.opt_state), len(self.jobs), phase.rules or ())
         loss, correct, seen = jax.device_get(state.sums)
         shown = []
         for i, writer in enumerate(self.metrics):
@@ -237,7 +239,7 @@ class _Together:
                 trained = {"loss": float(loss[i]) / int(seen[i]), "train_accuracy": int(correct[i]) / int(seen[i])}
                 values = trained | values
                 self.results[i][phase.name] |= {"end": dict(values)}
-                self.results[i][phase.name] |= {k: v for k, v in residuals[i].items() if k != "rho"}
+                self.results[i][phase.name] |= {k: v for k, v in residuals[i].items() if k in ("primal", "dual")}
                 values |= residuals[i]
                 shown.append((trained["loss"], figures[i]["accuracy"]))
             writer.write(global_step, phase.name, epoch=epoch, **values)
@@ -247,7 +249,7 @@ class _Together:
             self.display.epoch(phase.name, epoch, phase.fit.epochs, global_step, facts)
 
 
-def _residuals(admm: Any, seeds: int) -> list[dict[str, Any]]:
+def _residuals(admm: Any, seeds: int, rules: Rules) -> list[dict[str, Any]]:
     if int(admm.updates) == 0:
         return [{} for _ in range(seeds)]
     primal, dual, rho = jax.device_get((admm.primal, admm.dual, admm.rho))
@@ -256,6 +258,7 @@ def _residuals(admm: Any, seeds: int) -> list[dict[str, Any]]:
             "primal": {n: float(np.max(v[i])) for n, v in primal.items()},
             "dual": {n: float(np.max(v[i])) for n, v in dual.items()},
             "rho": {n: float(v[i]) for n, v in rho.items()},
+            **by_set({n: v[i] for n, v in primal.items()}, {n: v[i] for n, v in dual.items()}, rules),
         }
         for i in range(seeds)
     ]

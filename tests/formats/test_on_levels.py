@@ -20,7 +20,7 @@ from compressx.formats.on_levels import ON_LEVELS
 
 VALUES = {
     **dict.fromkeys(("fkw", "bspc"), "weight"),
-    **dict.fromkeys(("block-max", "csr", "csr16", "coo-delta"), "values"),
+    **dict.fromkeys(("block-max", "bank-balanced", "csr", "csr16", "coo-delta"), "values"),
     "compact": "matrix",
 }
 
@@ -40,6 +40,7 @@ CASES = {
     "bsp, channels": ("bspc", cx.bsp_columns(0.2, strips=4) & cx.quantize(4, per="channel"), (40, 30)),
     "block max": ("block-max", cx.block_max(14) & cx.quantize(5), (9, 100)),
     "darb, inputs": ("block-max", cx.darb(0.2, (1, 2, 4, 8), "inputs") & cx.quantize(4, "power_of_two"), (64, 40)),
+    "banks": ("bank-balanced", cx.bank_balanced(0.25, 16, "inputs") & cx.quantize(4, per="channel"), (40, 21)),
     "filters": ("compact", cx.filters(0.5) & cx.columns(0.5) & cx.quantize(6), (3, 3, 5, 8)),
     "codebooks": ("compact", cx.filters(0.5) & cx.quantize(3, "codebook", per="channel"), (3, 3, 5, 8)),
     "rows": ("csr", cx.unstructured(0.1) & cx.quantize(8), (30, 40)),

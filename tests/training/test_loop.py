@@ -129,6 +129,19 @@ def test_phases_without_epochs_and_a_validation_set(tiny, tmp_path) -> None:
     assert tiny.run(tmp_path, plan=tiny.SHORT, validation=held).results == out.results
 
 
+def test_leaves_in_several_sets_are_logged_set_by_set(tiny, tmp_path) -> None:
+    both = {"kind": "all", "parts": [{"kind": "unstructured", "density": 0.3}, {"kind": "quantize", "bits": 4}]}
+    rules = (("params/a/kernel", both), ("params/b/kernel", {"kind": "unstructured", "keep": 20}))
+    plan = phases.Plan(Fit(epochs=0), (Stage(rules, Admm(epochs=2, lr=1e-2, rho=1e-1, every=4), Fit(epochs=0)),))
+    out = tiny.run(tmp_path, plan=plan)
+    (record,) = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["phase"] == "admm" and r["epoch"] == 2]
+    for kind in ("primal", "dual"):
+        each = record[f"{kind}_by_set"]
+        assert list(each) == ["params/a/kernel unstructured", "params/a/kernel quantize"]
+        assert max(each.values()) == record[kind]["params/a/kernel"]
+    assert out.results["admm"].keys() == {"start", "end", "primal", "dual"}
+
+
 def test_divergence_names_the_phase_the_epoch_and_the_leaf(tiny, tmp_path) -> None:
     job = tiny.job()
 
