@@ -154,10 +154,10 @@ def _compared(entry: Mapping[str, Any]) -> str:
     low, high = entry["low"], entry["high"]
     if low is None or high is None:
         return f"At {names[0]} and {names[1]} cannot be compared."
-    measured = f"(by {_signed(entry['difference'])}, interval {_interval(low, high, _signed)})"
+    measured = f"(difference {_signed(entry['difference'])}, interval {_interval(low, high, _signed)})"
     if low > 0 or high < 0:
         return f"At {names[0]} is {'better' if low > 0 else 'worse'} than {names[1]} {measured}."
-    return f"At {names[0]} and {names[1]} are equal as far as these test images tell {measured}."
+    return f"At {names[0]} and {names[1]} are not told apart by these test images {measured}."
 
 
 def _boxes(

@@ -106,7 +106,7 @@ def test_the_summary_says_what_happened(done) -> None:
     for name in ("dense", "combined_8x"):
         at = own["latency"]["networks"][name]
         assert at["milliseconds"][at["best"]] == min(at["milliseconds"].values())
-        assert {"plain"} < at["milliseconds"].keys() <= {"plain", "native", "gathered", "mixed"}
+        assert {"plain"} <= at["milliseconds"].keys() <= {"plain", "native", "gathered", "mixed"}
     scores = own["dense"]["scores"]
     assert scores["auc_low"] <= scores["auc"] <= scores["auc_high"]
     assert s["pneumonia"]["data"]["patients"]["train"] == 16
@@ -160,8 +160,8 @@ def test_combined_is_compared_with_either_alone_on_the_same_draws() -> None:
     assert [got[3]["low"], got[3]["high"]] == pytest.approx([0.25, 0.25])
     assert got[2]["low"] < 0 < got[2]["high"]
     text = [pneumonia_page._compared(e) for e in got]
-    assert text[3].startswith("At 8× combined is better than filters alone (by +0.2500")
-    assert "equal as far as these test images tell" in text[2]
+    assert text[3].startswith("At 8× combined is better than filters alone (difference +0.2500")
+    assert "are not told apart by these test images" in text[2]
     worse = pneumonia_page._compared(got[3] | {"difference": -0.25, "low": -0.3, "high": -0.1})
     assert worse.startswith("At 8× combined is worse than filters alone")
     assert pneumonia_score.combined_minus(points[:1], judge, scored) == []
