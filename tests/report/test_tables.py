@@ -269,8 +269,8 @@ def test_entries_of_other_names_are_other_rows(root, sample):
 
 MERGED = (
     '[[table]]\nname = "main"\ndriver = "net"\nrows = "net.rows"\ngroup_by = ["row.rate", "row.kind"]\n'
-    'columns = ["seeds", '
-    '{ title = "r", key = "row.rate", format = "rate" }, { title = "k", key = "row.kind", format = "text" }, '
+    'columns = ["seeds", { title = "r", key = "row.rate", format = "rate" }, '
+    '{ title = "k", key = "row.kind", format = "text" }, '
     '{ title = "a", key = "row.accuracy", format = "percent" }]\n'
 )
 
