@@ -212,8 +212,8 @@ def _layers(
     )
     about = (
         f"One image, float32, medians of {times.facts['rounds']} interleaved rounds on this machine: {text}. Native is "
-        "compressx.compile; mixed gathers the layers for which that was faster alone. Layers are timed alone, so their "
-        "sum is not the network's time."
+        "compressx.compile, with as many threads as there are or one; mixed gathers the layers for which that was "
+        "faster alone. Layers are timed alone, so their sum is not the network's time."
     )
     return [
         about,

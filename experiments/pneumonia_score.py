@@ -300,8 +300,9 @@ def _ways(apply: Callable[[Any, Any], Any], variables: Any, x: jax.Array) -> dic
     ways: dict[str, Callable[[], Any]] = {}
     ways["plain"] = functools.partial(jax.jit(lambda v, i: apply(v, i)), variables, x)
     if native.available():
-        f, arrays = compressx.compile(apply, variables).lower(x)
-        ways["native"] = functools.partial(f, arrays, x)
+        for way, threads in (("native", 0), ("native_1_thread", 1)):  # small layers are not worth a second thread
+            f, arrays = compressx.compile(apply, variables, threads=threads).lower(x)
+            ways[way] = functools.partial(f, arrays, x)
     return ways
 
 
