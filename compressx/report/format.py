@@ -77,9 +77,11 @@ def number(value: float | None) -> str:
 
 
 def text(value: Any) -> str:
-    """Anything else as text; true and false as yes and no."""
+    """Anything else as text; true and false as yes and no, names one after the other."""
     if value is None:
         return ABSENT
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, str) for v in value):
+        return ", ".join(value)
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 

@@ -31,6 +31,8 @@ from compressx.report.layers import Layer, cells, total
         (fmt.number, 12345.6, "12,350"),
         (fmt.number, 3, "3"),
         (fmt.text, True, "yes"),
+        (fmt.text, ["anna", "ben"], "anna, ben"),
+        (fmt.text, [], "[]"),
     ],
 )
 def test_formats(write, value, text):
