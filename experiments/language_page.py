@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressx import formats, observations
+from compressx.constraints import bank_balanced
 from compressx.constraints.darb import row_sensitivity
 from compressx.data import text
 from compressx.data.text import Corpus
@@ -145,7 +146,7 @@ def _cut(spec: Mapping[str, Any]) -> tuple[int, str]:
 def _storage(scene: Scene) -> dict[str, Any]:
     """Bytes of all constrained leaves in every format that holds them, and index bits a non-zero.
 
-    "bank-balanced" is counted (`decoding.bank_balanced_nbytes`), all others are the bytes of packed arrays.
+    "bank-balanced" stores whatever is there by banks as long as the fullest; the rule need not have cut any.
     """
     assert scene.rules is not None
     leaves = jax.tree.leaves(scene.result.params)
@@ -161,10 +162,11 @@ def _storage(scene: Scene) -> dict[str, Any]:
         except ValueError:
             continue  # the format does not hold such a structure
         sizes[name] = total
-    sizes["bank-balanced"] = sum(
-        decoding.bank_balanced_nbytes(w.reshape(-1, w.shape[-1]), *_cut(b.constraint.spec))
-        for b, w in ((b, np.asarray(b.take(leaves))) for b in held)
-    )
+    sizes["bank-balanced"] = 0
+    for b in held:
+        bank, axis = _cut(b.constraint.spec)
+        packed = formats.pack(b.take(leaves), bank_balanced(1.0, bank, axis=axis), (), "bank-balanced")
+        sizes["bank-balanced"] += formats.nbytes(packed)
     return {
         name: {"bytes": total, "index_bits": (total - 4 * nonzeros) * 8 / max(nonzeros, 1)}
         for name, total in sizes.items()

@@ -104,12 +104,6 @@ def bank_entries(w: np.ndarray, bank: int, axis: str = "outputs") -> int:
     return int(full.size * full.max(initial=0) + tail.size * tail.max(initial=0))
 
 
-def bank_balanced_nbytes(w: np.ndarray, bank: int, axis: str = "outputs") -> int:
-    """Bytes of a matrix `[in, out]` stored by banks: of every entry its value and log2(bank) bits, rounded up."""
-    entries = bank_entries(w, bank, axis)
-    return entries * w.dtype.itemsize + -(-entries * (bank - 1).bit_length() // 8)
-
-
 def _stored(places: np.ndarray, reach: int = 16) -> int:
     """Entries of a column with 4-bit gaps: its weights, and a zero for every 16 places skipped."""
     gaps = np.diff(places, prepend=-1) - 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from compressx.admm import AdmmState
 from compressx.constraints.library_use import use_of
 from compressx.constraints.pattern import Patterns
 from compressx.rules import Bound, Rules, resolve
@@ -27,9 +28,11 @@ def libraries(
                 yield b, part.spec, s
 
 
-def rounds(params: Any, rules: Rules, structure: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def rounds(params: Any, rules: Rules, admm: AdmmState) -> dict[str, dict[str, float]]:
     """Of every library by name: its size, the entropy of its use in bits, and the share of its 8 most used masks."""
     leaves = jax.tree.leaves(params)
+    bound = resolve(rules, params)
+    structure = {b.name: admm.structure[b.name] if b.constraint.parts else admm.structure[b.name][0] for b in bound}
     out: dict[str, dict[str, float]] = {}
     for b, _, s in libraries(params, rules, structure):
         use = use_of([leaves[i] for i in b.indices], s.masks, s.live)

@@ -292,8 +292,7 @@ class _Run:
         values = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures, **residuals}
         if phase.kind == "admm" and jax.process_count() == 1:
             assert phase.rules is not None
-            structure = structures(state.params, phase.rules, find_admm(state.opt_state))
-            values |= rounds(state.params, phase.rules, structure)
+            values |= rounds(state.params, phase.rules, find_admm(state.opt_state))
         self._record(global_step, phase.name, epoch=epoch, **values)
         self.results[phase.name]["end"] = {"loss": mean["loss"], "train_accuracy": mean["accuracy"], **figures}
         self.results[phase.name].update({k: v for k, v in residuals.items() if k in ("primal", "dual")})

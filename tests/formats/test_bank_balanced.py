@@ -14,6 +14,7 @@ import compressx as cx
 from compressx import formats
 from compressx.formats import CompressedFileError, Packed
 from compressx.formats.base import same
+from tests.formats.mutations import mutated
 
 
 def hard(constraint: cx.Constraint, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -128,24 +129,7 @@ def test_damage_is_named(case: str) -> None:
 @settings(max_examples=300)
 @given(data=st.data())
 def test_mutations_unpack_to_a_weight_or_one_error(data: st.DataObject) -> None:
-    packed = PACKED
-    for _ in range(data.draw(st.integers(1, 3))):
-        name = data.draw(st.sampled_from(sorted(packed.arrays)))
-        a = packed.arrays[name].copy()
-        what = data.draw(st.sampled_from(["bytes", "cut", "shape", "meta"]))
-        if what == "bytes" and a.nbytes:
-            raw = a.view(np.uint8).reshape(-1)
-            raw[data.draw(st.integers(0, raw.size - 1))] = data.draw(st.integers(0, 255))
-        elif what == "cut":
-            a = a[: data.draw(st.integers(0, len(a)))]
-        elif what == "shape":
-            packed = packed._replace(shape=tuple(data.draw(st.lists(st.integers(0, 1 << 40), max_size=4))))
-        else:
-            field = data.draw(st.sampled_from(["axis", "bank", "keep"]))
-            number = st.integers(-1, 1 << 40)
-            value = data.draw(st.none() | number | st.integers(1, 25) | st.text(max_size=3) | st.lists(number))
-            packed = packed._replace(meta={**packed.meta, field: value})
-        packed = packed._replace(arrays={**packed.arrays, name: a})
+    packed = mutated(data, PACKED)
     try:
         back = formats.unpack(packed, max_bytes=1 << 20)
     except CompressedFileError:

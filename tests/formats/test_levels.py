@@ -17,6 +17,7 @@ from compressx.constraints.quantization import levels_of
 from compressx.formats import CompressedFileError, Packed
 from compressx.formats.base import same
 from compressx.formats.quantized import coded, pack_codes, unpack_codes
+from tests.formats.mutations import mutated
 
 BITS = {"float32": 32, "bfloat16": 16}
 
@@ -334,31 +335,7 @@ def test_damage_is_named(case: str) -> None:
 @settings(max_examples=400)
 @given(data=st.data())
 def test_mutations_unpack_to_a_weight_or_one_error(data: st.DataObject) -> None:
-    packed = EXAMPLES[data.draw(st.sampled_from(sorted(EXAMPLES)))]
-    for _ in range(data.draw(st.integers(1, 3))):
-        name = data.draw(st.sampled_from(sorted(packed.arrays)))
-        a = packed.arrays[name].copy()
-        what = data.draw(st.sampled_from(["bytes", "cut", "shape", "meta", "drop"]))
-        if what == "bytes" and a.nbytes:
-            raw = a.view(np.uint8).reshape(-1)
-            raw[data.draw(st.integers(0, raw.size - 1))] = data.draw(st.integers(0, 255))
-        elif what == "cut":
-            a = a[: data.draw(st.integers(0, len(a)))]
-        elif what == "shape":
-            packed = packed._replace(shape=tuple(data.draw(st.lists(st.integers(0, 1 << 40), max_size=5))))
-        elif what == "meta":
-            field = data.draw(st.sampled_from(sorted(packed.meta)))
-            value = data.draw(
-                st.none()
-                | st.booleans()
-                | st.integers(-1, 1 << 40)
-                | st.text(max_size=3)
-                | st.lists(st.integers(-1, 1 << 40))
-            )
-            packed = packed._replace(meta={**packed.meta, field: value})
-        packed = packed._replace(arrays={**packed.arrays, name: a})
-        if what == "drop" and len(packed.arrays) > 1:
-            packed = packed._replace(arrays={k: v for k, v in packed.arrays.items() if k != name})
+    packed = mutated(data, EXAMPLES[data.draw(st.sampled_from(sorted(EXAMPLES)))])
     try:
         back = formats.unpack(packed, max_bytes=1 << 20)
     except CompressedFileError:
