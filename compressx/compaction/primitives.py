@@ -119,7 +119,8 @@ def _elementwise(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Sh
 
 
 def _broadcast(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
-    axes: Axes = [u.fresh(n, loose=True) for n in out]
+    # an extent that is free (the batch's, when a program is exported) is never cut
+    axes: Axes = [u.fresh(n, loose=True) if isinstance(n, int) else None for n in out]
     for a, to in enumerate(op.params["broadcast_dimensions"]):
         if shapes[0][a] == out[to]:
             axes[to] = ins[0][a]

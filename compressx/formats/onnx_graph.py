@@ -98,8 +98,10 @@ def convert(program: ClosedJaxpr, name: str) -> bytes:
     """The ONNX model of a program with one input `x` and one output `y`.
 
     Raises:
-      ValueError: a primitive without a counterpart, or a model beyond 2 GiB.
+      ValueError: a primitive without a counterpart, several outputs, or a model beyond 2 GiB.
     """
+    if len(program.jaxpr.outvars) != 1:
+        raise ValueError(f"the network has {len(program.jaxpr.outvars)} outputs, and one is written; export StableHLO")
     g = _Graph()
     (x,), (y,) = program.jaxpr.invars, program.jaxpr.outvars
     (out,) = _run(g, program.jaxpr, program.consts, [_Value("x")])

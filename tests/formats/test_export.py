@@ -185,3 +185,17 @@ def test_a_compacted_network_is_exported_to_stablehlo(narrow: Any) -> None:
     assert "compressx_conv" not in exported.mlir_module()
     x = jax.random.normal(jax.random.key(2), (3, 32, 32, 3))
     np.testing.assert_allclose(exported.call(x), module.apply(hard, x), rtol=0, atol=1e-4)
+
+
+def test_a_compacted_network_with_upsampling_goes_to_stablehlo_and_several_outputs_not_to_onnx() -> None:
+    """Nearest upsampling broadcasts beside the free batch axis; a detector has three heads."""
+    model = models.build("yolov3", classes=1, width=1 / 16, repeats=(1, 0, 0, 0, 0))
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = jax.jit(lambda k: model.init(k, x))(jax.random.key(1))
+    small = compaction.compact(model, variables, x)
+    data = export.stablehlo(small.apply, small.variables, (32, 32, 3))
+    back = jax.export.deserialize(bytearray(data)).call(x)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(small.apply(small.variables, x)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    with pytest.raises(ValueError, match="3 outputs"):
+        export.onnx(model, variables, (32, 32, 3))
