@@ -18,10 +18,10 @@ import numpy as np
 from jax import Array, lax
 
 from compressx.crossbar.adc import clip, convert, convert_float, unclipped
+from compressx.crossbar.bits import WORD, pack
 from compressx.crossbar.cells import Cells
 from compressx.crossbar.design import Design
 
-_WORD = 32
 _UNROLL = 4  # cycles that one turn of the popcount loop holds: as fast as all of them, and quicker to compile
 
 
@@ -60,14 +60,14 @@ def plane_weights(design: Design) -> tuple[int, ...]:
 def pack_planes(cells: np.ndarray, design: Design) -> np.ndarray:
     """Cells as bit planes, 32 rows a word: int8 `[B, R, K, F] -> uint32 [B, words, Q, K, F]`."""
     groups, rows, columns, filters = cells.shape
-    words = -(-rows // _WORD)
+    words = -(-rows // WORD)
     level = np.abs(cells)
     planes = []
     for weight in plane_weights(design):
         side = (cells < 0) if weight < 0 else (cells > 0)
         planes.append(((level & abs(weight)) > 0) & side)
     bits = np.stack(planes, axis=2)  # [B, R, Q, K, F]
-    bits = np.pad(bits, ((0, 0), (0, words * _WORD - rows), (0, 0), (0, 0), (0, 0)))
+    bits = np.pad(bits, ((0, 0), (0, words * WORD - rows), (0, 0), (0, 0), (0, 0)))
     packed = np.packbits(bits.reshape(groups, words, 4, 8, -1), axis=3, bitorder="little")
     packed = packed.reshape(groups, words, 4, -1).astype(np.uint32)
     word = sum(packed[:, :, i] << np.uint32(8 * i) for i in range(4))
@@ -88,41 +88,34 @@ def popcount(x: Array, planes: Array, cells: Cells, design: Design, cycle_weight
       int32 `[n, F]` in units of 1/den, the offset not yet subtracted.
     """
     groups, words, _, columns, filters = planes.shape
-    n, rows = x.shape[0], x.shape[2]
-    place = jnp.asarray(1 << np.arange(_WORD, dtype=np.uint64), jnp.uint32)
+    n, rows, cycles, dac = x.shape[0], x.shape[2], len(cycle_weights), design.dac_bits
     powers = jnp.asarray(cycle_weights, jnp.int32)
-
-    def pack(block: Array) -> tuple[Array, Array]:
-        """A group's inputs as words `[T, v, n, words]` and the sums of their digits `[T, n]`."""
-        cut = digits(block, design, len(cycle_weights))
-        ones = jnp.sum(cut, axis=2)
-        bits = jnp.stack([(cut >> b) & 1 for b in range(design.dac_bits)], axis=1).astype(jnp.uint32)
-        bits = jnp.pad(bits, ((0, 0), (0, 0), (0, 0), (0, words * _WORD - rows)))
-        bits = bits.reshape(*bits.shape[:3], words, _WORD)
-        return jnp.sum(bits * place.reshape((1,) * 4 + (_WORD,)), axis=-1, dtype=jnp.uint32), ones
+    packed = pack(x.transpose(2, 1, 0).reshape(rows, groups * n), cycles * dac)
+    packed = packed.reshape(cycles, dac, words, groups, n).transpose(3, 0, 1, 2, 4)  # [B, T, dac, words, n]
 
     def group(total: Array, step: tuple[Array, Array, Array | None, Array | None]) -> tuple[Array, None]:
         block, plane, flip, negative = step
-        packed, ones = pack(block)
+        counts = jnp.sum(lax.population_count(block), axis=2).astype(jnp.int32)  # [T, dac, n]
+        ones = sum((counts[:, b] << b for b in range(1, dac)), counts[:, 0])  # sums of the digits
 
         def cycle(acc: Array, now: tuple[Array, Array, Array]) -> tuple[Array, None]:
-            word, one, power = now  # [v, n, words], [n], []
+            word, one, power = now  # [dac, words, n], [n], []
             value = jnp.zeros((n, filters), jnp.int32)
             for k in range(columns):
                 sums = jnp.zeros((n, filters), jnp.int32)
-                for b in range(design.dac_bits):
+                for b in range(dac):
                     for q, weight in enumerate(plane_weights(design)):
                         for i in range(words):
-                            met = lax.population_count(word[b, :, i, None] & plane[i, q, k][None])
+                            met = lax.population_count(word[b, i, :, None] & plane[i, q, k][None])
                             sums = sums + met.astype(jnp.int32) * (weight << b)
                 read = _corrected(convert(sums, design), one[:, None], None if flip is None else flip[k][None], design)
                 value = value + read * design.column_weights[k]
             return acc + value * power, None
 
-        part, _ = lax.scan(cycle, jnp.zeros((n, filters), jnp.int32), (packed, ones, powers), unroll=_UNROLL)
+        part, _ = lax.scan(cycle, jnp.zeros((n, filters), jnp.int32), (block, ones, powers), unroll=_UNROLL)
         return total + _signed(part, negative), None
 
-    steps = (x.transpose(1, 0, 2), planes, cells.flip, cells.negative)
+    steps = (packed, planes, cells.flip, cells.negative)
     return lax.scan(group, jnp.zeros((n, filters), jnp.int32), steps)[0]
 
 
@@ -152,19 +145,18 @@ def table(x: Array, tables: Array | Cells, design: Design, cycle_weights: Sequen
     Returns:
       int32 `[n, F]` in units of 1/den, the offset not yet subtracted.
     """
-    rows = x.shape[2]
-    place = jnp.asarray(2 ** np.arange(rows), jnp.int32).reshape(1, 1, rows)
+    places = jnp.arange(x.shape[2], dtype=jnp.int32).reshape(1, -1, 1)
     filters = (tables.cells if isinstance(tables, Cells) else tables).shape[-1]
 
     def group(total: Array, step: tuple[Array, Array | Cells, tuple[Array, ...]]) -> tuple[Array, None]:
         block, entry, error = step
         made = build_table(entry, design, *error) if isinstance(entry, Cells) else entry
-        at = jnp.sum(digits(block, design, len(cycle_weights)) * place, axis=-1)  # [T, n]
+        at = jnp.sum(digits(block, design, len(cycle_weights)) << places, axis=1)  # [T, n]
         for t, power in enumerate(cycle_weights):
             total = total + made[at[t]].astype(jnp.int32) * power
         return total, None
 
-    steps = (x.transpose(1, 0, 2), tables, errors)
+    steps = (x.transpose(1, 2, 0), tables, errors)
     return lax.scan(group, jnp.zeros((x.shape[0], filters), jnp.int32), steps)[0]
 
 

@@ -68,7 +68,7 @@ def crossbar_parts(x: Array, programmed: Programmed, key: Array | None = None) -
 
 def _parts(x: Array, programmed: Programmed, key: Array | None) -> list[tuple[int, Array]]:
     design, size = programmed.design, programmed.limb_cycles
-    flat = x.reshape(-1, x.shape[-1])[:, programmed.rows].astype(jnp.int32)
+    flat = programmed.drive(x.reshape(-1, x.shape[-1])).astype(jnp.int32)
     parts = []
     for start in range(0, design.cycles, size):
         cycles = min(size, design.cycles - start)
@@ -172,8 +172,9 @@ def _backward(kept: tuple[Array, Programmed], g: Array) -> tuple[Array, None, No
     order = jnp.concatenate([programmed.proven, programmed.simulated])  # kept filter of each place
     padded = jnp.concatenate([w[:, order], jnp.zeros((w.shape[0], 1), jnp.float32)], axis=1)
     dx = jnp.matmul(g, padded[:, programmed.place].T, precision=jax.lax.Precision.HIGHEST)
-    spread = jnp.zeros((*dx.shape[:-1], programmed.inputs), jnp.float32).at[..., programmed.rows].set(dx)
-    return spread.astype(like.dtype), None, None
+    if not programmed.in_order:
+        dx = jnp.zeros((*dx.shape[:-1], programmed.inputs), jnp.float32).at[..., programmed.rows].set(dx)
+    return dx.astype(like.dtype), None, None
 
 
 _straight_through.defvjp(_forward, _backward)
@@ -204,7 +205,7 @@ def _count_clipped(x: Array, cells: Cells, design: Design) -> Array:
 def saturation(x: Array, programmed: Programmed) -> Saturation:
     """How many conversions of integer inputs `[..., P]` clip; integer cells."""
     design = programmed.design
-    flat = x.reshape(-1, x.shape[-1])[:, programmed.rows].astype(jnp.int32)
+    flat = programmed.drive(x.reshape(-1, x.shape[-1])).astype(jnp.int32)
     planes = [flat] if design.inputs != "sign_planes" else [jnp.maximum(flat, 0), jnp.maximum(-flat, 0)]
     groups, _, columns, simulated = programmed.cells.cells.shape
     clipped = np.zeros((groups, columns, simulated), np.int64)

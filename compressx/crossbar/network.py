@@ -275,7 +275,7 @@ def skipping(
         seen = observe(deployed, variables, images)
         for path, wanted in designs.items():
             for arrays, x in zip(deployed[path].groups, seen[path], strict=True):
-                used = x[:, _crossbar(arrays).rows]
+                used = _crossbar(arrays).drive(x)
                 for i, design in enumerate(wanted):
                     parts[path][i].append(measure(used, design, path))
     return {path: [merge(one) for one in each] for path, each in parts.items()}

@@ -24,7 +24,7 @@ TABLE_ROWS = 8
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("rows", "limbs", "cells", "planes", "tables", "proven", "simulated", "place", "gain", "shift"),
-    meta_fields=("design", "inputs", "filters", "path", "exact_rows", "limb_cycles", "read_noise"),
+    meta_fields=("design", "inputs", "filters", "path", "exact_rows", "limb_cycles", "in_order", "read_noise"),
 )
 @dataclass(frozen=True)
 class Programmed:
@@ -44,6 +44,7 @@ class Programmed:
       exact_rows: rows that `kernels.exact` may sum.
       limb_cycles: input cycles whose result fits in int32, whatever the inputs; lower than `design.cycles` means that
         a product is made in several parts.
+      in_order: all inputs are in use, in their order.
       read_noise: standard deviation of a column's sum at every conversion, in cell units.
     """
 
@@ -63,7 +64,12 @@ class Programmed:
     path: str
     exact_rows: int
     limb_cycles: int
+    in_order: bool = False
     read_noise: float = 0.0
+
+    def drive(self, x: Array) -> Array:
+        """Inputs `[..., P]` as they meet the word lines: `[..., k]`."""
+        return x if self.in_order else x[..., self.rows]
 
     @property
     def proven_share(self) -> float:
@@ -156,6 +162,7 @@ def program(
         path=path,
         exact_rows=exact_rows(limbs[:, :, proven]),
         limb_cycles=limb_cycles(cells, len(order), design, name),
+        in_order=np.array_equal(order, np.arange(len(w))),
     )
 
 

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from compressx.crossbar.bits import pack
 from compressx.crossbar.mapping import Layer
 
-_WORD = 32
 _CHUNK_VALUES = 2**24  # intermediate values a product may hold at once
 _TABLE = "S. Angizi et al., ISVLSI 2019, table of 45 nm memories, SOT-MRAM"
 
@@ -48,8 +48,8 @@ def and_popcount_matmul(
         raise ValueError(f"expected [n, k] and [k, F], got {x.shape} and {w.shape}")
     if x.shape[1] * 2 ** (x_bits + w_bits) >= 2**31:
         raise ValueError(f"k={x.shape[1]} at {x_bits} x {w_bits} bits may pass int32; split the rows")
-    planes_x = pack(x.astype(jnp.int32), x_bits)  # [B_a, n, words]
-    planes_w = pack(w.astype(jnp.int32).T, w_bits)  # [B_w, F, words]
+    planes_x = pack(x.astype(jnp.int32).T, x_bits)  # [B_a, words, n]
+    planes_w = pack(w.astype(jnp.int32), w_bits)  # [B_w, words, F]
     coefficient = np.outer(plane_weights(x_bits, x_signed), plane_weights(w_bits, w_signed))
     weights = jnp.asarray(coefficient, jnp.int32)[:, :, None, None]
 
@@ -59,24 +59,13 @@ def and_popcount_matmul(
         return total + jnp.sum(ones * weights, axis=(0, 1)), None
 
     start = jnp.zeros((x.shape[0], w.shape[1]), jnp.int32)
-    return lax.scan(word, start, (planes_x.transpose(2, 0, 1), planes_w.transpose(2, 0, 1)))[0]
+    return lax.scan(word, start, (planes_x.swapaxes(0, 1), planes_w.swapaxes(0, 1)))[0]
 
 
 def plane_weights(bits: int, signed: bool) -> list[int]:
     """What each plane counts, lowest first; the top one is negative in two's complement."""
     powers = [2**i for i in range(bits)]
     return [*powers[:-1], -powers[-1]] if signed else powers
-
-
-def pack(x: Array, bits: int) -> Array:
-    """Bit planes, 32 entries a word, the last filled with zeros: int32 `[m, k] -> uint32 [bits, m, ceil(k/32)]`."""
-    m, k = x.shape
-    words = ceil(k / _WORD)
-    padded = jnp.pad(x, ((0, 0), (0, words * _WORD - k))).reshape(m, words, _WORD)
-    shifts = jnp.arange(bits, dtype=jnp.int32).reshape(-1, 1, 1, 1)
-    plane = ((padded[None] >> shifts) & 1).astype(jnp.uint32)
-    place = jnp.asarray(1 << np.arange(_WORD, dtype=np.uint64), jnp.uint32).reshape(1, 1, 1, -1)
-    return jnp.sum(plane * place, axis=-1, dtype=jnp.uint32)
 
 
 @dataclass(frozen=True)

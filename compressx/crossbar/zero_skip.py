@@ -90,7 +90,7 @@ class Skipping:
 
 
 def measure(x: Array, design: Design, name: str = "layer", all_zero: int = 0) -> Skipping:
-    """Effective cycles of a layer for activations int `[..., k]`, rows in use in order (`x[..., programmed.rows]`).
+    """Effective cycles of a layer for activations int `[..., k]`, rows in use in order (`Programmed.drive`).
 
     Sign planes are measured as the hardware feeds them: both planes, one after the other.
     """
