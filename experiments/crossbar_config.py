@@ -192,7 +192,7 @@ def plan_phases(config: Config) -> tuple[Phase, ...]:
     if config.one_shot:
         chain = _lineage(config, config.main)
         epochs = sum(b.admm.epochs + b.retrain.epochs for b in chain)
-        fit = dataclasses.replace(chain[-1].retrain, epochs=epochs)
+        fit = dataclasses.replace(chain[0].retrain, epochs=epochs)  # the last step's learning rate is a finish's
         todo.append(Phase(phases.ONE_SHOT, "retrain", DENSE, fit, phases.build_rules(chain[-1].rules)))
     return tuple(todo)
 
