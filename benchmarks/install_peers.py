@@ -3,8 +3,8 @@
     python -m benchmarks.install_peers [--peers=torch,onnxruntime,...]          # or: make peers
 
 Each is installed alone with the pins of constraints.txt, so that one that cannot be had neither ends the others nor
-moves a version of ours; then it is imported in a process of its own. What stays absent is left out of the benchmarks,
-which name it. The exit status is 1 where a peer is missing in the end.
+moves a version of ours, DeepSparse in an environment of its own; then it is imported in a process of its own. What
+stays absent is left out of the benchmarks, which name it. The exit status is 1 where a peer is missing in the end.
 """
 
 import argparse
@@ -12,6 +12,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from benchmarks import deepsparse
 
 PACKAGES = {  # package: module
     "torch": "torch",
@@ -48,12 +50,17 @@ def reason(output: str) -> str:
 
 def install(package: str, command: Command = run) -> tuple[bool, str]:
     """Whether a peer can be imported after its install, and its version or why not."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "-c", str(CONSTRAINTS), package]
-    status, output = command(pip)
+    python, what = sys.executable, ["-c", str(CONSTRAINTS), package]
+    if package == "deepsparse":
+        status, output = command([python, "-m", "venv", str(deepsparse.ENVIRONMENT)])
+        if status:
+            return False, f"not installed: {reason(output)}"
+        python, what = str(deepsparse.PYTHON), [deepsparse.RELEASE]
+    status, output = command([python, "-m", "pip", "--disable-pip-version-check", "install", "-q", *what])
     if status:
         return False, f"not installed: {reason(output)}"
     ask = f"import importlib.metadata as m, {PACKAGES[package]}; print(m.version({package!r}))"
-    status, output = command([sys.executable, "-c", ask])
+    status, output = command([python, "-c", ask])
     return (False, f"installed, not imported: {reason(output)}") if status else (True, output.split()[-1])
 
 

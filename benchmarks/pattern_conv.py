@@ -7,8 +7,9 @@ Each round runs every system in turn, three times, of which the median counts: a
 another. Ratios are taken within a round and their median is quoted, the ratio of best samples beside it. The process is
 pinned to `--threads` cores before anything starts. Peers are those that can be imported (`make peers` installs what can
 be installed): jax (XLA, the same fused steps with the zeros in place), torch (channels last), onnxruntime, openvino,
-MNN, LiteRT, and TVM with the schedules it has without tuning, so that its ratio meets no goal. Each peer that is left
-out is named with the reason, and the reasons are recorded. All get batch normalisation folded in, as ours do.
+MNN, LiteRT, TVM with the schedules it has without tuning, so that its ratio meets no goal, and DeepSparse, which skips
+the zeros too. Each peer that is left out is named with the reason, and the reasons are recorded. All get batch
+normalisation folded in, as ours do.
 
 Weights are random: each 3x3 kernel keeps one of eight patterns, and 1 of rate / 2.25 kernels stays (1x1: 1 of rate);
 the first layer keeps its patterns only. `vgg16` is the 13 convolutions and poolings, `vgg16_whole` has the three
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers
+from benchmarks import deepsparse, peers
 from benchmarks.record import environment, record
 from benchmarks.training import measure, spread, table
 
@@ -56,7 +57,6 @@ LAYERS = (
 NETWORKS = ("vgg16", "vgg16_whole", "resnet50")
 CASES = (*NETWORKS, *LAYERS)  # a layer: input channels x image x filters
 BURST = 3
-NOT_DRIVEN = {"deepsparse": "at its end of life since June 2025; its last release does not install and is not driven"}
 
 
 def sparse(shape: tuple[int, ...], rate: float, rng: Any) -> Any:
@@ -167,12 +167,13 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
         "MNN": lambda: peers.mnn_step(model, x, args.threads),
         "ai_edge_litert": lambda: peers.litert_step(peers.tflite_bytes(fused, head, x.shape, start), x, args.threads),
         "tvm": lambda: peers.tvm_step(model, x, args.threads),
+        "deepsparse": lambda: deepsparse.Step(model, x, args.threads),
     }
-    left_out = dict(NOT_DRIVEN)
+    left_out: dict[str, str] = {}
     for name, make in makers.items():
         if not _has(name):
             left_out[name] = "not installed"
-        elif name in ("onnxruntime", "openvino", "MNN", "tvm") and not model:
+        elif name not in ("torch", "ai_edge_litert") and not model:
             left_out[name] = "needs onnx, which is not installed"
         else:
             try:
@@ -223,6 +224,8 @@ def loads(layers: list[Any]) -> dict[str, Any]:
 
 
 def _has(name: str) -> bool:
+    if name == "deepsparse":
+        return deepsparse.installed()
     return importlib.util.find_spec(name) is not None
 
 

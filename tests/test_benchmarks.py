@@ -1,20 +1,23 @@
 """What the benchmarks compute besides times: installs reported, cases, ratios within a round."""
 
 import argparse
+import sys
 
 import numpy as np
 import pytest
 
-from benchmarks import install_peers, pallas, peers, recurrent, speech_step
+from benchmarks import deepsparse, install_peers, pallas, peers, recurrent, speech_step
 
 
 def test_installs_are_reported_with_their_reason():
     pip = "Collecting x\nERROR: Could not find a version of x\nERROR: No matching distribution found for x\n"
     ended = "  x 'deepsparse' has reached end-of-life\n  ERROR: Failed building wheel\n"
-    said = {"onnx": (0, ""), "torch": (1, pip), "deepsparse": (1, ended), "MNN": (0, "")}
+    said = {"onnx": (0, ""), "torch": (1, pip), deepsparse.RELEASE: (1, ended), "MNN": (0, "")}
     imports = {"onnx": (0, "noise\n1.2.3\n"), "MNN": (1, "Traceback\nImportError: libMNN.so is missing\n")}
 
     def command(words):
+        if words[1:3] == ["-m", "venv"]:
+            return 0, ""
         return said[words[-1]] if "pip" in words else next(v for k, v in imports.items() if k in words[-1])
 
     assert install_peers.install("onnx", command) == (True, "1.2.3")
@@ -25,6 +28,21 @@ def test_installs_are_reported_with_their_reason():
         False,
         "installed, not imported: ImportError: libMNN.so is missing",
     )
+
+
+def test_a_peer_in_a_process_of_its_own_answers_and_says_why_it_does_not(tmp_path, monkeypatch):
+    engine = "class Engine:\n    def __init__(self, *a, **k): pass\n    def run(self, x): return [2 * x[0]]\n"
+    (tmp_path / "deepsparse").mkdir()
+    (tmp_path / "deepsparse" / "__init__.py").write_text(engine)
+    monkeypatch.setattr(deepsparse, "PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    x = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)
+    run = deepsparse.Step(b"", x, 1)
+    for _ in range(2):
+        np.testing.assert_array_equal(run(), 2 * x.transpose(0, 3, 1, 2))
+    (tmp_path / "deepsparse" / "__init__.py").write_text("raise ImportError('no engine for this processor')")
+    with pytest.raises(RuntimeError, match="no engine for this processor"):
+        deepsparse.Step(b"", x, 1)
 
 
 def test_a_command_that_fails_tells_its_status_and_output():
