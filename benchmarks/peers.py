@@ -1,4 +1,4 @@
-"""The fused steps of a network in PyTorch, onnxruntime, OpenVINO, MNN, TVM and LiteRT, each as one callable.
+"""The fused steps of a network in PyTorch, onnxruntime, OpenVINO, MNN and LiteRT, each as one callable.
 
     run = ort_step(onnx_bytes(steps, head, x.shape, start), x, threads)      # run() is an inference
 
@@ -196,23 +196,6 @@ def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
         return np.array(copy.getNumpyData())  # it is only a view
 
     return run
-
-
-def tvm_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
-    """TVM with its default schedules, for this processor: not tuned, so not what TVM is capable of."""
-    import os
-
-    import onnx
-    import tvm
-    from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx
-    from tvm.target.codegen import llvm_get_system_cpu
-
-    os.environ["TVM_NUM_THREADS"] = str(threads)
-    target = tvm.target.Target({"kind": "llvm", "mcpu": str(llvm_get_system_cpu()), "num-cores": threads})
-    network = relax.VirtualMachine(tvm.compile(from_onnx(onnx.load_from_string(model)), target=target), tvm.cpu())
-    image = tvm.runtime.tensor(x.transpose(0, 3, 1, 2).copy())
-    return lambda: network["main"](image).numpy()
 
 
 def tflite_bytes(steps: list[Any], head: Head | None, shape: tuple[int, ...], start: int) -> bytes:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import deepsparse, install_peers, pallas, peers, recurrent, speech_step
+from benchmarks import deepsparse, install_peers, pallas, peers, recurrent, speech_step, tvm_schedule
 
 
 def test_installs_are_reported_with_their_reason():
@@ -129,3 +129,29 @@ def test_pallas_is_compared_and_timed_on_a_device_alone(monkeypatch, capsys):
     row = pallas.compare("32x9x32", 0.3, 1, 2)  # interpreted, as `main` never does
     assert row["path"] == "pallas/interpret" and row["share"] == pytest.approx(3 / 9)
     assert {"ours_ms", "xla_ms", "xla_exact_ms", "xla_over_ours"} <= row.keys()
+
+
+def test_the_hand_made_schedule_is_the_convolution():
+    import jax
+    import jax.numpy as jnp
+
+    from compressx.compaction.program import trace
+    from compressx.kernels import graph
+
+    pytest.importorskip("tvm", reason="TVM is not installed: make peers")
+    rng = np.random.default_rng(0)
+    v = {"a": rng.standard_normal((3, 3, 3, 16), np.float32), "b": rng.standard_normal((3, 3, 16, 32), np.float32)}
+
+    def forward(v, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.nn.relu(jax.lax.conv_general_dilated(x, v["a"], (1, 1), "SAME", dimension_numbers=numbers))
+        y = jax.lax.reduce_window(y, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        return jax.lax.conv_general_dilated(y, v["b"], (2, 2), ((1, 1), (1, 1)), dimension_numbers=numbers)
+
+    x = rng.standard_normal((1, 12, 10, 3), np.float32)
+    steps, _ = graph.steps(program := trace(forward, v, x), v)
+    run = tvm_schedule.step(steps, x, program.inputs[0], 1)
+    for _ in range(2):
+        np.testing.assert_allclose(run().transpose(0, 2, 3, 1), np.asarray(forward(v, x)), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="chains"):
+        tvm_schedule.step([steps[0], steps[0]], x, program.inputs[0], 1)
