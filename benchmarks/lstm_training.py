@@ -27,6 +27,7 @@ def our_step(units: int, vocabulary: int, x: Any, y: Any) -> tuple[Callable[[], 
     import optax
 
     from compressx.models.lstm import LanguageModel
+    from compressx.training.language import cross_entropy
 
     model, optimizer = LanguageModel(vocabulary, units, layers=LAYERS), optax.adam(1e-3)
     words, labels = jnp.asarray(x), jnp.asarray(y)
@@ -37,7 +38,7 @@ def our_step(units: int, vocabulary: int, x: Any, y: Any) -> tuple[Callable[[], 
 
         def loss_of(params: Any) -> tuple[jax.Array, Any]:
             logits, end = model.apply(params, x, carry, True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), end
+            return cross_entropy(logits.reshape(-1, vocabulary), y.reshape(-1)).mean(), end
 
         (loss, carry), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)

@@ -11,13 +11,37 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from compressx.data import text
 from compressx.training.state import Sums, Task
 
 LOSSES = ("word", "window")
+
+
+@jax.custom_vjp
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """-log softmax(logits)[label] of every row: `[n, V]`, int32 `[n] -> [n]`; first derivatives only.
+
+    For large vocabularies: the gradient, exp(logits - logsumexp) - 1[label], is made in one pass and the ones are put
+    into it where they belong. On a CPU that takes about half the time of optax's.
+    """
+    return _cross_entropy(logits, labels)[0]
+
+
+def _cross_entropy(logits: Array, labels: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    most = jnp.max(logits, axis=-1)
+    whole = jnp.log(jnp.sum(jnp.exp(logits - most[:, None]), axis=-1)) + most
+    return whole - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0], (logits, labels, whole)
+
+
+def _cross_entropy_back(saved: tuple[Array, Array, Array], g: Array) -> tuple[Array, None]:
+    logits, labels, whole = saved
+    share = jnp.exp(logits - whole[:, None]) * g[:, None]
+    return share.at[jnp.arange(len(labels)), labels].add(-g), None
+
+
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)
 
 
 def language(model: Any, loss: str = "word") -> Task:
@@ -42,7 +66,8 @@ def language(model: Any, loss: str = "word") -> Task:
         logits, carry = model.apply(params, batch["inputs"], carry, train, rngs=rngs)
         labels = batch["labels"]
         counted = labels >= 0
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        rows = logits.reshape(-1, logits.shape[-1])
+        each = cross_entropy(rows, jnp.maximum(labels, 0).reshape(-1)).reshape(labels.shape)
         right = (jnp.argmax(logits, -1) == labels) & counted
         sums = Sums(
             jnp.sum(jnp.where(counted, each, 0.0)),

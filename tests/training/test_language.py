@@ -13,7 +13,7 @@ from compressx.data import batches, text
 from compressx.models.lstm import LanguageModel
 from compressx.training import Fit, Weights, phases
 from compressx.training.config import Admm, ConfigError, Plan, Stage
-from compressx.training.language import language, make_perplexity, sample
+from compressx.training.language import cross_entropy, language, make_perplexity, sample
 from compressx.training.loop import epoch_order
 from compressx.training.state import Sums, TrainState, make_evaluate, make_step
 from compressx.training.together import train_together
@@ -198,3 +198,13 @@ def test_a_sample_is_drawn_from_the_models_own_distribution(params) -> None:
     assert sample(PLAIN, params, prompt, 5, never=never) == [4] * 5
     with pytest.raises(ValueError, match="needs a prompt"):
         sample(PLAIN, params, [], 5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_cross_entropy_and_its_gradient_are_those_of_optax(scale, rng):
+    logits = jnp.asarray(scale * rng.standard_normal((7, 11)), jnp.float32)
+    labels, g = jnp.asarray(rng.integers(0, 11, 7), jnp.int32), jnp.asarray(rng.standard_normal(7), jnp.float32)
+    ours, back = jax.vjp(lambda x: cross_entropy(x, labels), logits)
+    theirs, expected = jax.vjp(lambda x: optax.softmax_cross_entropy_with_integer_labels(x, labels), logits)
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(back(g)[0]), np.asarray(expected(g)[0]), rtol=1e-3, atol=1e-6)
