@@ -362,7 +362,6 @@ def main() -> int:
 
     from compressx import kernels
 
-    kernels.keep_memory()  # for every system of this process alike
     print(f"path: {kernels.active_path()}")
     if args.model:
         rows = {f"model-{args.model.parent.name}": saved(args.model, args)}

@@ -17,6 +17,7 @@ from compressx.harden import harden as harden
 from compressx.harden import structures as structures
 from compressx.kernels import Compiled as Compiled
 from compressx.kernels import compile as compile
+from compressx.memory import keep_memory as keep_memory
 from compressx.retrain import RetrainState as RetrainState
 from compressx.retrain import retract as retract
 from compressx.retrain import retrain as retrain

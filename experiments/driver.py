@@ -16,6 +16,7 @@ from compressx import training
 from compressx.data import DataFileError, DataNotFoundError
 from compressx.formats import CompressedFileError
 from compressx.harden import ConstraintViolation
+from compressx.memory import keep_memory
 from compressx.models.convert import CheckpointError as ModelFileError
 from compressx.report import environment
 from compressx.report.metrics import MetricsError
@@ -76,6 +77,7 @@ def main(module: str, run: Function, evaluate: Function, read: Callable[[Any], A
     def start(argv: list[str]) -> None:
         f = flags.FLAGS
         logging.set_verbosity(logging.WARNING)  # orbax logs a dozen lines a save
+        keep_memory()
         try:
             if len(argv) > 1:
                 raise ConfigError(f"argument {argv[1]!r} is not a flag; flags start with --")

@@ -9,7 +9,7 @@
 `unified` (sign sums, counted), `pallas` (block-sparse product and convolution for GPU and TPU).
 """
 
-from compressx.kernels.native import active_path, available, keep_memory
+from compressx.kernels.native import active_path, available
 from compressx.kernels.network import Compiled, LayerReport, compile
 from compressx.kernels.pattern_conv import Convolution, prepare, reference, supports, xla
 from compressx.kernels.recurrent import Product, Recurrent, prepare_product, prepare_recurrent
@@ -19,5 +19,5 @@ __all__ = [
     *("Compiled", "LayerReport", "compile"),
     *("Convolution", "Geometry", "Plan", "Sparse", "prepare", "reference", "supports", "xla"),
     *("Product", "Recurrent", "prepare_product", "prepare_recurrent"),
-    *("active_path", "available", "keep_memory"),
+    *("active_path", "available"),
 ]

@@ -61,17 +61,6 @@ def active_path() -> str:
     return f"native/{isa()}" if available() else "xla"
 
 
-def keep_memory() -> bool:
-    """Makes the C library keep freed memory in the process; True where it can. Worth a fifth of a large network's time.
-
-    XLA allocates a program's activations anew at every run, and large ones come from the operating system page by page.
-    It holds for the whole process until its end, so the library never does it by itself: call it in a server or a
-    benchmark, once, before the first run.
-    """
-    library = _library()
-    return library is not None and bool(library.compressx_keep_memory())
-
-
 def peak_gflops() -> float:
     """10^9 multiplications and additions a second of one core, measured on registers alone; 0 without the library."""
     library = _library()

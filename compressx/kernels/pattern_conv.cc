@@ -1,7 +1,6 @@
 // Sparse convolution over planes, with bias, activation and residual fused, and the moves into, out of and between planes,
 // as XLA FFI handlers. Everything that a packed array says is checked before it is followed.
 
-#include <malloc.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -377,15 +376,6 @@ extern "C" double compressx_peak() {
     best = std::max(best, each * kRounds / seconds.count() * 1e-9);
   }
   return best;
-}
-
-// Freed memory stays with the process, so that the next run of a program finds it without page faults.
-extern "C" int compressx_keep_memory() {
-#ifdef M_MMAP_THRESHOLD
-  return mallopt(M_MMAP_THRESHOLD, 1 << 30) && mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
-#else
-  return 0;
-#endif
 }
 
 #define A(name) .Attr<int64_t>(name)
