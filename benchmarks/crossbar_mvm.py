@@ -168,13 +168,13 @@ def compare(rows: int, filters: int, batch: int, threads: int, rounds: int) -> d
     x = rng.integers(0, 256, (batch, rows))
     made = cases(w, np.abs(w) * signs, x)
     product = unit(w, x)
-    times = measure({"float32": product, **{k: v[0] for k, v in made.items()}}, rounds, burst=3)[0]
+    times = measure({"float32": product, **{k: v[0] for k, v in made.items()}}, rounds)[0]
     found = {name: _row(spent, times["float32"], *made.get(name, ())[1:]) for name, spent in times.items()}
     peer = lightning(w, x, threads)
     if peer is None:
         print("aihwkit-lightning is not installed", file=sys.stderr)
     else:  # in rounds of its own: torch's threads go on spinning for a while, which slows whatever comes next
-        beside = measure({"float32": product, "aihwkit_lightning": peer}, rounds, burst=3)[0]
+        beside = measure({"float32": product, "aihwkit_lightning": peer}, rounds)[0]
         found["aihwkit_lightning"] = _row(beside["aihwkit_lightning"], beside["float32"])
     return {name: row | {"goal": GOALS.get(name)} for name, row in found.items()}
 

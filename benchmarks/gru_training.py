@@ -2,9 +2,9 @@
 
     python -m benchmarks.gru_training [--threads=1] [--rounds=9] [--cases=gru-2x1024] [--results=docs/results]
 
-`ours` has PyTorch's recurrence (reset after the product), `ours_before` the paper's; every round runs each system once,
-and ratios are taken within a round. The loss is checked to be PyTorch's for the same weights. Needs torch (extra
-`benchmarks`).
+`ours` has PyTorch's recurrence (reset after the product), `ours_before` the paper's; every round runs each system
+three times, of which the median counts, and ratios are taken within a round. The loss is checked to be PyTorch's for
+the same weights. Needs torch (extra `benchmarks`).
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python -m benchmarks.lstm_training [--threads=1] [--rounds=9] [--cases=lstm-2x200] [--results=docs/results]
 
-Embedding, `nn.LSTM`, softmax over the vocabulary; every round runs each system once, and ratios are taken within a
-round. The loss is checked to be PyTorch's for the same weights. Needs torch (extra `benchmarks`).
+Embedding, `nn.LSTM`, softmax over the vocabulary; every round runs each system three times, of which the median
+counts, and ratios are taken within a round. The loss is checked to be PyTorch's for the same weights. Needs torch
+(extra `benchmarks`).
 """
 
 import argparse
@@ -148,7 +149,8 @@ def main() -> None:
         ]
         print(f"{case}: {', '.join(cells)}; ours over torch: {', '.join(ratios)}")
     if args.results:
-        record(args.results, "lstm_training", rows, environment(("jax", "torch")))
+        named = {f"{case}-{args.threads}t": row for case, row in rows.items()}
+        record(args.results, "lstm_training", named, environment(("jax", "torch")))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ LAYERS = (
 )
 NETWORKS = ("vgg16", "vgg16_whole", "resnet50")
 CASES = (*NETWORKS, *LAYERS)  # a layer: input channels x image x filters
-BURST = 3
 
 
 def sparse(shape: tuple[int, ...], rate: float, rng: Any) -> Any:
@@ -240,7 +239,7 @@ def compare(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
     from compressx.kernels import native
 
     runs, about = build(case, rate, args)
-    elapsed, processor = measure(runs, args.rounds, BURST)
+    elapsed, processor = measure(runs, args.rounds)
     row: dict[str, Any] = {"case": case, "threads": args.threads, **about}
     for name, seconds in elapsed.items():
         row[f"{name}_ms"] = spread([1e3 * t for t in seconds])
@@ -289,7 +288,7 @@ def ablation(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]
         f = jax.jit(lambda a, x, fixed=ready.fixed: pattern_conv.run(fixed, a, x, None, args.threads))
         runs[name] = lambda f=f, a=arrays: jax.block_until_ready(f(a, x))  # type: ignore[misc]
         counted[name] = ready.loads._asdict()
-    elapsed, _ = measure(runs, args.rounds, BURST)
+    elapsed, _ = measure(runs, args.rounds)
     row: dict[str, Any] = {"case": case, "rate": rate, "plan": list(tuned), "loads": counted}
     row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in elapsed.items()}
     return row | schedule.counts(reordered, geometry, size, size)
@@ -327,7 +326,7 @@ def saved(file: Path, args: argparse.Namespace) -> dict[str, Any]:
     x = jax.device_put(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
     ours, xla = (kernels.compile(held, threads=args.threads, tune=args.tune, path=p) for p in (None, "xla"))
     runs = {n: lambda f=f: jax.block_until_ready(f(x)) for n, f in (("ours", ours), ("jax", xla))}
-    elapsed, _ = measure(runs, args.rounds, BURST)
+    elapsed, _ = measure(runs, args.rounds)
     row: dict[str, Any] = {"case": file.parent.name, "path": ours.path}
     row |= {f"{name}_ms": spread([1e3 * t for t in seconds]) for name, seconds in elapsed.items()}
     if ours.path != "xla":

@@ -128,11 +128,12 @@ def interleave(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     return measure(steps, rounds)[0]
 
 
-def measure(steps: Mapping[str, Callable[[], Any]], rounds: int, burst: int = 1) -> tuple[dict[str, list[float]], ...]:
+def measure(steps: Mapping[str, Callable[[], Any]], rounds: int, burst: int = 3) -> tuple[dict[str, list[float]], ...]:
     """Elapsed and processor seconds of each step in each round, after two rounds of warming up.
 
-    In its turn a step runs `burst` times and the median counts: of 3 not the first, which finds the caches as another
-    system left them. The process keeps its memory, as drivers do, which every system gains from.
+    In its turn a step runs `burst` times and the median counts, for in use one step follows another: of 3 not the
+    first, which finds the caches as another system left them and that system's threads still spinning. The process
+    keeps its memory, as drivers do, which every system gains from.
     """
     keep_memory()
     elapsed: dict[str, list[float]] = {name: [] for name in steps}
