@@ -4,6 +4,7 @@ config       Fit, Admm, Stage, Plan: a run as frozen dataclasses; `parse` reads 
 state        TrainState, Task, one step, the runner that is fastest on the backend, evaluation
 optimizers   learning-rate schedules and the optax chain of each kind of phase
 phases       the phases of a plan; hardening
+job          what is trained on what: the order of examples, keys, layouts
 gradual      gradual magnitude pruning, for comparison
 libraries    the pattern libraries of a run, and what is logged of them
 language     the task of language models: carried state, exact perplexity, sampling
@@ -22,13 +23,13 @@ from compressx.training.config import Fit as Fit
 from compressx.training.config import Plan as Plan
 from compressx.training.config import Stage as Stage
 from compressx.training.config import parse as parse
+from compressx.training.job import Job as Job
+from compressx.training.job import check_phases as check_phases
+from compressx.training.job import like as like
+from compressx.training.job import total_steps as total_steps
 from compressx.training.language import language as language
 from compressx.training.loop import Diverged as Diverged
-from compressx.training.loop import Job as Job
 from compressx.training.loop import Outcome as Outcome
-from compressx.training.loop import check_phases as check_phases
-from compressx.training.loop import like as like
-from compressx.training.loop import total_steps as total_steps
 from compressx.training.loop import train as train
 from compressx.training.mesh import Placement as Placement
 from compressx.training.phases import Phase as Phase

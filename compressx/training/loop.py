@@ -2,9 +2,6 @@
 
 import os
 import time
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,59 +19,17 @@ from compressx.retrain import find_state as find_retrain
 from compressx.rules import Rules, check_finite
 from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import CheckpointError, Checkpoints
-from compressx.training.config import Admm, ConfigError
+from compressx.training.config import Admm
+from compressx.training.job import Job, check_phases, epoch_order, like, phase_key, size
 from compressx.training.libraries import rounds
-from compressx.training.mesh import Placement, agree
+from compressx.training.mesh import agree
 from compressx.training.phases import DENSE, Phase, Weights, harden, settle
 from compressx.training.progress import Display
-from compressx.training.state import Sums, Task, TrainState, all_finite, averages, make_evaluate, make_runner, make_step
+from compressx.training.state import Sums, TrainState, all_finite, averages, make_evaluate, make_runner, make_step
 
 
 class Diverged(RuntimeError):
     """Training produced NaN or infinity; the message names the phase, the epoch and the leaf."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained, on what, and how it is run; the phases come beside it.
-
-    Attributes:
-      task: the loss and the score.
-      first: the weights before any training (structure `{}`).
-      train: training set, host arrays with a leading axis n.
-      test: reported after every epoch; never chooses anything.
-      validation: part of the training set held out, or None.
-      seed: of the order of examples and of all keys, 0 to 2**32 - 1.
-      batch: examples a step. The n mod batch examples an epoch leaves over are others in every epoch.
-      eval_batch: examples a step of evaluation.
-      optimizer: "adam", "sgd" (Nesterov momentum 0.9), "plain_sgd" or "rmsprop" (decay 0.95).
-      clip: largest norm that the gradient of the loss may have, over all weights together; 0 is any.
-      placement: where arrays lie.
-      chunk: steps between looks at the clock.
-      save_steps: steps between checkpoints; 0 is only by time.
-      save_seconds: seconds between checkpoints; 0 is only by steps. The ends of phases are always saved.
-      order: `order(seed, epoch) -> int32 [n // batch, batch]`, the examples of every batch of an epoch, where not every
-        shuffle will do (buckets of like lengths); None shuffles all.
-      select: figure of the validation set, such as `validation_accuracy`, whose best epoch (its start among them, the
-        earliest of equals) a dense or retraining phase leaves; "" is the last epoch.
-    """
-
-    task: Task
-    first: Weights
-    train: Mapping[str, Any]
-    test: Mapping[str, Any]
-    validation: Mapping[str, Any] | None = None
-    seed: int = 0
-    batch: int = 64
-    eval_batch: int = 1000
-    optimizer: str = "adam"
-    clip: float = 0.0
-    placement: Placement = Placement()
-    chunk: int = 50
-    save_steps: int = 0
-    save_seconds: float = 60.0
-    select: str = ""
-    order: Callable[[int, int], np.ndarray] | None = None
 
 
 class Outcome(NamedTuple):
@@ -112,66 +67,6 @@ def train(job: Job, phases: tuple[Phase, ...], workdir: Path, display: Display) 
     return _Run(job, phases, workdir, display).go()
 
 
-def check_phases(job: Job, phases: tuple[Phase, ...]) -> None:
-    """Raises ConfigError where a phase's rules, rho or lengths cannot be run, before anything is trained or written."""
-    params = job.first.params
-    per_epoch = batches.steps_per_epoch(_size(job.train), job.batch)
-    for phase in phases:
-        steps = phase.fit.epochs * per_epoch
-        try:
-            jax.eval_shape(phase_optimizer(job.optimizer, phase, steps, per_epoch, None, job.clip).init, params)
-        except ValueError as error:
-            raise ConfigError(f"phase {phase.name}: {error}") from None
-
-
-def phase_optimizer(
-    name: str, phase: Phase, steps: int, per_epoch: int, structure: Any, clip: float = 0.0
-) -> optax.GradientTransformationExtraArgs:
-    """The phase's optimizer; `structure` is what the sets it must stay inside leave open (None: chosen at init).
-
-    With `clip` the gradient of the loss is scaled down to that norm where it is longer, before ADMM's pull joins it.
-    """
-    tx = _phase_optimizer(name, phase, steps, per_epoch, structure)
-    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
-
-
-def _phase_optimizer(
-    name: str, phase: Phase, steps: int, per_epoch: int, structure: Any
-) -> optax.GradientTransformationExtraArgs:
-    if phase.kind == "dense":
-        return optimizers.dense(name, phase.fit, steps)
-    assert phase.rules is not None
-    if phase.kind == "retrain":
-        return optimizers.retraining(name, phase.fit, steps, phase.rules, structure)
-    assert isinstance(phase.fit, Admm)
-    optimizers.check_due(phase.fit, steps, per_epoch)
-    if phase.kind == "gradual":
-        return optimizers.retraining(name, phase.fit, steps, phase.rules, structure)
-    return optimizers.constrained(name, phase.fit, steps, per_epoch, phase.rules, phase.within, structure)
-
-
-def total_steps(job: Job, phases: tuple[Phase, ...]) -> int:
-    """Steps of the whole run."""
-    each = batches.steps_per_epoch(_size(job.train), job.batch)
-    return sum(p.fit.epochs for p in phases) * each
-
-
-def like(weights: Weights, phase: Phase, placement: Placement) -> Weights:
-    """Shapes and layouts of what a phase leaves, for loading it."""
-
-    def abstract(x: Any) -> Any:
-        if placement.mesh is None:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-        sharding = jax.sharding.NamedSharding(placement.mesh, placement.spec(x.shape))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    structure: Any = {}
-    if phase.rules is not None:
-        rules = phase.rules
-        structure = jax.eval_shape(lambda p: structures(p, rules), weights.params)
-    return jax.tree.map(abstract, Weights(weights.params, weights.batch_stats, structure))
-
-
 class _Run:
     """One call of `train`: what does not change during it, and the small steps it is made of."""
 
@@ -187,7 +82,7 @@ class _Run:
         if job.validation is not None:
             self.sets["validation_"] = self.place.copy(dict(job.validation))
         self.evaluate = make_evaluate(job.task, job.eval_batch, self.place.batch)
-        self.per_epoch = batches.steps_per_epoch(_size(job.train), job.batch)
+        self.per_epoch = batches.steps_per_epoch(size(job.train), job.batch)
         self.results: dict[str, Any] = {}
         self.spent, self.started, self.saved_at = 0.0, time.monotonic(), time.monotonic()
 
@@ -222,7 +117,7 @@ class _Run:
             assert rules is not None
             structure = jax.jit(lambda p: structures(p, rules))(weights.params)
         steps = phase.fit.epochs * self.per_epoch
-        tx = phase_optimizer(self.job.optimizer, phase, steps, self.per_epoch, structure or None, self.job.clip)
+        tx = optimizers.of_phase(self.job.optimizer, phase, steps, self.per_epoch, structure or None, self.job.clip)
         params = self.place.put(weights.params)
         state = TrainState(
             params=params,
@@ -461,33 +356,3 @@ def _residuals(opt_state: Any, rules: Rules) -> dict[str, Any]:
     }
     changed = {n: float(v) for n, v in changes(opt_state).items()}
     return found | ({"changed": changed} if changed else {})
-
-
-def epoch_order(phase: Phase, epoch: int, job: Job) -> np.ndarray:
-    """The batches of an epoch, int32 `[steps, batch]`: a function of seed, phase and epoch alone.
-
-    Examples that follow one another come in their order, in every epoch.
-    """
-    if job.task.begin is not None:
-        return batches.in_order(_size(job.train), job.batch)
-    seed = (_number(phase.name) << 32) | job.seed
-    if job.order is not None:
-        return job.order(seed, epoch)
-    return batches.epoch_batches(seed, epoch, _size(job.train), job.batch)
-
-
-def phase_key(phase: Phase, seed: int) -> jax.Array:
-    """The key from which a phase's steps fold theirs."""
-    return jax.random.fold_in(jax.random.key(seed), np.uint32(_number(phase.name)))
-
-
-def _number(name: str) -> int:
-    """32 bits of a phase's name: data order and keys of a phase do not depend on which others are run."""
-    return zlib.crc32(name.encode())
-
-
-def _size(data: Mapping[str, Any]) -> int:
-    return int(jax.tree.leaves(dict(data))[0].shape[0])
-
-
-__all__ = ["ConfigError", "Diverged", "Job", "Outcome", "like", "total_steps", "train"]

@@ -12,6 +12,7 @@ from compressx.admm import admm, watch_refreshes
 from compressx.retrain import retrain
 from compressx.rules import Rules
 from compressx.training.config import Admm, ConfigError, Fit
+from compressx.training.phases import Phase
 
 
 def learning_rate(fit: Fit, steps: int) -> optax.Schedule:
@@ -118,3 +119,29 @@ def _rho(fit: Admm, updates: int) -> Any:
     if isinstance(fit.rho, tuple):
         return [(pattern, one(value)) for pattern, value in fit.rho]
     return one(fit.rho)
+
+
+def of_phase(
+    name: str, phase: Phase, steps: int, per_epoch: int, structure: Any, clip: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """The phase's optimizer; `structure` is what the sets it must stay inside leave open (None: chosen at init).
+
+    With `clip` the gradient of the loss is scaled down to that norm where it is longer, before ADMM's pull joins it.
+    """
+    tx = _of_phase(name, phase, steps, per_epoch, structure)
+    return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx
+
+
+def _of_phase(
+    name: str, phase: Phase, steps: int, per_epoch: int, structure: Any
+) -> optax.GradientTransformationExtraArgs:
+    if phase.kind == "dense":
+        return dense(name, phase.fit, steps)
+    assert phase.rules is not None
+    if phase.kind == "retrain":
+        return retraining(name, phase.fit, steps, phase.rules, structure)
+    assert isinstance(phase.fit, Admm)
+    check_due(phase.fit, steps, per_epoch)
+    if phase.kind == "gradual":
+        return retraining(name, phase.fit, steps, phase.rules, structure)
+    return constrained(name, phase.fit, steps, per_epoch, phase.rules, phase.within, structure)

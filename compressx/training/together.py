@@ -26,7 +26,8 @@ from compressx.rules import Rules
 from compressx.training import gradual, optimizers
 from compressx.training.checkpoint import Checkpoints
 from compressx.training.config import Admm, ConfigError
-from compressx.training.loop import Diverged, Job, Outcome, check_phases, epoch_order, phase_key, phase_optimizer
+from compressx.training.job import Job, check_phases, epoch_order, phase_key
+from compressx.training.loop import Diverged, Outcome
 from compressx.training.phases import DENSE, Phase, Weights, move_levels
 from compressx.training.progress import Display
 from compressx.training.state import Sums, TrainState, all_finite, make_runner, make_step
@@ -109,7 +110,8 @@ class _Together:
         steps = phase.fit.epochs * self.per_epoch
 
         def transform(structure: Any) -> Any:
-            return phase_optimizer(self.job.optimizer, phase, steps, self.per_epoch, structure or None, self.job.clip)
+            name, clip = self.job.optimizer, self.job.clip
+            return optimizers.of_phase(name, phase, steps, self.per_epoch, structure or None, clip)
 
         tx = transform(None)
         opt_state = _lift(lambda p, s: transform(s).init(p))(weights.params, weights.structure)

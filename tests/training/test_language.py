@@ -13,8 +13,8 @@ from compressx.data import batches, text
 from compressx.models.lstm import LanguageModel
 from compressx.training import Fit, Weights, phases
 from compressx.training.config import Admm, ConfigError, Plan, Stage
+from compressx.training.job import epoch_order
 from compressx.training.language import cross_entropy, language, make_perplexity, sample
-from compressx.training.loop import epoch_order
 from compressx.training.state import Sums, TrainState, make_evaluate, make_step
 from compressx.training.together import train_together
 
@@ -165,9 +165,9 @@ def test_texts_come_in_their_order_in_every_epoch() -> None:
 def test_the_gradient_of_the_loss_is_clipped_and_the_pull_is_not(params) -> None:
     (phase,) = [p for p in phases.plan(PLAN) if p.kind == "admm"]
     gradient = jax.tree.map(lambda w: jnp.full(w.shape, 100.0), params)
-    tx = training.loop.phase_optimizer("plain_sgd", phase, 20, 10, None, 2.0)
+    tx = training.optimizers.of_phase("plain_sgd", phase, 20, 10, None, 2.0)
     update, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
-    free = training.loop.phase_optimizer("plain_sgd", phase, 20, 10, None)
+    free = training.optimizers.of_phase("plain_sgd", phase, 20, 10, None)
     clipped = jax.tree.map(lambda g: g * (2.0 / optax.tree.norm(gradient)), gradient)
     want, _ = jax.jit(free.update)(clipped, free.init(params), params)
     for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(want), strict=True):

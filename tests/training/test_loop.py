@@ -15,7 +15,7 @@ import pytest
 from compressx.report.metrics import read_metrics
 from compressx.training import ConfigError, Diverged, Fit, phases, total_steps
 from compressx.training.config import Admm, Stage
-from compressx.training.loop import like
+from compressx.training.job import like
 
 # Compiled fast rather than well: every run that is compared is compiled so.
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -9,7 +9,7 @@ import pytest
 
 from compressx.report.metrics import read_metrics
 from compressx.training import ConfigError, Display, Diverged, mesh, phases, train_together
-from compressx.training.loop import like
+from compressx.training.job import like
 
 TOLERANCE = 2e-4  # sums are taken in another order; 60 steps of Adam amplify it
 
