@@ -317,6 +317,17 @@ def _sot_pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
             percent=True,
         )
         out.append(Picture(path, "Rounding", "Models that were not trained on levels, without any retraining."))
+    rows = found["inputs"]
+    curves = {found["main"]: ([r["bits"] for r in rows], [r["hardware"] for r in rows])}
+    path = plots.lines(
+        workdir / "inputs.png",
+        curves,
+        title="Activations on fewer bits",
+        ylabel="accuracy",
+        xlabel="bits of an activation",
+        percent=True,
+    )
+    out.append(Picture(path, "Activations", f"Model {found['main']} through the engine, without any retraining."))
     return out
 
 
@@ -374,6 +385,8 @@ def _sot_sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
     head = ("model", "bits", "accuracy", "ms", "µJ")
     out.append(("Rounding without training", Table(head, body, (False, *[True] * 4))))
+    body = [(str(r["bits"]), fmt.percent(r["hardware"]), f"{r['ms']:.4g}", f"{r['uj']:.4g}") for r in found["inputs"]]
+    out.append(("Activations on fewer bits", Table(("bits", "accuracy", "ms", "µJ"), body, [True] * 4)))
     text = "The body of the paper this engine is named after was not available: no figure here is a result of it."
     return [*out, ("Assumptions", [text, *_lines(found["assumptions"])])]
 

@@ -15,6 +15,7 @@ from experiments.crossbar_models import Scene, Subject, cut, live_weights
 
 WRITE_FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 WIDTHS = (8, 7, 6, 5, 4)
+INPUT_WIDTHS = (8, 6, 4, 3, 2)
 
 
 class Placed(NamedTuple):
@@ -99,6 +100,7 @@ def measure(
         "images": len(cut(scene, hardware.images)[0]),
         "layers": [work.row() for work in sot_mram.network(chosen.layers, engine, x_bits, w_bits).layers],
         "rounded": _rounded(subjects, scene, hardware, score),
+        "inputs": _inputs_on_fewer_bits(chosen.subject, scene, hardware, score),
         "write_sensitivity": _writes(chosen, engine),
         "assumptions": list(sot_mram.assumptions(engine)),
     }
@@ -153,3 +155,17 @@ def _rounded(
             rows.append({"bits": bits, "on_levels": rounded, "ms": found.ms, "uj": found.uj})
         out[s.name] = rows
     return out
+
+
+def _inputs_on_fewer_bits(
+    subject: Subject, scene: Scene, hardware: Any, score: network.Scorer
+) -> list[dict[str, Any]]:
+    """The main model with its activations on fewer bits, without training: they cost as much as those of weights."""
+    rows = []
+    for bits in INPUT_WIDTHS:
+        p = place(subject, scene, replace(hardware, input_bits=bits))
+        found = sot_mram.network(p.layers, Engine(), *_bits(p))
+        deployed = network.deploy_network(p.grid, p.operands, p.input_scales, groups=_groups(p))
+        accuracy = network.accuracy(score, deployed, p.grid.variables, _lots(scene, hardware))
+        rows.append({"bits": bits, "hardware": accuracy, "ms": found.ms, "uj": found.uj})
+    return rows

@@ -273,6 +273,7 @@ def test_a_finished_run_can_be_taken(done, tmp_path):
 
 def test_sot_mram(tmp_path, monkeypatch):
     monkeypatch.setattr(crossbar_sot, "WIDTHS", (8, 4))  # every width is programs of its own to compile
+    monkeypatch.setattr(crossbar_sot, "INPUT_WIDTHS", (8, 2))
     settings = configs.get_config("digits_sot_tiny").unlock()
     settings.one_shot, settings.hardware.images = False, 1000
     summary = crossbar.run(crossbar.read(settings), Options(tmp_path))
@@ -288,7 +289,10 @@ def test_sot_mram(tmp_path, monkeypatch):
     assert [r["ms"] for r in found["write_sensitivity"]] == sorted(r["ms"] for r in found["write_sensitivity"])
     assert [r["bits"] for r in found["rounded"]["pruned"]] == [8, 4]
     assert summary["violations"] == 0 and json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert {"sot.png", "writes.png", "rounded.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert [r["bits"] for r in found["inputs"]] == [8, 2]
+    assert found["inputs"][0]["hardware"] == found["models"][found["main"]]["hardware"]
+    assert found["inputs"][0]["uj"] > found["inputs"][1]["uj"]
+    assert {"sot.png", "writes.png", "rounded.png", "inputs.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
 _LONG = ("mnist_lenet5_forms_orders", "cifar_resnet20_forms", "cifar_resnet20_forms_orders")
