@@ -6,11 +6,11 @@
     python -m benchmarks.crossbar_mvm --network    # ResNet-18 found, mapped and programmed: seconds and peak memory
 
 The layer: 8-bit weights in four 2-bit slices, 8 input bits, 128 rows, 8-bit ADC. Weights are programmed before
-timing. Every round times each case in turn, so that other work on the machine meets all alike; the ratio is taken
-within a round, and the median of rounds is printed with its quartiles. Each case is checked once, on a few inputs and
-filters, against the integer definition; a case that differs stops the program. aihwkit-lightning runs where it is
-installed (pip install --no-deps aihwkit-lightning, beside the torch of the extra `benchmarks`): one conversion a tile
-instead of one a bit, slice and tile, so it is no like for like.
+timing. Every round times each case in turn, three times, so that other work on the machine meets all alike; the ratio
+is taken within a round, and the median of rounds is printed with its quartiles. Each case is checked once, on a few
+inputs and filters, against the integer definition; a case that differs stops the program. aihwkit-lightning runs where
+it is installed (pip install --no-deps aihwkit-lightning, beside the torch of the extra `benchmarks`), in rounds of its
+own: one conversion a tile instead of one a bit, slice and tile, so it is no like for like.
 """
 
 import argparse
