@@ -313,21 +313,6 @@ def darb(variant: str) -> Settings:
     return cifar(variant, inner(specs), against="weights")
 
 
-def forms(variant: str) -> Settings:
-    """Polarized, then 8-bit weights: fragments of 4, 8 and 16 in the three orders, by the sum and the energy rule."""
-    scheme = ((cnn.pull(3, refresh_every=1), cnn.fit(2, 1e-3)), (cnn.pull(1), cnn.fit(1, 3e-4)))
-    points: Points = []
-    for order, fragment, rule in (
-        *(("W", m, "sum") for m in (4, 8, 16)),
-        *(("H", 8, "sum"), ("C", 8, "sum"), ("W", 8, "energy")),
-    ):
-        signs = {"kind": "polarize", "fragment": fragment, "order": order, "rule": rule}
-        family, name = (f"order {order}", "") if rule == "sum" else ("energy rule", "energy-")
-        steps = (((cnn.INNER["resnet20"], spec),) for spec in (signs, cnn.both(signs, CELLS)))
-        points.append(point(family, f"{name}{order}-{fragment}", *steps, scheme=scheme))
-    return cifar(variant, points, refresh=1)
-
-
 def cifar_unification(variant: str) -> Settings:
     """Three quarters of the blocks of ResNet-20 unified, pruned and both, in 4x4 and 1x16, and the baselines.
 
@@ -347,7 +332,6 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
     "cifar_resnet32_patterns": lambda v: patterns_of(v, "resnet32"),
     "cifar_vgg16_patterns": lambda v: patterns_of(v, "vgg16"),
     "cifar_darb": darb,
-    "cifar_forms": forms,
     "cifar_unification": cifar_unification,
 }
 

@@ -295,7 +295,7 @@ def test_sot_mram(tmp_path, monkeypatch):
     assert {"sot.png", "writes.png", "rounded.png", "inputs.png"} <= {p.name for p in tmp_path.iterdir()}
 
 
-_LONG = ("mnist_lenet5_forms_orders", "cifar_resnet20_forms", "cifar_resnet20_forms_orders")
+_LONG = ("mnist_lenet5_forms_orders", "cifar_resnet20_forms")
 
 
 @pytest.mark.parametrize(
