@@ -67,8 +67,14 @@ class Constraint(NamedTuple):
     def __str__(self) -> str:
         if self.parts:
             return " & ".join(str(p) for p in self.parts)
-        arguments = ", ".join(f"{k}={v}" for k, v in self.spec.items() if k != "kind" and v is not None)
+        arguments = ", ".join(f"{k}={_brief(v)}" for k, v in self.spec.items() if k != "kind" and v is not None)
         return f"{self.spec['kind']}({arguments})"
+
+
+def _brief(value: Any) -> str:
+    """A parameter in words; of a long list (a library, the groups of a network) only its length."""
+    words = str(value)
+    return f"[{len(value)} entries]" if isinstance(value, (list, tuple)) and len(words) > 80 else words
 
 
 def tree_where(mask: Any, w: Any) -> Any:

@@ -21,7 +21,7 @@ _MOODS = {"": "", "main": "bold cyan", "good": "green", "bad": "bold red"}
 def layers_table(layers: Sequence[Layer], title: str | None = None) -> Table:
     """The per-layer table, narrow enough for 80 columns: each constraint stands below its layer.
 
-    The last row is the sum where there is more than one layer.
+    The last row is the sum where there is more than one layer; what is not constrained is one row in a long table.
     """
     table = Table(
         title=Text(title) if title else None,
@@ -34,7 +34,7 @@ def layers_table(layers: Sequence[Layer], title: str | None = None) -> Table:
     table.add_column("layer", overflow="fold", min_width=12)
     for name in ("shape", "kept", "density", "packed", "rate"):
         table.add_column(name, justify="right", no_wrap=True)
-    for layer in layers:
+    for layer in layer_table.brief(layers):
         _add(table, layer, "")
     if len(layers) > 1:
         table.add_section()

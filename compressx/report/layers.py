@@ -57,6 +57,15 @@ def total(layers: Sequence[Layer], path: str = "all layers") -> Layer:
     )
 
 
+def brief(layers: Sequence[Layer], most: int = 40) -> list[Layer]:
+    """The rows for a console: of more than `most` the constrained ones alone, and one that sums up all others."""
+    others = [layer for layer in layers if layer.constraint is None]
+    if len(layers) <= most or len(others) < 2:
+        return list(layers)
+    named = [layer for layer in layers if layer.constraint is not None]
+    return [*named, total(others, f"{len(others)} leaves without a constraint")]
+
+
 def cells(layer: Layer) -> tuple[str, ...]:
     """The row as text, in the order of `HEADER`."""
     return (

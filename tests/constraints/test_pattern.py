@@ -208,6 +208,7 @@ def test_jit_vmap_and_specs_agree(name):
     np.testing.assert_array_equal(eager, np.stack([projected(again, w) for w in ws]))
     np.testing.assert_array_equal(jax.jit(jax.vmap(lambda w: constraint.project(w, constraint.init(w))))(ws), eager)
     assert again.spec == constraint.spec and constraint.spec["kind"] in str(constraint)
+    assert len(str(constraint)) < 200  # a long library is only counted
 
 
 def test_chunked_search_agrees_with_the_search_at_once(monkeypatch):
