@@ -214,6 +214,11 @@ def digits_rtmobile(variant: str) -> Settings:
     return c
 
 
+def digits_unified(variant: str) -> Settings:
+    """`fsdd` with 4x4 blocks pruned, and with nine tenths of what is left unified too, at three rates."""
+    return digits(variant, tuple(arm(s, r) for r in (4, 10) for s in ("unified", "block")) + (arm("unified", 1),))
+
+
 def digits_official(variant: str) -> Settings:
     """`fsdd` at 10x and 29x on its official split: every speaker is heard in training."""
     return digits(variant, (arm("bsp", 29), arm("bsp", 10)), by="official")
@@ -227,6 +232,7 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
     "fsdd": digits_all,
     "fsdd_two": digits_two,
     "fsdd_rtmobile": digits_rtmobile,
+    "fsdd_unified": digits_unified,
     "fsdd_official": digits_official,
 }
 

@@ -23,7 +23,10 @@ RELEASED = {
     245: (245.59, 0.242),
     301: (301.28, 0.255),
 }
-STRUCTURES = ("bsp", "unstructured", "block", "rows", "columns", "coarse", "bsp_columns", "bsp_rows", "bsp_tiles")
+STRUCTURES = (
+    *("bsp", "unstructured", "block", "unified", "rows", "columns", "coarse"),
+    *("bsp_columns", "bsp_rows", "bsp_tiles"),
+)
 Shapes = Mapping[str, tuple[int, int]]
 Rules = tuple[tuple[str, dict[str, Any]], ...]
 
@@ -96,6 +99,7 @@ def rules(
         bsp            step 1, c columns in each strip; step 2, r rows of what is left
         unstructured   single weights
         block          blocks of block x block
+        unified        the same, and nine tenths of those that are left have a single magnitude each
         rows, columns  whole rows (outputs) or whole columns (inputs) of the matrix
         coarse         r whole rows and c whole columns: a smaller dense matrix
         bsp_tiles      step 2 chooses r rows in each strip of inputs, not in the whole matrix
@@ -121,9 +125,13 @@ def rules(
             }
         if structure == "unstructured":
             return {"kind": "unstructured", "keep": k.weights}
-        if structure == "block":
+        if structure in ("block", "unified"):
             blocks = math.ceil(inputs / block) * math.ceil(outputs / block)
-            return {"kind": "block", "block": [block, block], "keep": near(k.weights, block * block, blocks)}
+            left = near(k.weights, block * block, blocks)
+            if structure == "block":
+                return {"kind": "block", "block": [block, block], "keep": left}
+            shares = {"unify_fraction": 0.9 * left / blocks, "prune_fraction": 1 - left / blocks}
+            return {"kind": "unify_and_prune", "block": [block, block], **shares}
         if structure == "rows":
             return {"kind": "filters", "keep": near(k.weights, inputs, outputs)}
         if structure == "columns":
