@@ -178,9 +178,9 @@ def mnn_step(model: bytes, x: Any, threads: int) -> Callable[[], Any]:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "m.onnx"), Path(folder, "m.mnn")
         source.write_bytes(model)
-        tool = shutil.which("mnnconvert") or Path(sys.executable).with_name("mnnconvert")
+        tool = Path(shutil.which("mnnconvert") or Path(sys.executable).with_name("mnnconvert")).absolute()
         command = [str(tool), "-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target), "--bizCode", "x"]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)  # it leaves files where it runs
         net = MNN.Interpreter(str(target))
     session = net.createSession({"numThread": threads, "precision": "high", "backend": "CPU"})
     given, image = net.getSessionInput(session), x.transpose(0, 3, 1, 2).copy()
