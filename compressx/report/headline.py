@@ -42,7 +42,8 @@ def groups(summary: Mapping[str, Any]) -> list[tuple[str, list[Tile]]]:
             mood: Literal["", "main"] = "main" if key == "compressed" else ""
             quality.append(Tile(name, write(metric[key]), f"{note} against dense" if note else "", mood))
     direction = {True: "higher is better", False: "lower is better", None: ""}[metric["higher_is_better"]]
-    title = ", ".join(part for part in (metric["name"] or "", direction) if part)
+    name = {"auc": "ROC AUC"}.get(metric["name"] or "", (metric["name"] or "").replace("_", " "))
+    title = ", ".join(part for part in (name, direction) if part)
     out = [(title[:1].upper() + title[1:] or "Quality", quality)] if quality else []
     cost = _cost(summary)
     return [*out, ("Size, speed and exactness", cost)] if cost else out
