@@ -3,8 +3,10 @@
 A library's name holds a hash of everything it depends on (sources, headers, flags, compiler, processor where the flags
 name it, jax), so that nothing stale is ever opened. `COMPRESSX_NATIVE=off` in the environment turns every library off,
 and `COMPRESSX_NATIVE_FLAGS` adds flags (`-fsanitize=address -g`). Without a compiler `load` returns None.
+Headers are those beside a source and those of this folder (`parallel.h`: work shared out over XLA's thread pool).
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -13,12 +15,31 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+_ROOT = Path(__file__).parent
+FAST = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 PORTABLE = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+_enabled = True
+
+
+@contextlib.contextmanager
+def xla_only() -> Iterator[None]:
+    """Within it, nothing is traced with a compiled kernel: for `jax.export` to other machines, and for comparisons."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def enabled() -> bool:
+    """True if what is traced now may use compiled kernels: on one CPU device (several would each compute all of it)."""
+    return _enabled and jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _cache_folder() -> Path:
@@ -49,14 +70,15 @@ def processor() -> str:
 
 def _compile(compiler: str, source: Path, flags: Sequence[str]) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    texts = [source.read_bytes(), *(p.read_bytes() for p in sorted(source.parent.glob("*.h")))]
+    headers = [p for folder in (source.parent, _ROOT) for p in sorted(folder.glob("*.h"))]
+    texts = [p.read_bytes() for p in (source, *headers)]
     machine = processor() if "-march=native" in flags else platform.machine()
     key = hashlib.sha256(b"\0".join(texts) + version + repr((tuple(flags), machine, jax.__version__)).encode())
     library = _cache_folder() / f"{source.stem}-{key.hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = os.path.join(scratch, "library.so")
-            command = [compiler, *flags, "-I", jax.ffi.include_dir(), str(source), "-o", built]
+            command = [compiler, *flags, "-I", jax.ffi.include_dir(), "-I", str(_ROOT), str(source), "-o", built]
             subprocess.run(command, capture_output=True, check=True, timeout=900)
             os.replace(built, library)  # atomic: processes that start together each see a whole file or none
     return library

@@ -270,8 +270,8 @@ def resnet_base(variant: str) -> Settings:
 def resnet_forms(variant: str) -> Settings:
     """FORMS' table on ResNet-20: fragments of 4, 8 and 16, and of 8 in all three orders. Stand-in data.
 
-    C-major is the main one: the paper found it best on CIFAR. Cost, on one core: 47 epochs and 18 of one-shot, 33 s each,
-    36 minutes; 35 for the variation (four models, 50 devices, 200 images each, 50 ms an image), 20 for the rest.
+    C-major is the main one: the paper found it best on CIFAR. Cost, on one core: 47 epochs and 18 of one-shot, 33 s
+    each, 36 minutes; 35 for the variation (four models, 50 devices, 200 images, 50 ms an image), 20 for the rest.
     """
     sizes = [RESNET.full(str(m), m, "C") for m in (8, 4, 16)]
     orders = [RESNET.full(f"8_{order}", 8, order) for order in ("W", "H")]

@@ -6,9 +6,7 @@ kernel of `conv.cc` does neither. It is compiled once per machine, into the user
 callers use XLA.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,8 +18,6 @@ from compressx import compiled
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 _SOURCE = Path(__file__).with_name("conv.cc")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
-_enabled = True
 
 
 @functools.cache
@@ -32,23 +28,12 @@ def available() -> bool:
         "compressx_conv_grad": "CompressxConvGrad",
         "compressx_conv_spread": "CompressxConvSpread",
     }
-    return compiled.load(_SOURCE, targets, _FLAGS) is not None
-
-
-@contextlib.contextmanager
-def xla_only() -> Iterator[None]:
-    """Within it, layers are traced without the kernel: for `jax.export` to other machines, and for comparisons."""
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
+    return compiled.load(_SOURCE, targets, compiled.FAST) is not None
 
 
 def enabled() -> bool:
-    """True if a layer traced now may use the kernel: on one CPU device (several would each compute all of it)."""
-    return _enabled and jax.default_backend() == "cpu" and jax.device_count() == 1 and available()
+    """True if a layer traced now may use the kernel."""
+    return compiled.enabled() and available()
 
 
 def _call(

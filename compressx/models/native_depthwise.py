@@ -12,11 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressx import compiled
-from compressx.models import native
 from compressx.models.native import Pads
 
-_SOURCE = Path(compiled.__file__).parent / "kernels" / "depthwise.cc"  # beside the header of the thread pool
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+_SOURCE = Path(__file__).with_name("depthwise.cc")
 
 
 @functools.cache
@@ -27,12 +25,12 @@ def available() -> bool:
         "compressx_depthwise_input_grad": "CompressxDepthwiseInputGrad",
         "compressx_depthwise_kernel_grad": "CompressxDepthwiseKernelGrad",
     }
-    return compiled.load(_SOURCE, targets, _FLAGS) is not None
+    return compiled.load(_SOURCE, targets, compiled.FAST) is not None
 
 
 def enabled() -> bool:
     """True if a layer traced now may use the kernel."""
-    return native.enabled() and available()
+    return compiled.enabled() and available()
 
 
 def _call(target: str, a: jax.Array, b: jax.Array, shape: tuple[int, ...], stride: int, pads: Pads) -> jax.Array:

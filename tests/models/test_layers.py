@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from compressx import compiled
 from compressx.models import layers, native, native_depthwise
 
 # images, (h, w), cin, cout, (kh, kw), stride, pads: odd sizes, partial vectors of channels, stride 2, uneven padding
@@ -142,7 +143,7 @@ def test_xla_only_switches_the_kernel_off_and_on(monkeypatch):
     x, kernel = operands(1, (8, 8), 16, 16, (3, 3))
     how = lambda: layers.formulation(x, kernel, (1, 1), ((1, 1), (1, 1)), 1, True)
     assert how() == "native"
-    with native.xla_only():
+    with compiled.xla_only():
         assert how() == "lax"
     assert how() == "native"
 

@@ -30,7 +30,8 @@ def test_markup_in_names_is_text(sample):
 
 
 def test_a_long_table_sums_up_what_is_not_constrained(sample):
-    held = [Layer(f"params/conv_{i}/kernel", (3, 3, 4, 4), "unstructured(density=0.5)", 72, 144, 576, 400) for i in range(30)]
+    of = "unstructured(density=0.5)"
+    held = [Layer(f"params/conv_{i}/kernel", (3, 3, 4, 4), of, 72, 144, 576, 400) for i in range(30)]
     free = [Layer(f"params/bn_{i}/scale", (4,), None, 4, 4, 16, 16) for i in range(30)]
     text = _print(sample.summary(), held + free)
     assert "conv_29" in text and "bn_3" not in text and "30 leaves without a" in text
