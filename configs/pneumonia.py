@@ -181,7 +181,10 @@ def tiny(c: Settings) -> Settings:
         c["batch"], c["eval_batch"] = 64, 84
     for name in ("dense", "admm", "retrain"):
         c[name] |= {"epochs": 1, "warmup": 0.0}
-    c["points"] = tuple(p | {"rate": min(p["rate"], 8.0)} for p in c["points"][:2])
+    unlike: dict[tuple[str, str], Settings] = {}
+    for p in c["points"]:
+        unlike.setdefault((p["kind"], p["method"]), p | {"rate": min(p["rate"], 8.0)})
+    c["points"] = tuple(unlike.values())[:2]
     return c
 
 

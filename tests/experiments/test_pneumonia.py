@@ -95,7 +95,7 @@ def test_the_summary_says_what_happened(done) -> None:
     _, s = done
     own = s["pneumonia"]
     assert (s["driver"], s["metric"]["name"], s["dataset"]["stand_in"]) == ("pneumonia", "auc", True)
-    assert all(s["metric"][k] is not None for k in ("dense", "one_shot", "hardened", "compressed"))
+    assert all(s["metric"][k] is not None for k in ("dense", "dense_same_budget", "one_shot", "hardened", "compressed"))
     assert s["violations"] == 0 and s["residual"]["primal"] > 0
     for name in ("combined_8x", "one_shot_combined_8x"):
         point = own["points"][name]
@@ -118,7 +118,7 @@ def test_the_rows_are_the_networks(done) -> None:
     own = s["pneumonia"]
     points = [own["points"][f"{m}combined_8x"] for m in ("", "one_shot_")]
     rows = own["rows"]
-    wanted = [("dense", "before compression"), ("combined", "admm"), ("combined", "one_shot")]
+    wanted = [("dense", "before compression"), ("dense", "same budget"), ("combined", "admm"), ("combined", "one_shot")]
     assert [(r["kind"], r["method"]) for r in rows] == wanted
     for row, point in zip(rows[-2:], points, strict=True):
         assert row["score"] == point["scores"]["auc"] and row["seed"] == s["seed"] and row["rate"] == 8
