@@ -6,7 +6,6 @@ and `COMPRESSX_NATIVE_FLAGS` adds flags (`-fsanitize=address -g`). Without a com
 Headers are those beside a source and those of this folder (`parallel.h`: work shared out over XLA's thread pool).
 """
 
-import contextlib
 import ctypes
 import hashlib
 import os
@@ -15,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,23 +22,11 @@ import jax
 _ROOT = Path(__file__).parent
 FAST = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 PORTABLE = ("-O3", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
-_enabled = True
-
-
-@contextlib.contextmanager
-def xla_only() -> Iterator[None]:
-    """Within it, nothing is traced with a compiled kernel: for `jax.export` to other machines, and for comparisons."""
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
 
 
 def enabled() -> bool:
-    """True if what is traced now may use compiled kernels: on one CPU device (several would each compute all of it)."""
-    return _enabled and jax.default_backend() == "cpu" and jax.device_count() == 1
+    """True where models may use compiled kernels: on one CPU device (several would each compute all of it)."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _cache_folder() -> Path:

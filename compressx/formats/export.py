@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from compressx import compiled
 from compressx.models.layers import lax_only
 
 Apply = Callable[[Array], Array]
@@ -49,8 +48,7 @@ def stablehlo(
     except ImportError:
         raise ImportError("StableHLO needs flatbuffers: pip install 'compressx[export]'") from None
     apply = portable(module, variables)
-    with compiled.xla_only():
-        exported = jax.export.export(jax.jit(apply), platforms=tuple(platforms))(_input(shape))
+    exported = jax.export.export(jax.jit(apply), platforms=tuple(platforms))(_input(shape))
     return bytes(exported.serialize())
 
 
@@ -79,8 +77,7 @@ def onnx(module: nn.Module | Function, variables: Any, shape: Sequence[int], nam
         from compressx.formats import onnx_graph
     except ImportError:
         raise ImportError("ONNX export needs onnx: pip install 'compressx[export]'") from None
-    with compiled.xla_only():
-        traced = jax.make_jaxpr(portable(module, variables))(_input(shape))
+    traced = jax.make_jaxpr(portable(module, variables))(_input(shape))
     return onnx_graph.convert(traced, name)
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from jax import lax
 
-from compressx import compiled
 from compressx.models import layers, native, native_depthwise
 
 # images, (h, w), cin, cout, (kh, kw), stride, pads: odd sizes, partial vectors of channels, stride 2, uneven padding
@@ -136,14 +135,14 @@ def test_native_gives_the_same_bits_again():
         np.testing.assert_array_equal(grad(kernel), first)
 
 
-def test_xla_only_switches_the_kernel_off_and_on(monkeypatch):
+def test_lax_only_switches_the_kernel_off_and_on(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(native, "available", lambda: True)
     x, kernel = operands(1, (8, 8), 16, 16, (3, 3))
     how = lambda: layers.formulation(x, kernel, (1, 1), ((1, 1), (1, 1)), 1, True)
     assert how() == "native"
-    with compiled.xla_only():
+    with layers.lax_only():
         assert how() == "lax"
     assert how() == "native"
 
