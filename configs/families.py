@@ -5,7 +5,7 @@
 All points of a sweep start from one dense network of its seed and have the same epochs; `dense` has them too. FORMS'
 points spend them in three stages, prune -> polarize -> quantize, as the paper does and `configs/crossbar.py`: a stage
 chooses the order of its rows and its signs for what the one before has pruned. Every variant has a form `VARIANT_tiny`
-for tests. Costs are for two CPU cores.
+for tests. Costs are for one CPU core.
 """
 
 import itertools
@@ -191,14 +191,14 @@ def digits(variant: str, points: Points, seeds: tuple[int, ...], **more: Any) ->
 
 
 def digits_families(variant: str) -> Settings:
-    """All families on the digits, three seeds. Cost: 54 points a seed, about 15 minutes."""
+    """All families on the digits, three seeds. Cost: 54 points a seed, about 25 minutes."""
     scheme = three(digits_pull, (8, 7, 5), (5, 5, 5), 2e-3)
     points = families(DIGIT_ENDS, (1 / 4, 1 / 8, 1 / 16), (4, 8, 16), 3, scheme)
     return digits(variant, points, (0, 1, 2), budgets=(6.0, 12.0))
 
 
 def digits_unification(variant: str) -> Settings:
-    """Six block shapes, unified, pruned and both, by three shares, and the baselines. Cost: 63 points, 6 minutes."""
+    """Six block shapes, unified, pruned and both, by three shares, and the baselines. Cost: 63 points, 10 minutes."""
     shares = (0.5, 0.75, 0.9)
     specs = unified(SHAPES, shares) + baselines(shares, (8, 4, 2))
     points = [point(family, name, layers(spec, DIGIT_ENDS)) for family, name, spec in specs]
@@ -206,20 +206,20 @@ def digits_unification(variant: str) -> Settings:
 
 
 def lenet(variant: str, points: Points, **more: Any) -> Settings:
-    """LeNet-5 on MNIST; a point takes eight epochs of about 10 s."""
-    base = cnn.mnist(variant, (cnn.stage((), cnn.ramp(4), cnn.fit(4, 2e-3)),), "", 0.0)
+    """LeNet-5 on MNIST; a point takes six epochs of about 11 s on one core."""
+    base = cnn.mnist(variant, (cnn.stage((), cnn.ramp(3), cnn.fit(3, 2e-3)),), "", 0.0)
     return sweep(variant, base, points, (0,), **more)
 
 
 def lenet_families(variant: str) -> Settings:
-    """All families on LeNet-5. Cost: 39 points of 8 epochs, about 55 minutes."""
-    scheme = three(cnn.ramp, (2, 1, 1), (2, 1, 1), 2e-3)
+    """All families on LeNet-5, in few epochs. Cost: 39 points, about 45 minutes."""
+    scheme = three(cnn.ramp, (1, 1, 1), (1, 1, 1), 2e-3)
     points = families(LENET_ENDS, (1 / 8, 1 / 32), (10, 20), 5, scheme)
     return lenet(variant, points, budgets=(12.0, 20.0))
 
 
 def lenet_unification(variant: str) -> Settings:
-    """Blocks of 4x4 and 1x16 on LeNet-5, by two shares, and the baselines. Cost: 18 points of 8 epochs, 25 minutes."""
+    """Blocks of 4x4 and 1x16 on LeNet-5, by two shares, and the baselines. Cost: 18 points, 20 minutes."""
     shares = (0.75, 0.9)
     specs = unified(((4, 4), (1, 16)), shares) + baselines(shares, (4, 2))
     points = [point(family, name, layers(spec, LENET_ENDS)) for family, name, spec in specs]
@@ -227,11 +227,11 @@ def lenet_unification(variant: str) -> Settings:
 
 
 def cifar(variant: str, points: Points, model: str = "resnet20", refresh: int = 0, **more: Any) -> Settings:
-    """A network on the CIFAR-10 stand-in; a point takes seven epochs, of about 33 s with ResNet-20 on one core."""
+    """A network on the CIFAR-10 stand-in; a point takes five epochs, of about 33 s with ResNet-20 on one core."""
     base = cnn.cifar(variant, 1.0, model)
     if base["model"]["checkpoint"]:
         base["plan"]["dense"] = cnn.fit(4, 3e-4)
-    base["plan"]["stages"] = (cnn.stage((), cnn.pull(4, refresh_every=refresh), cnn.fit(3, 1e-3)),)
+    base["plan"]["stages"] = (cnn.stage((), cnn.pull(3, refresh_every=refresh), cnn.fit(2, 1e-3)),)
     return sweep(variant, base, points, (0,), **more)
 
 
@@ -256,7 +256,7 @@ NATURAL = {"kind": "pattern", "library": "natural", "k": 8, "scope": "network"}
 def patterns(variant: str) -> Settings:
     """Kernel patterns alone, 2.25x: any 4 of 9, chosen, natural, random (two draws of 8) and published libraries.
 
-    `dense` is the control for whether patterns raise the accuracy. Cost: 10 points and the control, about 45 minutes.
+    `dense` is the control for whether patterns raise the accuracy. Cost: 10 points and the control, about 30 minutes.
     """
     specs: list[tuple[str, str, Settings]] = [("free", "free-126", {"kind": "pattern", "library": "all"})]
     specs += [("chosen", f"chosen-{k}", chosen(k)) for k in (4, 8, 12)]
@@ -272,7 +272,7 @@ def patterns_8x(variant: str) -> Settings:
 
     By layer and by filter keep as many kernels at 4x, where a quarter of every filter's is a whole number. The two
     points of ELoG differ in ADMM alone: one exact projection on both sets, or a split for each as in PatDNN.
-    Cost: 9 points and the control, about 40 minutes.
+    Cost: 9 points and the control, about 28 minutes.
     """
     few, natural = 1 / 3.6, {"kind": "pattern_connectivity", "library": "natural", "scope": "network"}
     by_layer, by_filter = ({"kind": "connectivity", "density": 1 / 4, "balance": b} for b in ("layer", "filter"))
@@ -298,25 +298,23 @@ def patterns_of(variant: str, model: str) -> Settings:
 
 
 def darb(variant: str) -> Settings:
-    """DARB beside irregular, block-max, bank-balanced, block and row pruning, at 4x and 8x."""
-    specs: list[tuple[str, str, Settings]] = []
-    for rate in (4, 8):
-        kinds: dict[str, Settings] = {
-            "irregular": {"kind": "unstructured", "density": 1 / rate},
-            "block-max": {"kind": "block_max", "size": rate},
-            "DARB": {"kind": "darb", "density": 1 / rate},
-            "bank-balanced": {"kind": "bank_balanced", "density": 1 / rate, "bank": 16},
-            "block": {"kind": "block", "block": (4, 4), "density": 1 / rate},
-            "row": {"kind": "columns", "density": 1 / rate},
-        }
-        specs += [(family, f"{family}-{rate}x", spec) for family, spec in kinds.items()]
+    """DARB beside irregular, block-max, bank-balanced, block and row pruning, at 8x. Cost: about 20 minutes."""
+    kinds: dict[str, Settings] = {
+        "irregular": {"kind": "unstructured", "density": 1 / 8},
+        "block-max": {"kind": "block_max", "size": 8},
+        "DARB": {"kind": "darb", "density": 1 / 8},
+        "bank-balanced": {"kind": "bank_balanced", "density": 1 / 8, "bank": 16},
+        "block": {"kind": "block", "block": (4, 4), "density": 1 / 8},
+        "row": {"kind": "columns", "density": 1 / 8},
+    }
+    specs = [(family, f"{family}-8x", spec) for family, spec in kinds.items()]
     return cifar(variant, inner(specs), against="weights")
 
 
 def cifar_unification(variant: str) -> Settings:
     """Three quarters of the blocks of ResNet-20 unified, pruned and both, in 4x4 and 1x16, and the baselines.
 
-    Cost: 9 points and the control, about 40 minutes.
+    Cost: 9 points and the control, about 28 minutes.
     """
     specs = unified(((4, 4), (1, 16)), (0.75,)) + baselines((0.75,), (4,))
     return cifar(variant, inner(specs), against="multiplications")

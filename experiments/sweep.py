@@ -132,10 +132,13 @@ def read(config: Any) -> Config:
 
 
 def runs(config: Config, workdir: Path) -> list[Run]:
-    """All runs, those of a seed together and its dense network first; `dense` is run once a seed."""
+    """All runs, those of a seed together; `dense` is run once a seed.
+
+    All start from the dense network of `base.init_from`, or from that of their seed's first run.
+    """
     todo: list[Run] = []
     for seed in config.seeds:
-        source = ""
+        source = config.base.init_from
         wanted = [("dense", p) for p in config.points[:1] if "dense" in config.methods]
         wanted += [(m, p) for p in config.points for m in config.methods if m != "dense"]
         for method, point in wanted:

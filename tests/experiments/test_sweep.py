@@ -69,6 +69,11 @@ def test_impossible_sweeps_are_refused(change, words) -> None:
         _config(**change)
 
 
+def test_a_given_dense_network_serves_every_run(tmp_path) -> None:
+    base = dataclasses.replace(_config().base, init_from="elsewhere")
+    assert {r.config.init_from for r in sweep.runs(_config(base=base), tmp_path)} == {"elsewhere"}
+
+
 def _staged() -> sweep.Config:
     return sweep.read(families.get_config("digits_families_tiny"))
 
