@@ -3,7 +3,7 @@
 A library's name holds a hash of everything it depends on (sources, headers, flags, compiler, processor where the flags
 name it, jax), so that nothing stale is ever opened. `COMPRESSX_NATIVE=off` in the environment turns every library off,
 and `COMPRESSX_NATIVE_FLAGS` adds flags (`-fsanitize=address -g`). Without a compiler `load` returns None.
-Headers are those beside a source and those of this folder (`parallel.h`: work shared out over XLA's thread pool).
+Headers are those beside a source and those of this folder (`parallel.h`: work shared out over threads).
 """
 
 import ctypes

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "parallel.h"
+#include "team.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -213,7 +213,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   const int64_t tiles = (reach + width - 1) / width * high;
   const int64_t floats = c.filters * width * lanes;
   const int64_t each = std::max<int64_t>(1, tiles * blocks / 64);  // of a task
-  Parallel(pool, threads, (tiles * blocks + each - 1) / each, [=](int64_t task) {
+  Together(pool, threads, (tiles * blocks + each - 1) / each, [=](int64_t task) {
     Scratch sums(floats);
     for (int64_t i = task * each; i < std::min(tiles * blocks, (task + 1) * each); ++i) {
       const int64_t tile = i / blocks, across = tile / high * width, j = tile % high * row + across;
@@ -252,7 +252,7 @@ struct Images {
     constexpr int64_t kVectors = 64;
     const auto at = std::make_shared<std::vector<int32_t>>(pixels());
     const Images s = *this;
-    Parallel(pool, threads, (segment + kVectors - 1) / kVectors, [=](int64_t task) {
+    Together(pool, threads, (segment + kVectors - 1) / kVectors, [=](int64_t task) {
       const int64_t end = std::min(s.segment, (task + 1) * kVectors);
       for (int64_t c = 0; c < s.c; c += kGroup)
         for (int64_t j = task * kVectors; j < end; ++j)
@@ -278,7 +278,7 @@ Error ToPlanesHandler(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> x, ffi::Resu
         block[(c - first) * s.lanes + lane] = pixel[lane] < 0 ? 0.f : from[pixel[lane] * s.c + c];
     for (int64_t c = first; c < end; ++c) std::memcpy(to + c * plane + place, block + (c - first) * s.lanes, s.lanes * 4);
   });
-  Parallel(pool, threads, s.c, [=](int64_t c) {
+  Together(pool, threads, s.c, [=](int64_t c) {
     float* p = to + c * plane;
     for (int64_t j = -margin; j < segment + margin; ++j) {
       if (j == 0) j = segment;
@@ -341,7 +341,7 @@ Error ResampleHandler(ffi::ThreadPool pool, F32 x, F32 source, F32 valid, ffi::R
   AskForHugePages(out, channels * phases * out_plane * 4);
   const Grid grid{out_segment, out_margin, ms.data};
   const int64_t each = (channels + 15) / 16;  // of a task, which takes scratch once
-  Parallel(pool, threads, (channels + each - 1) / each, [=](int64_t task) {
+  Together(pool, threads, (channels + each - 1) / each, [=](int64_t task) {
     Scratch scratch(rows * columns > 1 ? plane : 0);
     for (int64_t c = task * each; c < std::min(channels, (task + 1) * each); ++c) {
       const float* from = xs.data + c * plane;

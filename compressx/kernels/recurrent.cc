@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "parallel.h"
+#include "team.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -88,7 +88,7 @@ Error ProductHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Tiles tile
     return Bad("the packed arrays do not fit each other or the vectors");
   const float* from = x.typed_data();
   float* to = y->typed_data();
-  Parallel(pool, threads, batch, [=](int64_t b) {
+  Together(pool, threads, batch, [=](int64_t b) {
     std::vector<float> sums(outputs + 1);
     DISPATCH(isa, Product(m, from + b * inputs, sums.data()));
     std::memcpy(to + b * outputs, sums.data(), outputs * 4);
@@ -119,7 +119,7 @@ Error RecurrentHandler(ffi::ThreadPool pool, ffi::BufferR3<ffi::F32> x, ffi::Buf
   // The waste slot of the first matrix is the element after its outputs; with kGruBefore that is the next gate's, so
   // padding there has weight zero and adds nothing.
   const int64_t floats = 3 * (hidden + 2 * lanes) + gates * hidden + 4 * lanes;
-  Parallel(pool, threads, batch, [=](int64_t b) {
+  Together(pool, threads, batch, [=](int64_t b) {
     std::vector<float> scratch(floats);
     DISPATCH(isa, Sequence(s, b, scratch.data()));
   });

@@ -5,15 +5,11 @@
 // vectors of output channels. The rest is copying: an image into a frame of zeros, channels padded to whole vectors.
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <vector>
 
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -28,33 +24,6 @@ constexpr int kLanes = 8, kTile1 = 8, kTile2 = 4, kTile4 = 2;  // 16 registers
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
 
 Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-
-// Runs f(0) ... f(n - 1) on the pool and the calling thread. Waits for tasks that have begun only, so that a busy pool
-// costs speed and never a deadlock.
-void Parallel(ffi::ThreadPool& pool, int64_t n, std::function<void(int64_t)> f) {
-  struct Work {
-    std::function<void(int64_t)> f;
-    int64_t n;
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable all;
-  };
-  auto work = std::make_shared<Work>();
-  work->f = std::move(f);
-  work->n = n;
-  auto run = [work] {
-    int64_t mine = 0;
-    for (int64_t i; (i = work->next++) < work->n; ++mine) work->f(i);
-    std::lock_guard<std::mutex> lock(work->mutex);
-    work->done += mine;
-    if (work->done == work->n) work->all.notify_all();
-  };
-  for (int64_t i = std::min(pool.num_threads(), n) - 1; i > 0; --i) pool.Schedule([run] { run(); });
-  run();
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->all.wait(lock, [&] { return work->done == work->n; });
-}
 
 struct Shape {
   int64_t h, w, ci, kh, kw, oh, ow, co, stride, top, left, dilation;
@@ -316,7 +285,7 @@ ffi::Error ConvHandler(ffi::ThreadPool pool, Array x, Array k, Out y, int64_t st
   const float* w = PadRows(k.typed_data(), s.kh * s.q(), s.co, s.padded(), packed);
   const float* from = x.typed_data();
   float* to = y->typed_data();
-  Parallel(pool, xd[0], [=, &s](int64_t i) {
+  compressx::Parallel(pool, xd[0], [=, &s](int64_t i) {
     thread_local std::vector<float> frame;
     ConvImage(s, Frame(s, from + i * s.h * s.w * s.ci, frame), w, to + i * s.oh * s.ow * s.co);
   });
@@ -334,7 +303,7 @@ ffi::Error GradHandler(ffi::ThreadPool pool, Array x, Array g, Out dk, int64_t s
   std::vector<float> sums(parts * size, 0.f);
   const float *from = x.typed_data(), *cotangent = g.typed_data();
   float* partial = sums.data();
-  Parallel(pool, parts, [=, &s](int64_t part) {
+  compressx::Parallel(pool, parts, [=, &s](int64_t part) {
     thread_local std::vector<float> frame, padded;
     for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) {
       const float* image = Frame(s, from + i * s.h * s.w * s.ci, frame);
@@ -366,7 +335,7 @@ ffi::Error SpreadHandler(ffi::ThreadPool pool, Array g, Array k, Out dx, int64_t
   }
   const float *from = g.typed_data(), *w = packed.data();
   float* to = dx->typed_data();
-  Parallel(pool, xd[0], [=, &s](int64_t i) {
+  compressx::Parallel(pool, xd[0], [=, &s](int64_t i) {
     thread_local std::vector<float> frame;
     const int64_t fw = s.frame_w() * s.ci;
     frame.assign(s.frame_h() * fw + kLanes, 0.f);  // the last window's idle lanes

@@ -51,7 +51,7 @@ ffi::Error Apply(ffi::ThreadPool pool, Array x, Array k, Out y, int64_t stride, 
   const auto rows = Meetings(h, xd[1], kd[0], stride, top, back), columns = Meetings(w, xd[2], kd[1], stride, left, back);
   const float *from = x.typed_data(), *weight = k.typed_data();
   float* to = y->typed_data();
-  compressx::Parallel(pool, 0, yd[0], [&, from, weight, to](int64_t image) {
+  compressx::Parallel(pool, yd[0], [&, from, weight, to](int64_t image) {
     const float* in = from + image * xd[1] * xd[2] * c;
     float* out = to + image * h * w * c;
     std::fill(out, out + h * w * c, 0.f);
@@ -86,7 +86,7 @@ ffi::Error KernelGradHandler(ffi::ThreadPool pool, Array x, Array g, Out dk, int
   std::vector<float> sums(parts * size, 0.f);
   float* partial = sums.data();
   const float *from = x.typed_data(), *cotangent = g.typed_data();
-  compressx::Parallel(pool, 0, parts, [&, from, cotangent, partial](int64_t part) {
+  compressx::Parallel(pool, parts, [&, from, cotangent, partial](int64_t part) {
     float* sum = partial + part * size;
     for (int64_t image = n * part / parts; image < n * (part + 1) / parts; ++image) {
       const float* in = from + image * xd[1] * xd[2] * c;

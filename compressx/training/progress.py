@@ -17,8 +17,8 @@ class Display:
         self._quiet = quiet
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
-        self._started = time.monotonic()
-        self._first: int | None = None
+        self._mark: tuple[int, float] | None = None  # a step, and when it was reached: from where the pace is counted
+        self._paced = False
         if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -54,7 +54,7 @@ class Display:
 
     def move(self, phase: str, step: int) -> None:
         """Puts the bar at a step of the whole run."""
-        self._first = step if self._first is None else self._first
+        self._mark = self._mark or (step, time.monotonic())
         if self._bar:
             self._bar.update(self._task, description=phase, completed=step)
 
@@ -67,6 +67,9 @@ class Display:
             if epoch == epochs:
                 self.say(f"{phase}  {text}")
             return
-        done = step - (self._first or 0)
-        left = (time.monotonic() - self._started) * (self._total - step) / done if done else 0.0
+        start, since = self._mark or (step, 0.0)
+        now = time.monotonic()
+        left = (now - since) * (self._total - step) / (step - start) if step > start else 0.0
         self.say(f"{phase} {epoch}/{epochs}  {text}  (about {left / 60:.1f} min left)")
+        if not self._paced:
+            self._mark, self._paced = (step, now), True  # the first epoch compiles too: it is no measure of the others
