@@ -4,6 +4,7 @@
 name = "mnist_unstructured"              # <!-- results:mnist_unstructured --> ... <!-- /results -->
 driver = "cnn"                           # left out: every driver
 variant = "mnist_lenet5_unstructured*"   # a shell pattern; left out: every variant
+having = "cnn.density"                   # a dotted key that a summary must have; left out: none
 group_by = ["cnn.density"]               # more keys that tell rows apart; left out: none
 rows = "sweep.rows"                      # a list in each summary: a row an entry, shown as row.KEY; left out: none.
                                          # With group_by = ["row.KEY", ...], entries that agree in those keys are one
@@ -90,6 +91,7 @@ class Table:
     columns: Sequence[Column]
     driver: str | None = None
     variant: str = "*"
+    having: str | None = None
     group_by: Sequence[str] = ()
     rows: str | None = None
     goals: Sequence[Goal] = field(default_factory=tuple)
@@ -129,12 +131,12 @@ def _keys(entry: Any, allowed: set[str], where: str) -> None:
 
 
 def _table(entry: Any, where: str) -> Table:
-    _keys(entry, {"name", "driver", "variant", "group_by", "rows", "columns", "goal"}, where)
+    _keys(entry, {"name", "driver", "variant", "having", "group_by", "rows", "columns", "goal"}, where)
     name = entry.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"\S+", name):
         raise TableError(f"{where}: name is {name!r}; a word is needed")
     where = f"{where} ({name})"
-    for key in ("driver", "variant", "rows"):
+    for key in ("driver", "variant", "having", "rows"):
         if not isinstance(entry.get(key, ""), str):
             raise TableError(f"{where}: {key} is {entry[key]!r}; text is needed")
     group_by, columns = entry.get("group_by", []), entry.get("columns")
@@ -151,6 +153,7 @@ def _table(entry: Any, where: str) -> Table:
         name=name,
         driver=entry.get("driver"),
         variant=entry.get("variant", "*"),
+        having=entry.get("having"),
         group_by=tuple(group_by),
         rows=entry.get("rows"),
         columns=tuple(_column(column, where) for column in columns),

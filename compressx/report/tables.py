@@ -52,7 +52,7 @@ def render(table: Table, results: Sequence[Result]) -> str:
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         summary = result.summary
-        if table.driver in (None, summary["driver"]) and fnmatch.fnmatchcase(summary["variant"], table.variant):
+        if _shows(table, summary):
             for at, entry in _entries(table, result):
                 key = _identity(table, entry.summary) if table.merges else (*_identity(table, entry.summary), *at)
                 groups.setdefault(key, []).append(entry)
@@ -221,6 +221,14 @@ def _aggregate(values: Sequence[Any], column: Column, write: Any) -> str:
     if len(known) == 1 or (same and not column.key.startswith("metric.")):
         return f"{write(known[0])}{partly}"
     return fmt.spread(write, statistics.fmean(known), statistics.stdev(known)) + partly
+
+
+def _shows(table: Table, summary: Mapping[str, Any]) -> bool:
+    return (
+        table.driver in (None, summary["driver"])
+        and fnmatch.fnmatchcase(summary["variant"], table.variant)
+        and (table.having is None or lookup(summary, table.having) is not None)
+    )
 
 
 def _dataset(data: Mapping[str, Any]) -> str:

@@ -105,6 +105,17 @@ def test_a_stand_in_is_called_one_and_violations_add_up(root):
     assert text.index("net_85x") < text.index("net_246x") < text.index("speech")  # 85 before 246: numbers as numbers
 
 
+def test_a_table_may_show_only_runs_that_have_a_figure(root, sample):
+    has = sample.summary(driver="speech", speech={"rate": 1}, variant="b")
+    write_summary(root / "docs/results/has/summary.json", has)
+    declared = root / "docs/results/tables.toml"
+    declared.write_text(declared.read_text().replace('name = "all"', 'name = "all"\nhaving = "speech.rate"'))
+    (root / "docs" / "results.md").write_text("<!-- results:all -->\n<!-- /results -->\n")
+    assert tables.main(["--root", str(root)]) == 0
+    rows = [line for line in (root / "docs" / "results.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| speech", "`b`"]]
+
+
 def test_data_sets_are_never_averaged_together(root, sample):
     summary = sample.summary(variant="net_85x", seed=0, dataset__stand_in=True, metric__compressed=0.5)
     write_summary(root / "docs/results/net_85x/stand_in/summary.json", summary)
