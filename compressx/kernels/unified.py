@@ -2,7 +2,7 @@
 
 In a unified block all weights have one magnitude a, so its part of output f is `a sum_p s_pf x_p` with s = +-1:
 additions and a single multiplication, where a free block takes a multiplication for every weight and a pruned one
-takes nothing.
+takes nothing. A block of more outputs than inputs multiplies its inputs first instead, `sum_p s_pf (a x_p)`.
 That saves multiplications, which is worth circuits and energy in hardware made for it. A processor with fused
 multiply-add pays the same for either, so there is no native path: `counts` is the result here.
 
@@ -117,18 +117,24 @@ def product(u: Unified, x: Array) -> Array:
     return tied + x @ jnp.asarray(u.free)
 
 
+def _distinct(ids: np.ndarray, places: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """How many different places each block has among some of its entries: int, one a block."""
+    pairs = np.unique(np.stack([ids[among], places[among]]), axis=1)
+    return np.bincount(pairs[0], minlength=int(ids.max()) + 1)
+
+
 def counts(packed: Packed) -> Counts:
     """Operations of a product with one vector.
 
-    An output gets, of a unified block of m positions, m signed additions and 1 multiplication; of a free one, m
-    multiplications and additions; of a pruned one, nothing. (The first addition of an output is to zero and counts.)
+    A unified block of m positions and f outputs takes m f signed additions and min(m, f) multiplications: of each
+    output's sum, or of each input before it is added to or taken from the outputs. A free one takes m f of both, a
+    pruned one nothing. (The first addition of an output is to zero and counts.)
     """
     w, ids = _blocks(packed)
     uniform = _uniform(w, ids)
     members = uniform[ids]
     pruned = np.bincount(ids.reshape(-1), weights=(w != 0).reshape(-1)) == 0
     free = ~members & ~pruned[ids]
-    # pairs (block, output) of unified blocks
-    pairs = np.unique((ids * w.shape[1] + np.arange(w.shape[1])[None])[members]).size
-    macs = int(free.sum())
-    return Counts(pairs + macs, int(members.sum()) + macs, w.size, w.size)
+    positions, outputs = (_distinct(ids, places, members) for places in np.indices(w.shape))
+    tied, macs = int(np.minimum(positions, outputs).sum()), int(free.sum())
+    return Counts(tied + macs, int(members.sum()) + macs, w.size, w.size)

@@ -42,3 +42,6 @@ def test_counts_follow_the_formula():
     assert c == unified.Counts(16 + 8 * 4, 16 * 4 + 8 * 4, 128, 128)
     wide = unified.counts(packed((16, 8), (4, 2)))  # 16 blocks of 4x2: 8 unified, 4 pruned, 4 free
     assert wide.multiplications == 8 * 2 + 4 * 8 and wide.additions == 8 * 8 + 4 * 8
+    flat = unified.counts(packed((16, 8), (2, 4)))  # as many, of 2x4: the inputs are multiplied, not the outputs' sums
+    assert (flat.multiplications, flat.additions) == (wide.multiplications, wide.additions)
+    assert unified.counts(packed((16, 8), (1, 4))).multiplications == 16 + 8 * 4
