@@ -135,6 +135,7 @@ def counts(packed: Packed) -> Counts:
     members = uniform[ids]
     pruned = np.bincount(ids.reshape(-1), weights=(w != 0).reshape(-1)) == 0
     free = ~members & ~pruned[ids]
-    positions, outputs = (_distinct(ids, places, members) for places in np.indices(w.shape))
+    rows, columns = np.arange(w.shape[0])[:, None], np.arange(w.shape[1])[None]
+    positions, outputs = (_distinct(ids, np.broadcast_to(places, w.shape), members) for places in (rows, columns))
     tied, macs = int(np.minimum(positions, outputs).sum()), int(free.sum())
     return Counts(tied + macs, int(members.sum()) + macs, w.size, w.size)
