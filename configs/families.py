@@ -191,14 +191,14 @@ def digits(variant: str, points: Points, seeds: tuple[int, ...], **more: Any) ->
 
 
 def digits_families(variant: str) -> Settings:
-    """All families on the digits, three seeds. Cost: 54 points a seed, about 25 minutes."""
+    """All families on the digits, three seeds. Cost: 54 points a seed, an hour in all."""
     scheme = three(digits_pull, (8, 7, 5), (5, 5, 5), 2e-3)
     points = families(DIGIT_ENDS, (1 / 4, 1 / 8, 1 / 16), (4, 8, 16), 3, scheme)
     return digits(variant, points, (0, 1, 2), budgets=(6.0, 12.0))
 
 
 def digits_unification(variant: str) -> Settings:
-    """Six block shapes, unified, pruned and both, by three shares, and the baselines. Cost: 63 points, 10 minutes."""
+    """Six block shapes, unified, pruned and both, by three shares, and the baselines. Cost: 63 points, 25 minutes."""
     shares = (0.5, 0.75, 0.9)
     specs = unified(SHAPES, shares) + baselines(shares, (8, 4, 2))
     points = [point(family, name, layers(spec, DIGIT_ENDS)) for family, name, spec in specs]
@@ -233,7 +233,7 @@ def lenet_unification(variant: str) -> Settings:
 
 
 def cifar(variant: str, points: Points, model: str = "resnet20", refresh: int = 0, **more: Any) -> Settings:
-    """A network on the CIFAR-10 stand-in; a point takes five epochs, of about 33 s with ResNet-20 on one core."""
+    """A network on the CIFAR-10 stand-in; a point of ResNet-20 takes five epochs, about 4 minutes of one core."""
     base = cnn.cifar(variant, 1.0, model)
     if base["model"]["checkpoint"]:
         base["plan"]["dense"] = cnn.fit(4, 3e-4)
@@ -262,7 +262,7 @@ NATURAL = {"kind": "pattern", "library": "natural", "k": 8, "scope": "network"}
 def patterns(variant: str) -> Settings:
     """Kernel patterns alone, 2.25x: any 4 of 9, chosen, natural, random (two draws of 8) and published libraries.
 
-    `dense` is the control for whether patterns raise the accuracy. Cost: 10 points and the control, about 30 minutes.
+    `dense` is the control for whether patterns raise the accuracy. Cost: 10 points and the control, about 45 minutes.
     """
     specs: list[tuple[str, str, Settings]] = [("free", "free-126", {"kind": "pattern", "library": "all"})]
     specs += [("chosen", f"chosen-{k}", chosen(k)) for k in (4, 8, 12)]
@@ -277,7 +277,7 @@ def patterns_8x(variant: str) -> Settings:
     """Connectivity, alone and with patterns (8.1x): by layer and by filter, with chosen and fixed libraries.
 
     By layer and by filter keep as many kernels at 4x, where a quarter of every filter's is a whole number.
-    Cost: 7 points and the control, about 22 minutes.
+    Cost: 7 points and the control, about 32 minutes.
     """
     few, natural = 1 / 3.6, {"kind": "pattern_connectivity", "library": "natural", "scope": "network"}
     by_layer, by_filter = ({"kind": "connectivity", "density": 1 / 4, "balance": b} for b in ("layer", "filter"))
@@ -299,7 +299,7 @@ def patterns_of(variant: str, model: str) -> Settings:
 
 
 def darb(variant: str) -> Settings:
-    """DARB beside irregular, block-max, bank-balanced, block and row pruning, at 8x. Cost: about 20 minutes."""
+    """DARB beside irregular, block-max, bank-balanced, block and row pruning, at 8x. Cost: about 28 minutes."""
     kinds: dict[str, Settings] = {
         "irregular": {"kind": "unstructured", "density": 1 / 8},
         "block-max": {"kind": "block_max", "size": 8},
@@ -313,7 +313,7 @@ def darb(variant: str) -> Settings:
 
 
 def cifar_unification(variant: str) -> Settings:
-    """Three quarters of the 4x4 blocks of ResNet-20, and the baselines. Cost: 6 points and the control, 20 minutes."""
+    """Three quarters of the 4x4 blocks of ResNet-20, and the baselines. Cost: 6 points and the control, 28 minutes."""
     specs = unified(((4, 4),), (0.75,)) + baselines((0.75,), (4,))
     return cifar(variant, inner(specs), against="multiplications")
 
