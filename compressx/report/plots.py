@@ -83,7 +83,7 @@ def training(
 def residuals(
     path: PathLike, primal: Mapping[str, Curve], dual: Mapping[str, Curve], phases: Sequence[Phase] = ()
 ) -> Path:
-    """The primal and the dual residual of every leaf over steps, log scale; exact zeros are left out and counted."""
+    """Both residuals of every leaf, or of each set of one, over steps, log scale; exact zeros are left out and counted."""
     _need({**{f"primal {k}": v for k, v in primal.items()}, **{f"dual {k}": v for k, v in dual.items()}}, path)
     both = [(name, curves) for name, curves in (("primal residual", primal), ("dual residual", dual)) if curves]
     with style.figure(path, 0.9 + 2.5 * len(both)) as fig:
@@ -92,7 +92,7 @@ def residuals(
         for ax, (name, curves) in zip(axes, both, strict=True):
             dropped += _draw(ax, curves, log=True, marks=False, legend=ax is axes[0])
             _axes(ax, name, "step" if ax is axes[-1] else "", False)
-        axes[0].set_title("Residuals per leaf" + _note_zeros(dropped))
+        axes[0].set_title("Residuals per leaf and set" + _note_zeros(dropped))
         fig.align_ylabels()
         style.shade_phases(axes.tolist(), phases)
     return Path(path)

@@ -52,7 +52,7 @@ def standard_pictures(
             folder / "training.png", score, loss, phases, name=metric, percent=fmt.is_fraction(metric)
         )
         out.append(Picture(path, "Training", f"{metric} and loss over steps; the phases are shaded."))
-    primal, dual = metrics.leaf_series(records, "primal"), metrics.leaf_series(records, "dual")
+    primal, dual = _residuals(records, "primal"), _residuals(records, "dual")
     if primal or dual:
         path = plots.residuals(folder / "residuals.png", primal, dual, phases)
         text = "How far the weights are from their sets (primal) and how far the sets' points still move (dual)."
@@ -79,3 +79,15 @@ def standard_pictures(
 def _curves(records: Sequence[Mapping[str, Any]], keys: Mapping[str, str]) -> dict[str, metrics.Series]:
     found = {label: metrics.series(records, key) for label, key in keys.items()}
     return {label: curve for label, curve in found.items() if curve.steps.size}
+
+
+def _residuals(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, metrics.Series]:
+    """The residual of every leaf, of one that lies in several sets a curve for each of them."""
+    split = []
+    for record in records:
+        leaves, sets = record.get(key), record.get(f"{key}_by_set")
+        if isinstance(leaves, Mapping) and isinstance(sets, Mapping):
+            alone = {n: v for n, v in leaves.items() if not any(s.startswith(f"{n} ") for s in sets)}
+            record = {**record, key: {**alone, **sets}}
+        split.append(record)
+    return metrics.leaf_series(split, key)

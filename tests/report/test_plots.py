@@ -171,3 +171,21 @@ def test_standard_pictures_of_a_run(tmp_path, pictures):
     only = run.standard_pictures(tmp_path, [{"step": 0, "phase": "dense", "loss": 1.0}])
     assert [picture.source.name for picture in only] == ["training.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["training.png"]
+
+
+def test_residuals_of_a_leaf_in_several_sets_are_drawn_set_by_set(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "residuals", lambda path, primal, dual, phases: drawn.update(primal=primal) or path)
+    sets = {"a/kernel filters": 0.3, "a/kernel polarize": 0.5}
+    records = [
+        {"step": 0, "phase": "prune", "primal": {"a/kernel": 0.7, "a/kernel2": 0.1}},
+        {"step": 9, "phase": "polarize", "primal": {"a/kernel": 0.5, "a/kernel2": 0.2}, "primal_by_set": sets},
+    ]
+    run.standard_pictures(tmp_path, records)
+    got = {name: list(zip(c.steps.tolist(), c.values.tolist(), strict=True)) for name, c in drawn["primal"].items()}
+    assert got == {
+        "a/kernel": [(0, 0.7)],
+        "a/kernel2": [(0, 0.1), (9, 0.2)],
+        "a/kernel filters": [(9, 0.3)],
+        "a/kernel polarize": [(9, 0.5)],
+    }
