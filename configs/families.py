@@ -232,13 +232,20 @@ def lenet_unification(variant: str) -> Settings:
     return lenet(variant, points, against="multiplications")
 
 
-def cifar(variant: str, points: Points, model: str = "resnet20", refresh: int = 0, **more: Any) -> Settings:
+def cifar(
+    variant: str,
+    points: Points,
+    model: str = "resnet20",
+    refresh: int = 0,
+    seeds: tuple[int, ...] = (0,),
+    **more: Any,
+) -> Settings:
     """A network on the CIFAR-10 stand-in; a point of ResNet-20 takes five epochs, about 4 minutes of one core."""
     base = cnn.cifar(variant, 1.0, model)
     if base["model"]["checkpoint"]:
         base["plan"]["dense"] = cnn.fit(4, 3e-4)
     base["plan"]["stages"] = (cnn.stage((), cnn.pull(3, refresh_every=refresh), cnn.fit(2, 1e-3)),)
-    return sweep(variant, base, points, (0,), **more)
+    return sweep(variant, base, points, seeds, **more)
 
 
 def inner(specs: Iterable[tuple[str, str, Settings]], model: str = "resnet20") -> Points:
@@ -271,6 +278,16 @@ def patterns(variant: str) -> Settings:
     specs += [("random", f"random-{n}", {"kind": "pattern", "library": random_masks(k, s)}) for n, k, s in draws]
     specs.append(("ELoG", "elog-8", {"kind": "pattern", "library": "elog"}))
     return cifar(variant, inner(specs), refresh=1, against="weights")
+
+
+def patterns_seeds(variant: str) -> Settings:
+    """Any 4 of 9, 8 chosen and 8 random patterns with three seeds each. Cost: 12 points and controls, 50 minutes."""
+    specs: list[tuple[str, str, Settings]] = [
+        ("free", "free-126", {"kind": "pattern", "library": "all"}),
+        ("chosen", "chosen-8", chosen(8)),
+        ("random", "random-8", {"kind": "pattern", "library": random_masks(8)}),
+    ]
+    return cifar(variant, inner(specs), refresh=1, seeds=(0, 1, 2), against="weights")
 
 
 def patterns_8x(variant: str) -> Settings:
@@ -324,6 +341,7 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
     "mnist_lenet5_families": lenet_families,
     "mnist_lenet5_unification": lenet_unification,
     "cifar_patterns": patterns,
+    "cifar_patterns_seeds": patterns_seeds,
     "cifar_patterns_8x": patterns_8x,
     "cifar_resnet32_patterns": lambda v: patterns_of(v, "resnet32"),
     "cifar_vgg16_patterns": lambda v: patterns_of(v, "vgg16"),

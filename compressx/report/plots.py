@@ -83,7 +83,7 @@ def training(
 def residuals(
     path: PathLike, primal: Mapping[str, Curve], dual: Mapping[str, Curve], phases: Sequence[Phase] = ()
 ) -> Path:
-    """Both residuals of every leaf, or of each set of one, over steps, log scale; exact zeros are left out and counted."""
+    """Both residuals of every leaf, or of each set of one, over steps, log scale; exact zeros are only counted."""
     _need({**{f"primal {k}": v for k, v in primal.items()}, **{f"dual {k}": v for k, v in dual.items()}}, path)
     both = [(name, curves) for name, curves in (("primal residual", primal), ("dual residual", dual)) if curves]
     with style.figure(path, 0.9 + 2.5 * len(both)) as fig:
