@@ -7,7 +7,6 @@ The accuracy reported is that of the last epoch on the whole test set; the test 
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,129 +19,26 @@ from compressx.models import convert
 from compressx.report import console, html
 from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, write_summary
-from compressx.training import ConfigError, Outcome, Phase, Plan, Weights, mesh, phases, state
+from compressx.training import ConfigError, Outcome, Phase, Weights, mesh, phases, state
 from experiments import artifacts, cnn_measures, driver, init_from, latency
+from experiments.cnn_config import Config, Data
+from experiments.cnn_config import read as read
 from experiments.driver import Options
-
-
-@dataclass(frozen=True)
-class Data:
-    """The images.
-
-    Attributes:
-      name: a key of `data.DATASETS`.
-      train: how many training examples to use, from the front; 0 is all.
-      test: likewise.
-      validation: how many of the last training examples to hold out; they are reported, never trained on.
-      shift: augmentation, random shifts of up to so many pixels.
-      flip: augmentation, random left-right mirrors.
-      mean: per channel, overrides the data set's own.
-      std: likewise.
-    """
-
-    name: str = "digits"
-    train: int = 0
-    test: int = 0
-    validation: int = 0
-    shift: int = 0
-    flip: bool = False
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Model:
-    """The network.
-
-    Attributes:
-      name: a key of `models.MODELS`.
-      options: its fields, such as `width`.
-      checkpoint: file below the data folder with weights to start from (PyTorch names), or "".
-    """
-
-    name: str = "digits_cnn"
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    checkpoint: str = ""
-
-
-@dataclass(frozen=True)
-class Save:
-    """Checkpoints: every so many steps, every so many seconds (0: not by that), and at the ends of phases."""
-
-    steps: int = 0
-    seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class Paper:
-    """The published figure to compare with: a dotted key of the summary ("" for none), and its value."""
-
-    quantity: str = ""
-    value: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """One experiment, complete.
-
-    Attributes:
-      plan: all that is trained.
-      variant: its name.
-      seed: of the weights, the order of examples and the augmentation.
-      data: the images.
-      model: the network.
-      batch: examples a step.
-      eval_batch: examples a step of evaluation.
-      optimizer: "adam" or "sgd".
-      init_from: work directory of another run whose dense weights are taken, "" to train them here.
-      save: when checkpoints are written.
-      paper: what to compare with.
-    """
-
-    plan: Plan
-    variant: str = ""
-    seed: int = 0
-    data: Data = Data()
-    model: Model = Model()
-    batch: int = 64
-    eval_batch: int = 1000
-    optimizer: str = "adam"
-    init_from: str = ""
-    save: Save = Save()
-    paper: Paper = Paper()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is impossible; it must be 0 to 2**32 - 1")
-        if self.optimizer not in ("adam", "sgd"):
-            raise ConfigError(f"optimizer={self.optimizer!r} is impossible; it must be adam or sgd")
-        if self.init_from and self.model.checkpoint:
-            raise ConfigError("init_from and model.checkpoint both give the dense weights; use one")
-
-
-def read(config: Any) -> Config:
-    """The frozen config of a ConfigDict or nested dict.
-
-    Raises:
-      ConfigError: a key or a value that is not allowed.
-    """
-    return training.parse(Config, config)
-
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
 
-def load_data(config: Config, split: str, data_dir: str | None) -> data.Dataset:
-    """A split, cut to the number of examples the config asks for."""
+def load_data(given: Data, split: str, data_dir: str | None) -> data.Dataset:
+    """A split, cut to the number of examples `given` asks for."""
     try:
-        whole = data.load(config.data.name, split, data_dir)
+        whole = data.load(given.name, split, data_dir)
     except (data.DataNotFoundError, data.DataFileError):
         raise
     except ValueError as error:
         raise ConfigError(f"data: {error}") from None
-    wanted = {"train": config.data.train, "test": config.data.test}.get(split, 0)
+    wanted = {"train": given.train, "test": given.test}.get(split, 0)
     if not 0 <= wanted <= len(whole):
-        raise ConfigError(f"data.{split}={wanted} is impossible; {config.data.name} has {len(whole)} examples")
+        raise ConfigError(f"data.{split}={wanted} is impossible; {given.name} has {len(whole)} examples")
     return whole.take(slice(0, wanted)) if wanted else whole
 
 
@@ -191,7 +87,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
     Raises:
       ConfigError, DataNotFoundError, DataFileError: what is impossible, missing or damaged.
     """
-    train, test = load_data(config, "train", options.data_dir), load_data(config, "test", options.data_dir)
+    train, test = (load_data(config.data, split, options.data_dir) for split in ("train", "test"))
     held, info = config.data.validation, train.info
     if not 0 <= held < len(train):
         raise ConfigError(f"data.validation={held} is impossible; it must be 0 to {len(train) - 1}")
@@ -387,7 +283,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; finish the run first (--mode=run)")
     stored = artifacts.read(path)
     name, options_, facts = described(path, stored)
-    dataset = load_data(config, options.split, options.data_dir)
+    dataset = load_data(config.data, options.split, options.data_dir)
     if dataset.info.classes != facts["classes"] or dataset.info.shape[-1] != len(facts["mean"]):
         raise ConfigError(
             f"data.name={config.data.name!r} has {dataset.info.classes} classes and images {dataset.info.shape}; "

@@ -27,16 +27,18 @@ from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Plan, Stage, Weights, mesh, phases
 from experiments import artifacts, cnn, crossbar_forms, crossbar_page, crossbar_sot, driver
+from experiments.cnn_config import Config as CnnConfig
+from experiments.cnn_config import Model
 from experiments.crossbar_config import AWARE, DENSE, TAKEN, Config, plan_phases, read
 from experiments.crossbar_models import Scene, Subject, check_sets, make_subject
 from experiments.driver import Options
 
 
-def training_config(config: Config) -> cnn.Config:
+def training_config(config: Config) -> CnnConfig:
     """The part of the config that `experiments.cnn` knows how to load."""
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(cnn.Config) if f.name != "plan"}
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(CnnConfig) if f.name != "plan"}
     stages = tuple(Stage(b.rules, b.admm, b.retrain) for b in config.branches)
-    return cnn.Config(plan=Plan(config.dense, stages), **shared)
+    return CnnConfig(plan=Plan(config.dense, stages), **shared)
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
@@ -98,12 +100,12 @@ def _taken(config: Config, options: Options) -> tuple[list[Subject], Scene]:
     stored = artifacts.read(path)
     check_sets(tuple(stored.saved.rules), config.hardware.engine)
     name, model_options, facts = cnn.described(path, stored)
-    train, test = (_load(config, s, options.data_dir) for s in ("train", "test"))
+    train, test = (cnn.load_data(config.data, s, options.data_dir) for s in ("train", "test"))
     if test.info.classes != facts["classes"] or test.info.shape[-1] != len(facts["mean"]):
         raise ConfigError(f"data.name={config.data.name!r} does not fit the network in {path}")
     config_ = dataclasses.replace(
         config,
-        model=cnn.Model(name, model_options),
+        model=Model(name, model_options),
         data=dataclasses.replace(config.data, mean=tuple(facts["mean"]), std=tuple(facts["std"])),
     )
     driver.claim(options.workdir, dataclasses.asdict(config))
@@ -111,10 +113,6 @@ def _taken(config: Config, options: Options) -> tuple[list[Subject], Scene]:
     weights = Weights({"params": stored.saved.params["params"]}, others, stored.saved.structures)
     scene = _scene(config_, test.info, cnn.arrays(train), cnn.arrays(test))
     return [make_subject(TAKEN, weights, tuple(stored.saved.rules), {})], scene
-
-
-def _load(config: Any, split: str, data_dir: str | None) -> data.Dataset:
-    return cnn.load_data(config, split, data_dir)  # reads nothing but config.data
 
 
 def _noise_aware(
@@ -249,7 +247,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     stored = artifacts.read(path)
     folder = options.workdir / "eval" / f"{config.data.name}-{options.split}"
     subjects, scene = _taken(taken, dataclasses.replace(options, workdir=folder))
-    dataset = _load(config, options.split, options.data_dir)
+    dataset = cnn.load_data(config.data, options.split, options.data_dir)
     scene = scene._replace(images=np.asarray(dataset.inputs), labels=np.asarray(dataset.labels))
     measurer = crossbar_forms if config.hardware.engine == "forms" else crossbar_sot
     figures = measurer.scores(subjects[0], scene, config.hardware)

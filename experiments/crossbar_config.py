@@ -8,7 +8,8 @@ from compressx import training
 from compressx.rules import Rules
 from compressx.training import Admm, ConfigError, Fit, Phase, phases
 from compressx.training.config import Rule
-from experiments import cnn
+from experiments.cnn_config import Data, Model
+from experiments.settings import Paper, Save
 
 DENSE, AWARE, TAKEN = phases.DENSE, "noise_aware", "taken"
 
@@ -125,7 +126,7 @@ class Config:
 
     Attributes:
       variant: its name; seed: of everything random.
-      data, model, batch, eval_batch, optimizer, init_from, save, paper: as in `experiments.cnn.Config`.
+      data, model, batch, eval_batch, optimizer, init_from, save, paper: as in `experiments.cnn_config.Config`.
       take: work directory of a finished run whose compressed network is put on the engine as it is.
       dense: the uncompressed training.
       branches: what is compressed, each after the one it starts from.
@@ -136,15 +137,15 @@ class Config:
 
     variant: str = ""
     seed: int = 0
-    data: cnn.Data = cnn.Data()
-    model: cnn.Model = cnn.Model()
+    data: Data = Data()
+    model: Model = Model()
     batch: int = 64
     eval_batch: int = 1000
     optimizer: str = "adam"
     init_from: str = ""
     take: str = ""
-    save: cnn.Save = cnn.Save()
-    paper: cnn.Paper = cnn.Paper()
+    save: Save = Save()
+    paper: Paper = Paper()
     dense: Fit = Fit()
     branches: tuple[Branch, ...] = ()
     main: str = ""

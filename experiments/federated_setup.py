@@ -18,7 +18,9 @@ from compressx.federated.trusted import rounds
 from compressx.federated.trusted.rounds import Plan
 from compressx.training import ConfigError
 from experiments import cnn
+from experiments.cnn_config import Data, Model
 from experiments.driver import Options
+from experiments.settings import check_seed
 
 NpArray = npt.NDArray[Any]
 BASELINES = ("dense", "fedprox", "secagg")
@@ -60,8 +62,8 @@ class Config:
     Attributes:
       variant: its name.
       seed: of weights, split, orders, participants and devices.
-      data: see `experiments.cnn.Data`.
-      model: see `experiments.cnn.Model`.
+      data: see `experiments.cnn_config.Data`.
+      model: see `experiments.cnn_config.Model`.
       split: how examples are divided.
       algorithm: see `compressx.federated.algorithm.Algorithm`.
       baselines: what else is run: "dense" (plain and encrypted FedAvg have one model), "fedprox", "secagg".
@@ -79,8 +81,8 @@ class Config:
 
     variant: str = ""
     seed: int = 0
-    data: cnn.Data = cnn.Data()
-    model: cnn.Model = cnn.Model()
+    data: Data = Data()
+    model: Model = Model()
     split: Split = Split()
     algorithm: Algorithm = Algorithm()
     baselines: tuple[str, ...] = ("dense",)
@@ -96,8 +98,7 @@ class Config:
     paper: Paper = Paper()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is impossible; it must be 0 to 2**32 - 1")
+        check_seed(self.seed)
         if self.split.kind not in splits.SPLITS:
             raise ConfigError(
                 f"split.kind={self.split.kind!r} is impossible; it must be one of {', '.join(splits.SPLITS)}"
@@ -135,8 +136,8 @@ def make(config: Config, options: Options) -> Setting:
     Raises:
       ConfigError, DataNotFoundError, DataFileError: what is impossible, missing or damaged.
     """
-    train = cnn.load_data(config, "train", options.data_dir)  # type: ignore[arg-type]
-    test = cnn.load_data(config, "test", options.data_dir)  # type: ignore[arg-type]
+    train = cnn.load_data(config.data, "train", options.data_dir)
+    test = cnn.load_data(config.data, "test", options.data_dir)
     info, s = train.info, config.split
     more: dict[str, Any] = {"iid": {}, "shards": {"each": s.each}, "classes": {"each": s.each}}.get(
         s.kind, {"alpha": s.alpha, "least": s.least}

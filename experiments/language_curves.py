@@ -24,7 +24,7 @@ from compressx.report.metrics import MetricsWriter
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError
 from compressx.training.config import METHODS, Rule
-from experiments import artifacts, driver, language_model, language_page, latency
+from experiments import artifacts, driver, language_config, language_model, language_page, latency
 from experiments.driver import Options
 
 DENSE = "dense, same budget"
@@ -62,7 +62,7 @@ class Config:
       variant: its name.
     """
 
-    base: language_model.Config
+    base: language_config.Config
     points: tuple[Point, ...]
     seeds: tuple[int, ...] = (0,)
     main: str = "darb"
@@ -89,7 +89,7 @@ class Run(NamedTuple):
     """One run: its folder's name, what it is, and the point (None: the dense network of a seed)."""
 
     name: str
-    config: language_model.Config
+    config: language_config.Config
     point: Point | None
     seed: int
 
@@ -122,7 +122,7 @@ def runs(config: Config, workdir: Any) -> list[Run]:
                 probe = dataclasses.replace(config.base.probe, run=False)  # once a seed is enough
                 source = str(workdir / "runs" / f"dense-s{seed}")
                 one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source, probe=probe)
-                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", language_model.dealt(one), p, seed))
+                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", language_config.dealt(one), p, seed))
     return todo
 
 

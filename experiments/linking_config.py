@@ -8,6 +8,7 @@ from compressx import linking, training
 from compressx.linking import corpus, encode, files, world
 from compressx.linking.files import Corpora
 from compressx.training import ConfigError, Plan
+from experiments.settings import Paper, Save, check_seed
 
 
 @dataclass(frozen=True)
@@ -80,22 +81,6 @@ class Arm:
     lr: float = 0.0
 
 
-@dataclass(frozen=True)
-class Save:
-    """Checkpoints: every so many steps, every so many seconds (0: not by that), and at the ends of phases."""
-
-    steps: int = 0
-    seconds: float = 120.0
-
-
-@dataclass(frozen=True)
-class Paper:
-    """The published figure to compare with: a dotted key of the summary ("" for none), and its value."""
-
-    quantity: str = ""
-    value: float = 0.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """One experiment, complete.
@@ -127,12 +112,11 @@ class Config:
     batch: int = 8
     eval_batch: int = 64
     pages: int = 12
-    save: Save = Save()
+    save: Save = Save(seconds=120.0)
     paper: Paper = Paper()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is impossible; it must be 0 to 2**32 - 1")
+        check_seed(self.seed)
         for arm in all_arms(self):
             if arm.order not in corpus.ORDERS:
                 raise ConfigError(f"order={arm.order!r} is impossible; it must be one of {', '.join(corpus.ORDERS)}")

@@ -25,9 +25,10 @@ from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import Admm, ConfigError, Fit, Outcome, Phase, Weights, mesh, phases
 from experiments import artifacts, driver, pneumonia_data, pneumonia_page, pneumonia_score
-from experiments.cnn import Model, Paper, Save
+from experiments.cnn_config import Model
 from experiments.driver import Options
 from experiments.pneumonia_data import Data, Task
+from experiments.settings import Paper, Save, check_seed
 
 QUIET = -4.0  # first logit of every objectness: 2 %
 METHODS = ("admm", "one_shot", "random")
@@ -99,8 +100,7 @@ class Config:
         names = [p.name for p in self.points]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"points must be different ones, at least one; got {names}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is impossible; it must be 0 to 2**32 - 1")
+        check_seed(self.seed)
         if self.dense.distill:
             raise ConfigError("dense.distill must be 0: there is no teacher yet")
         wanted = "darknet53" if self.data.name == "pneumoniamnist" else "yolov3"

@@ -6,6 +6,7 @@ from typing import Any
 from compressx import speech, training
 from compressx.speech import rates
 from compressx.training import Admm, ConfigError, Fit
+from experiments.settings import Paper, Save
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,6 @@ class Decoding:
     def __post_init__(self) -> None:
         if not self.lm_weights or not self.rewards or self.ctc_beam < 1 or self.beam < 0:
             raise ConfigError("decoding: lm_weights and rewards need a value each, ctc_beam at least 1, beam 0 or more")
-
-
-@dataclass(frozen=True)
-class Save:
-    """Checkpoints: every so many steps, every so many seconds (0: not by that), and at the ends of phases."""
-
-    steps: int = 0
-    seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class Paper:
-    """The published figure to compare with: a dotted key of the summary ("" for none), and its value."""
-
-    quantity: str = ""
-    value: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

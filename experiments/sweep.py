@@ -26,7 +26,7 @@ from compressx.report.metrics import MetricsWriter
 from compressx.report.summary import lookup, make_summary, write_summary
 from compressx.training import ConfigError
 from compressx.training.config import METHODS, Rule, Stage
-from experiments import artifacts, cnn, driver
+from experiments import artifacts, cnn, cnn_config, driver
 from experiments.driver import Options
 
 # what compression is counted by -> its key in a row, and its words
@@ -73,7 +73,7 @@ class Config:
       variant: its name.
     """
 
-    base: cnn.Config
+    base: cnn_config.Config
     points: tuple[Point, ...]
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -120,7 +120,7 @@ class Run(NamedTuple):
     """One run of the sweep: its folder's name, and what it is."""
 
     name: str
-    config: cnn.Config
+    config: cnn_config.Config
     method: str
     point: str
     seed: int
