@@ -18,7 +18,7 @@ Settings = dict[str, Any]
 
 
 def point(kind: str, rate: float, method: str = "admm") -> Settings:
-    """A `pneumonia.Point`."""
+    """A `pneumonia_config.Point`."""
     return {"kind": kind, "rate": float(rate), "method": method}
 
 

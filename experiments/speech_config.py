@@ -8,6 +8,8 @@ from compressx.speech import rates
 from compressx.training import Admm, ConfigError, Fit
 from experiments.settings import Paper, Save
 
+NAME = "gru_speech"  # of the driver, in its summaries and files
+
 
 @dataclass(frozen=True)
 class Data:
@@ -163,3 +165,14 @@ def read(config: Any) -> Config:
         raise
     except ValueError as error:  # the front end's own check
         raise ConfigError(f"config.{error}") from None
+
+
+def shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """The gate matrices by path; the paper's twelve for 39 features and 2 x 1024 units."""
+    hidden = config.model.hidden
+    out: dict[str, tuple[int, int]] = {}
+    for i in range(config.model.layers):
+        for kind in "wu":
+            inputs = config.features.size if (i, kind) == (0, "w") else hidden
+            out |= {f"params/gru_{i}/{kind}{g}": (inputs, hidden) for g in "zrh"}
+    return out

@@ -12,7 +12,7 @@ from compressx import data
 from compressx.report.summary import check_summary, read_summary
 from compressx.training import ConfigError
 from configs import pneumonia as configs
-from experiments import pneumonia, pneumonia_data, pneumonia_page, pneumonia_score
+from experiments import pneumonia, pneumonia_config, pneumonia_data, pneumonia_page, pneumonia_score
 from experiments.driver import Options
 
 WAYS = {"plain", "native", "native_1_thread", "gathered", "mixed"}
@@ -150,7 +150,7 @@ def _judge(values: dict[str, list[float]], patient: list[int]):
 
 
 def test_combined_is_compared_with_either_alone_on_the_same_draws() -> None:
-    points = [pneumonia.Point(kind, rate) for rate in (8.0, 2.0) for kind in ("combined", "filters", "columns")]
+    points = [pneumonia_config.Point(kind, rate) for rate in (8.0, 2.0) for kind in ("combined", "filters", "columns")]
     values = {p.name: [0.5, np.nan, 0.25, 0.75] for p in points}
     values["filters_8x"] = [0.25, np.nan, 0.0, 0.5]  # always 0.25 less, where it counts
     values["columns_8x"] = [1.0, 1.0, np.nan, 0.0]  # means 2/3 and 1/2
