@@ -51,6 +51,7 @@ def cases(side: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
         "unify": (cx.unify((4, 4), 0.5), matrix),
         "prune_blocks": (cx.prune_blocks((4, 4), 0.5), matrix),
         "unify_and_prune": (cx.unify_and_prune((4, 4), 0.3, 0.5), matrix),
+        "unify_and_prune_exact": (cx.unify_and_prune((4, 4), 0.3, 0.5, "exact"), matrix),
         "forms": (pruned & cx.polarize(8) & cx.quantize(8, "cells"), matrix),
     }
 
