@@ -88,6 +88,6 @@ def _residuals(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, metr
         leaves, sets = record.get(key), record.get(f"{key}_by_set")
         if isinstance(leaves, Mapping) and isinstance(sets, Mapping):
             alone = {n: v for n, v in leaves.items() if not any(s.startswith(f"{n} ") for s in sets)}
-            record = {**record, key: {**alone, **sets}}
+            record = {**record, key: alone | {s.replace("/kernel ", " "): v for s, v in sets.items()}}
         split.append(record)
     return metrics.leaf_series(split, key)

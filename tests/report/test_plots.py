@@ -186,6 +186,6 @@ def test_residuals_of_a_leaf_in_several_sets_are_drawn_set_by_set(tmp_path, monk
     assert got == {
         "a/kernel": [(0, 0.7)],
         "a/kernel2": [(0, 0.1), (9, 0.2)],
-        "a/kernel filters": [(9, 0.3)],
-        "a/kernel polarize": [(9, 0.5)],
+        "a filters": [(9, 0.3)],
+        "a polarize": [(9, 0.5)],
     }
