@@ -146,7 +146,8 @@ def runs(config: Config, workdir: Path) -> list[Run]:
             single = dataclasses.replace(config.base.plan.stages[0], rules=point.rules)
             stages = point.stages if point.stages and method == "admm" else (single,)
             plan = dataclasses.replace(config.base.plan, method=method, stages=stages)
-            one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source)
+            model = dataclasses.replace(config.base.model, checkpoint="") if source else config.base.model
+            one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source, model=model)
             todo.append(Run(name, one, method, "" if method == "dense" else point.name, seed))
             source = source or str(workdir / "runs" / name)
     return todo

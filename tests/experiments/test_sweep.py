@@ -74,6 +74,14 @@ def test_a_given_dense_network_serves_every_run(tmp_path) -> None:
     assert {r.config.init_from for r in sweep.runs(_config(base=base), tmp_path)} == {"elsewhere"}
 
 
+def test_published_weights_are_read_once_a_seed(tmp_path) -> None:
+    config = sweep.read(families.get_config("cifar_resnet32_patterns"))
+    first, *others = sweep.runs(config, tmp_path)
+    assert (first.config.model, first.config.init_from) == (config.base.model, "") and config.base.model.checkpoint
+    dense = str(tmp_path / "runs" / "dense-s0")
+    assert {(r.config.model.checkpoint, r.config.init_from) for r in others} == {("", dense)}
+
+
 def _staged() -> sweep.Config:
     return sweep.read(families.get_config("digits_families_tiny"))
 
