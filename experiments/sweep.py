@@ -288,7 +288,7 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         methods = {name: ([r[x] for r in at], [r["accuracy"] for r in at]) for name, at in curves.items()}
         label = f"compression ({words}, log scale)"
         path = plots.metric_against_rate(workdir / "sweep.png", methods, controls=controls, xlabel=label)
-        text = "Mean over seeds with the sample standard deviation; every dot is a run. Same epochs for every method."
+        text = "Mean over seeds with the sample standard deviation. Same epochs for every method."
         text += f" Compression is counted in {config.against}."
         pictures.append(html.Picture(path, "Accuracy against compression", text))
     first = done[0][1]

@@ -124,6 +124,8 @@ def metric_against_rate(
 ) -> Path:
     """The metric against the compression rate for several methods: mean, sample standard deviation, every seed a dot.
 
+    Of more methods than `style.COLOURS` the deviations are bars, and the seeds are left out.
+
     Args:
       path: the PNG.
       methods: by name, `(rates [r], values [r, seeds])`; a missing run is NaN in `values`.
@@ -137,12 +139,12 @@ def metric_against_rate(
     if not methods:
         raise ValueError(f"{path}: no method to draw")
     ticks: set[float] = set()
-    with style.figure(path, 4.3) as fig:
+    crowded = len(methods) > len(style.COLOURS)
+    with style.figure(path, 5.4 if crowded else 4.3) as fig:
         ax = fig.add_subplot()
         for i, (label, (given, values)) in enumerate(methods.items()):
-            colour = style.colour_of(i, len(methods))
             given, values = np.asarray(given, np.float64), np.asarray(values, np.float64)
-            ticks.update(_method(ax, i, colour, label, given, values, path))
+            ticks.update(_method(ax, i, label, given, values, path, crowded))
         for i, (label, values) in enumerate((controls or {}).items()):
             level = np.asarray(values, np.float64).ravel()
             mean, spread = float(level.mean()), float(level.std(ddof=1)) if level.size > 1 else 0.0
@@ -154,7 +156,7 @@ def metric_against_rate(
         ax.set_xscale("log")
         _rate_ticks(ax, sorted(ticks))
         _axes(ax, name, xlabel, percent)
-        if len(methods) > len(style.COLOURS):  # more would cover the curves
+        if crowded:  # it would cover the curves
             ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         else:
             ax.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
@@ -238,7 +240,7 @@ def _axes(ax: Axes, ylabel: str, xlabel: str, percent: bool) -> None:
 
 
 def _method(
-    ax: Axes, i: int, colour: Any, label: str, rates: np.ndarray, values: np.ndarray, path: PathLike
+    ax: Axes, i: int, label: str, rates: np.ndarray, values: np.ndarray, path: PathLike, crowded: bool
 ) -> list[float]:
     if rates.ndim != 1 or values.ndim != 2 or len(rates) != len(values) or not len(rates) or not np.all(rates > 0):
         raise ValueError(
@@ -249,17 +251,21 @@ def _method(
     order = [int(j) for j in np.argsort(rates, kind="stable") if seeds[j]]
     mean = np.array([np.nanmean(values[j]) for j in order])
     spread = np.array([np.nanstd(values[j], ddof=1) if seeds[j] > 1 else 0.0 for j in order])
-    ax.fill_between(rates[order], mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
+    turn, colour = i // len(style.COLOURS), style.COLOURS[i % len(style.COLOURS)]  # no two curves have all three alike
     ax.plot(
         rates[order],
         mean,
         color=colour,
-        marker=style.MARKERS[i % len(style.MARKERS)],
-        linestyle=style.DASHES[i % len(style.DASHES)],
+        marker=style.MARKERS[(i + turn) % len(style.MARKERS)],
+        linestyle=style.DASHES[(turn if crowded else i) % len(style.DASHES)],
         label=f"{label} ({_seeds(seeds[order])})",
     )
-    every = np.broadcast_to(rates[:, None], values.shape)
-    ax.plot(every.ravel(), values.ravel(), ".", color=colour, alpha=0.45, markersize=4, zorder=1.9)
+    if crowded:
+        ax.errorbar(rates[order], mean, spread, fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)
+    else:
+        ax.fill_between(rates[order], mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
+        every = np.broadcast_to(rates[:, None], values.shape)
+        ax.plot(every.ravel(), values.ravel(), ".", color=colour, alpha=0.45, markersize=4, zorder=1.9)
     return [float(rates[j]) for j in order]
 
 

@@ -47,6 +47,9 @@ CALLS = {
         controls={"dense, same budget": [0.993, 0.994]},
         paper={"paper": (85, 0.992)},
     ),
+    "rate_crowded": lambda p: plots.metric_against_rate(
+        p, {str(i): ([2, 4 + i], [[0.9, 0.91 - i / 99], [0.8, np.nan]]) for i in range(18)}
+    ),
     "bars": lambda p: plots.bars(p, ["a", "b"], [1.0, 2.5], title="t", xlabel="x"),
 }
 
