@@ -184,14 +184,14 @@ def three(pull: Pull, admm: tuple[int, int, int], retrain: tuple[int, int, int],
 
 
 def digits(variant: str, points: Points, seeds: tuple[int, ...], **more: Any) -> Settings:
-    """The digits; a point takes about five seconds."""
+    """The digits; a point takes about 15 seconds, half of them compiling and drawing."""
     base = cnn.digits(variant)
     base["plan"]["stages"] = (cnn.stage((), digits_pull(20), cnn.fit(15, 2e-3)),)
     return sweep(variant, base, points, seeds, **more)
 
 
 def digits_families(variant: str) -> Settings:
-    """All families on the digits, three seeds. Cost: 54 points a seed, an hour in all."""
+    """All families on the digits, three seeds. Cost: 54 points a seed, 40 minutes in all."""
     scheme = three(digits_pull, (8, 7, 5), (5, 5, 5), 2e-3)
     points = families(DIGIT_ENDS, (1 / 4, 1 / 8, 1 / 16), (4, 8, 16), 3, scheme)
     return digits(variant, points, (0, 1, 2), budgets=(6.0, 12.0))
@@ -218,7 +218,7 @@ def lenet(variant: str, points: Points, **more: Any) -> Settings:
 
 
 def lenet_families(variant: str) -> Settings:
-    """All families on LeNet-5, in few epochs. Cost: 39 points, about 30 minutes."""
+    """All families on LeNet-5, in few epochs. Cost: 39 points, about 40 minutes."""
     scheme = three(lenet_pull, (1, 1, 1), (1, 1, 1), 2e-3)
     points = families(LENET_ENDS, (1 / 8, 1 / 32), (10, 20), 5, scheme)
     return lenet(variant, points, budgets=(12.0, 20.0))
