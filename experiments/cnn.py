@@ -21,8 +21,7 @@ from compressx.report.environment import run_record
 from compressx.report.summary import make_summary, write_summary
 from compressx.training import ConfigError, Outcome, Phase, Weights, mesh, phases, state
 from experiments import artifacts, cnn_measures, driver, init_from, latency
-from experiments.cnn_config import Config, Data
-from experiments.cnn_config import read as read
+from experiments.cnn_config import Config, Data, read
 from experiments.driver import Options
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
@@ -230,13 +229,7 @@ def _summary(
         "driver": "cnn",
         "variant": config.variant,
         "seed": config.seed,
-        "dataset": {
-            "name": info.name,
-            "source": info.source,
-            "train": len(job.train["labels"]),
-            "test": len(job.test["labels"]),
-            "stand_in": info.stand_in,
-        },
+        "dataset": driver.dataset(info, len(job.train["labels"]), len(job.test["labels"])),
         "metric": {
             "name": "accuracy",
             "higher_is_better": True,
@@ -304,13 +297,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         driver="cnn",
         variant=config.variant,
         seed=config.seed,
-        dataset={
-            "name": dataset.info.name,
-            "source": dataset.info.source,
-            "train": None,
-            "test": len(dataset),
-            "stand_in": dataset.info.stand_in,
-        },
+        dataset=driver.dataset(dataset.info, None, len(dataset)),
         metric={
             "name": "accuracy",
             "higher_is_better": True,

@@ -61,7 +61,7 @@ class Config:
       model: the network.
       batch: examples a step.
       eval_batch: examples a step of evaluation.
-      optimizer: "adam" or "sgd".
+      optimizer: see `training.Job`.
       init_from: work directory of another run whose dense weights are taken, "" to train them here.
       save: when checkpoints are written.
       paper: what to compare with.
@@ -81,8 +81,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.optimizer not in ("adam", "sgd"):
-            raise ConfigError(f"optimizer={self.optimizer!r} is impossible; it must be adam or sgd")
         if self.init_from and self.model.checkpoint:
             raise ConfigError("init_from and model.checkpoint both give the dense weights; use one")
 

@@ -165,7 +165,7 @@ def _conclude(
         driver="crossbar",
         variant=config.variant,
         seed=config.seed,
-        dataset=_dataset(scene, len(scene.calibration) if config.take else None),
+        dataset=driver.dataset(scene.info, len(scene.calibration) if config.take else None, len(scene.labels)),
         metric={
             "name": "accuracy",
             "higher_is_better": True,
@@ -212,12 +212,6 @@ def _conclude(
     return summary
 
 
-def _dataset(scene: Scene, train: int | None) -> dict[str, Any]:
-    info = scene.info
-    n = len(scene.labels)
-    return {"name": info.name, "source": info.source, "train": train, "test": n, "stand_in": info.stand_in}
-
-
 def _store(config: Config, options: Options, main: Subject, scene: Scene) -> artifacts.Stored:
     info = scene.info
     facts = {
@@ -255,7 +249,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         driver="crossbar",
         variant=config.variant,
         seed=config.seed,
-        dataset=_dataset(scene, None),
+        dataset=driver.dataset(scene.info, None, len(scene.labels)),
         metric={
             "name": "accuracy",
             "higher_is_better": True,

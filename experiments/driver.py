@@ -13,7 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from compressx import training
-from compressx.data import DataFileError, DataNotFoundError
+from compressx.data import DataFileError, DataNotFoundError, Info
 from compressx.formats import CompressedFileError
 from compressx.harden import ConstraintViolation
 from compressx.memory import keep_memory
@@ -180,6 +180,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def dataset(info: Info, train: int | None, test: int) -> dict[str, Any]:
+    """What a summary says of a data set; `train` is None where nothing was trained."""
+    return {"name": info.name, "source": info.source, "train": train, "test": test, "stand_in": info.stand_in}
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

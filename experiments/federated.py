@@ -120,13 +120,7 @@ def conclude(config: Config, options: Options, setting: Setting, finished: dict[
         driver="federated",
         variant=config.variant,
         seed=config.seed,
-        dataset={
-            "name": setting.info.name,
-            "source": setting.info.source,
-            "train": len(setting.train["labels"]),
-            "test": len(setting.test["labels"]),
-            "stand_in": setting.info.stand_in,
-        },
+        dataset=driver.dataset(setting.info, len(setting.train["labels"]), len(setting.test["labels"])),
         metric={
             "name": "accuracy",
             "higher_is_better": True,

@@ -225,13 +225,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         driver=NAME,
         variant=config.variant,
         seed=config.seed,
-        dataset={
-            "name": info.name,
-            "source": info.source,
-            "train": None,
-            "test": len(heard.features),
-            "stand_in": info.stand_in,
-        },
+        dataset=driver.dataset(info, None, len(heard.features)),
         metric={
             "name": f"{heard.corpus.unit} error rate",
             "higher_is_better": False,

@@ -71,7 +71,7 @@ class Config:
       model: the network.
       batch: lanes of the text read side by side in training.
       eval_lanes: likewise for the figures after every epoch; the reported ones are read in one lane.
-      optimizer: "adam", "sgd" or "plain_sgd".
+      optimizer: see `training.Job`.
       clip: largest norm of the gradient of the loss; 0 is any.
       loss: "word" or "window", see `training.language`.
       init_from: work directory of another run whose dense weights are taken, "" to train them here.
@@ -99,8 +99,6 @@ class Config:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
-        if self.optimizer not in ("adam", "sgd", "plain_sgd"):
-            raise ConfigError(f"optimizer={self.optimizer!r} is impossible; it must be adam, sgd or plain_sgd")
         if self.loss not in LOSSES:
             raise ConfigError(f"loss={self.loss!r} is impossible; it must be {' or '.join(LOSSES)}")
         for name, low in (("batch", 1), ("eval_lanes", 1), ("sample", 0), ("clip", 0)):

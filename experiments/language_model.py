@@ -25,8 +25,7 @@ from compressx.training import ConfigError, Outcome, Phase, Weights, mesh, phase
 from compressx.training.language import language, make_perplexity, sample
 from experiments import artifacts, driver, init_from, language_page, latency
 from experiments.driver import Options
-from experiments.language_config import Config, Data, Model
-from experiments.language_config import read as read
+from experiments.language_config import Config, Data, Model, read
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
@@ -209,13 +208,7 @@ def _summary(
         "driver": "language_model",
         "variant": config.variant,
         "seed": config.seed,
-        "dataset": {
-            "name": corpus.info.name,
-            "source": corpus.info.source,
-            "train": len(corpus.train),
-            "test": len(corpus.test),
-            "stand_in": corpus.info.stand_in,
-        },
+        "dataset": driver.dataset(corpus.info, len(corpus.train), len(corpus.test)),
         "metric": {
             "name": "perplexity",
             "higher_is_better": False,
@@ -287,13 +280,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         driver="language_model",
         variant=config.variant,
         seed=config.seed,
-        dataset={
-            "name": info.name,
-            "source": info.source,
-            "train": None,
-            "test": len(ids),
-            "stand_in": info.stand_in,
-        },
+        dataset=driver.dataset(info, None, len(ids)),
         metric={
             "name": "perplexity",
             "higher_is_better": False,

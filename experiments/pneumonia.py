@@ -114,8 +114,6 @@ def make_job(config: Config, task: Task, plan: Plan, options: Options) -> traini
     used = len(next(iter(task.train.values())))
     if not 1 <= config.batch <= used:
         raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {used}, the training examples")
-    if config.optimizer not in ("adam", "sgd"):
-        raise ConfigError(f"optimizer={config.optimizer!r} is impossible; it must be adam or sgd")
     try:
         placement = mesh.make(options.mesh)
         placement.check_batch(config.batch)
@@ -263,13 +261,7 @@ def _summary(
         "driver": "pneumonia",
         "variant": config.variant,
         "seed": config.seed,
-        "dataset": {
-            "name": task.info.name,
-            "source": task.info.source,
-            "train": len(next(iter(task.train.values()))),
-            "test": len(next(iter(task.test.values()))),
-            "stand_in": task.info.stand_in,
-        },
+        "dataset": driver.dataset(task.info, len(next(iter(task.train.values()))), len(next(iter(task.test.values())))),
         "metric": {
             "name": key,
             "higher_is_better": True,
@@ -325,13 +317,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         driver="pneumonia",
         variant=config.variant,
         seed=config.seed,
-        dataset={
-            "name": task.info.name,
-            "source": task.info.source,
-            "train": None,
-            "test": len(next(iter(task.test.values()))),
-            "stand_in": task.info.stand_in,
-        },
+        dataset=driver.dataset(task.info, None, len(next(iter(task.test.values())))),
         metric={
             "name": task.metric,
             "higher_is_better": True,

@@ -6,7 +6,7 @@ from typing import Any
 from compressx import speech, training
 from compressx.speech import rates
 from compressx.training import Admm, ConfigError, Fit
-from experiments.settings import Paper, Save
+from experiments.settings import Paper, Save, check_seed
 
 NAME = "gru_speech"  # of the driver, in its summaries and files
 
@@ -137,6 +137,7 @@ class Config:
     paper: Paper = Paper()
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         names = [a.name for a in self.arms]
         if not names or len(set(names)) != len(names) or self.arms[0].method != "admm":
             raise ConfigError(f"arms must have names of their own, the first by admm; got {names}")

@@ -14,7 +14,7 @@ from compressx.report.summary import make_summary, write_summary
 from compressx.rules import Rules
 from compressx.speech import rates, streaming
 from compressx.training import Phase, Weights, phases
-from experiments import artifacts, speech_results
+from experiments import artifacts, driver, speech_results
 from experiments.driver import Options
 from experiments.speech_config import NAME, Config, shapes
 from experiments.speech_results import Heard
@@ -68,13 +68,7 @@ def conclude(
         driver=NAME,
         variant=config.variant,
         seed=config.seed,
-        dataset={
-            "name": info.name,
-            "source": info.source,
-            "train": len(train.features),
-            "test": len(test.features),
-            "stand_in": info.stand_in,
-        },
+        dataset=driver.dataset(info, len(train.features), len(test.features)),
         metric={
             "name": f"{unit} error rate",
             "higher_is_better": False,

@@ -146,6 +146,7 @@ def runs(config: Config, workdir: Path) -> list[Run]:
             single = dataclasses.replace(config.base.plan.stages[0], rules=point.rules)
             stages = point.stages if point.stages and method == "admm" else (single,)
             plan = dataclasses.replace(config.base.plan, method=method, stages=stages)
+            # the network at `source` was read from the published weights already, and trained on
             model = dataclasses.replace(config.base.model, checkpoint="") if source else config.base.model
             one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source, model=model)
             todo.append(Run(name, one, method, "" if method == "dense" else point.name, seed))

@@ -128,6 +128,7 @@ def test_the_dense_weights_of_another_run_are_taken(done, tmp_path) -> None:
         ({"data__validation": 96}, "data.validation=96 is impossible; it must be 0 to 95"),
         ({"data__mean": (0.1, 0.2)}, "need 1 values each"),
         ({"batch": 97}, "batch=97 is impossible; it must be 1 to 96"),
+        ({"optimizer": "lbfgs"}, "optimizer='lbfgs' is impossible"),
         ({"model__name": "lenet6"}, "model: no model 'lenet6'; the models are"),
         ({"model__options": {"depth": 3}}, "model: .*no option depth; its options are width"),
         ({"plan__stages__0__rules": (("params/c9/kernel", {"kind": "filters", "keep": 2}),)}, "matches nothing"),

@@ -135,6 +135,8 @@ def test_other_seeds_join_the_plot(done, tmp_path) -> None:
         ({"data__name": "tone"}, "data: no corpus 'tone'"),
         ({"data__train": 500}, "data.train=500 is impossible; tones has 60"),
         ({"batch": 9}, "batch=9 is impossible; it must be 1 to 8"),
+        ({"seed": -1}, "seed=-1 is impossible"),
+        ({"optimizer": "lbfgs"}, "optimizer='lbfgs' is impossible"),
         ({"features__coefficients": 40}, "features: coefficients=40"),
         ({"model__reset": "never"}, "model: reset='never'"),
         ({"arms__0__rate": 4000.0}, "arm 'bsp_10x': rate=4000.0"),

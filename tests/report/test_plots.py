@@ -47,9 +47,6 @@ CALLS = {
         controls={"dense, same budget": [0.993, 0.994]},
         paper={"paper": (85, 0.992)},
     ),
-    "rate_crowded": lambda p: plots.metric_against_rate(
-        p, {str(i): ([2, 4 + i], [[0.9, 0.91 - i / 99], [0.8, np.nan]]) for i in range(18)}
-    ),
     "bars": lambda p: plots.bars(p, ["a", "b"], [1.0, 2.5], title="t", xlabel="x"),
 }
 
@@ -122,10 +119,18 @@ def test_gemm_view_of_a_conv_mask_has_the_filters_as_columns(tmp_path, monkeypat
     assert np.argwhere(seen[0]).tolist() == [[(1 * 3 + 2) * 2 + 0, 3]]
 
 
-def test_there_may_be_more_methods_than_colours(tmp_path):
+def test_of_more_methods_than_colours_each_has_a_look_of_its_own_and_bars(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "_axes", lambda ax, *rest: drawn.update(ax=ax))
     rates = np.array([2.0, 4.0])
-    methods = {f"method {i}": (rates, np.array([[0.9], [0.8 - 0.01 * i]])) for i in range(11)}
+    methods = {f"method {i}": (rates, np.array([[0.9, 0.92], [0.8 - 0.01 * i, np.nan]])) for i in range(28)}
     assert plots.metric_against_rate(tmp_path / "many.png", methods).exists()
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in drawn["ax"].lines}
+    assert len(looks) == len(drawn["ax"].lines) == 28  # and no dots
+    first = drawn["ax"].containers[0].lines[2][0].get_segments()
+    deviation = np.std([0.9, 0.92], ddof=1)
+    np.testing.assert_allclose(first[0], [[2, 0.91 - deviation], [2, 0.91 + deviation]])
+    np.testing.assert_allclose(first[1], [[4, 0.8], [4, 0.8]])  # a single seed has none
 
 
 def test_rates_are_drawn_with_mean_and_sample_deviation(tmp_path, monkeypatch):
