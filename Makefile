@@ -58,7 +58,7 @@ types: env  ## check the types with mypy
 	$(BIN)/python -m mypy
 
 tables: env  ## rebuild the tables of README and docs from docs/results
-	$(BIN)/python -m compressx.report.tables
+	$(BIN)/python -m experiments.common.report.tables
 
 bench: env  ## list the benchmarks and how to run them
 	@echo "Install what they compare with:  make peers"

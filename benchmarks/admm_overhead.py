@@ -32,7 +32,7 @@ MLP_LAYERS = 6
 def _model(name: str, classes: int) -> Any:
     import flax.linen as nn
 
-    from compressx import models
+    from experiments.common import models
 
     if name != "mlp":
         return models.build(name, classes=classes)

@@ -134,9 +134,9 @@ def network(width: float) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from compressx import models
     from compressx.crossbar import forms, map_network
     from compressx.crossbar.network import deploy_network, find_layers, levels_of, on_grid
+    from experiments.common import models
 
     model, x = models.build("resnet18", classes=1000, width=width), jnp.zeros((1, 224, 224, 3), jnp.float32)
     rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0), x)

@@ -23,8 +23,8 @@ def our_step(x: Any, width: float) -> Callable[[], None]:
     import jax
     import jax.numpy as jnp
 
-    from compressx import models
-    from compressx.models import initial
+    from experiments.common import models
+    from experiments.common.models import initial
 
     model = models.build("yolov3", classes=1, width=width)
     x = jnp.asarray(x)
@@ -55,7 +55,7 @@ def torch_step(x: Any, width: float, channels_last: bool) -> Callable[[], None]:
     import torch.nn.functional as F
     from torch import nn
 
-    from compressx.models.yolov3 import blocks
+    from experiments.common.models.yolov3 import blocks
 
     layers = blocks(18, width)
     channels = {-1: x.shape[-1]}

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import environment, record
-from compressx.linking import belief, model
-from compressx.linking.knowledge import Knowledge
-from compressx.linking.model import Linker
+from experiments.entity_linking.linking import belief, model
+from experiments.entity_linking.linking.knowledge import Knowledge
+from experiments.entity_linking.linking.model import Linker
 
 LENGTHS = (50, 100, 200, 400, 800)
 CHUNK = 50

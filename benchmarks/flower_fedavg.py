@@ -48,11 +48,12 @@ from compressx.federated.trusted import attest, sessions
 from compressx.federated.trusted.aggregator import Aggregator
 from compressx.federated.trusted.quotes import Policy
 from compressx.federated.trusted.sealing import FileCounter
-from compressx.training import state
 from configs import federated as configs
-from experiments import federated_arms, federated_setup
-from experiments.driver import USER_ERRORS, Options
-from experiments.federated_setup import Config, Setting
+from experiments.common.driver import USER_ERRORS, Options
+from experiments.common.training import state
+from experiments.federated import arms as federated_arms
+from experiments.federated import config as federated_setup
+from experiments.federated.config import Config, Setting
 
 
 class Proxy(ClientProxy):

@@ -27,7 +27,7 @@ def our_step(units: int, reset: str, x: Any, y: Any) -> tuple[Callable[[], float
     import jax.numpy as jnp
     import optax
 
-    from compressx import models
+    from experiments.common import models
 
     model = models.build("gru", classes=OUTPUTS, hidden=units, layers=LAYERS, dropout=0.0, reset=reset)
     optimizer, inputs, labels = optax.adam(1e-3), jnp.asarray(x), jnp.asarray(y)

@@ -27,8 +27,8 @@ def our_step(units: int, vocabulary: int, x: Any, y: Any) -> tuple[Callable[[], 
     import jax.numpy as jnp
     import optax
 
-    from compressx.models.lstm import LanguageModel
-    from compressx.training.language import cross_entropy
+    from experiments.common.models.lstm import LanguageModel
+    from experiments.common.training.language import cross_entropy
 
     model, optimizer = LanguageModel(vocabulary, units, layers=LAYERS), optax.adam(1e-3)
     words, labels = jnp.asarray(x), jnp.asarray(y)

@@ -84,7 +84,7 @@ def network(case: str, rate: float) -> tuple[Any, Any, Any]:
     import jax
     import numpy as np
 
-    from compressx import models
+    from experiments.common import models
 
     rng = np.random.default_rng(0)
     if case == "resnet50":
@@ -139,8 +139,8 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
     import numpy as np
 
     from compressx import kernels
-    from compressx.compaction.program import trace
     from compressx.kernels import graph
+    from compressx.trace import trace
 
     forward, variables, x = network(case, rate)
     ours = kernels.compile(forward, variables, threads=args.threads, tune=args.tune)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compressx.report.summary import own_summary, write_summary
+from experiments.common.report.summary import own_summary, write_summary
 
 
 def environment(packages: tuple[str, ...] = ("jax",)) -> dict[str, Any]:

@@ -21,9 +21,10 @@ def networks(hidden: int, wanted: list[int]) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from compressx import constraints, formats, models
-    from compressx.rules import paths
-    from compressx.speech import rates
+    from compressx import constraints, formats
+    from compressx.tree import paths
+    from experiments.common import models
+    from experiments.gru_speech.speech import rates
 
     model = models.build("gru", classes=48, hidden=hidden)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1, 39)))
@@ -55,7 +56,7 @@ def compare(hidden: int, wanted: list[int], rounds: int) -> dict[str, dict[str, 
     import jax.numpy as jnp
     import numpy as np
 
-    from compressx.speech import FrontEnd, streaming
+    from experiments.gru_speech.speech import FrontEnd, streaming
 
     state, x = jnp.zeros((2, 1, hidden)), jnp.ones((1, 39))
     stored = networks(hidden, wanted)

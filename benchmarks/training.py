@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import environment, record
-from compressx.memory import keep_memory
+from compressx.native.memory import keep_memory
 
 CASES = {
     "lenet5_caffe-64": ("lenet5_caffe", 64, (28, 28, 1)),
@@ -48,7 +48,7 @@ def our_step(name: str, x: Any, y: Any) -> Callable[[], None]:
     import jax.numpy as jnp
     import optax
 
-    from compressx import models
+    from experiments.common import models
 
     model, optimizer = models.build(name, classes=10), optax.adam(1e-3)
     x, y = jnp.asarray(x), jnp.asarray(y)
@@ -187,7 +187,8 @@ def compare_layers(rounds: int) -> list[dict[str, Any]]:
     import numpy as np
     from jax import lax
 
-    from compressx.models import layers, native
+    from compressx.native import conv as native
+    from experiments.common.models import layers
 
     rows = []
     for n, size, cin, cout, k, pad in LAYERS:

@@ -24,9 +24,10 @@ from flax.errors import FlaxError
 
 import compressx
 from compressx import formats
+from compressx._harden import count_violations
 from compressx.formats import CompressedFileError, SavedModel
-from compressx.harden import count_violations
-from compressx.rules import paths, resolve
+from compressx.rules import resolve
+from compressx.tree import paths
 
 OK, FINDING, ERROR = 0, 1, 2
 
@@ -277,8 +278,8 @@ def _compare(path: str, a: np.ndarray, b: np.ndarray, ca: str | None, cb: str | 
 
 
 def _export(arguments: argparse.Namespace) -> Answer:
-    from compressx import compaction, models  # what no other command needs
-    from compressx.formats import export
+    from compressx import compaction, export
+    from experiments.common import models  # what no other command needs
 
     saved = formats.load_model(arguments.FILE, arguments.max_bytes)
     variables, shape = jax.tree.map(jnp.asarray, saved.params), arguments.shape

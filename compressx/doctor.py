@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 import compressx
-from compressx import data
+from experiments.common import data
 
 # distribution -> the extra of setup.cfg that brings it; None: the base install
 PACKAGES: dict[str, str | None] = {

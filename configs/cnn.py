@@ -6,7 +6,8 @@ Any setting can be changed on the command line: `--config.plan.dense.epochs=5`, 
 Every variant has a form `VARIANT_tiny` that runs through all its phases in seconds and learns nothing. Networks of one
 data set can share a dense network: `--config.init_from=DIR` of a run that has trained one.
 
-What a setting means is said where it is declared: `experiments.cnn_config.Config`, `compressx.training.config`.
+What a setting means is said where it is declared: `experiments.cnn.config`,
+`experiments.common.training.config`.
 Costs are for two CPU cores with nothing else running; an epoch of MNIST with LeNet-5 takes about 10 s there.
 """
 

@@ -6,7 +6,7 @@
 `taken` needs `--config.take=DIR`, the work directory of any finished run of image classifiers on the data of
 `--config.data.name`, and puts its compressed network on the engine without training. Every variant has a form
 `VARIANT_tiny` that runs through everything in seconds and learns nothing. What a setting means is said where it is
-declared: `experiments.crossbar_config`. Costs are CPU minutes of two cores, the dense network not counted.
+declared: `experiments.crossbar.config`. Costs are CPU minutes of two cores, the dense network not counted.
 """
 
 from collections.abc import Callable

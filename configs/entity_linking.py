@@ -4,7 +4,8 @@
 
 Any setting can be changed on the command line: `--config.plan.dense.epochs=5`, `--config.data.slots=100`. Every variant
 has a form `VARIANT_tiny` that runs through all its phases in seconds and learns nothing. What a setting means is said
-where it is declared: `experiments.linking_config.Config`, `compressx.linking.Linker`, `compressx.linking.Learning`.
+where it is declared: `experiments.entity_linking.config.Config`, and `Linker` and `Learning` of
+`experiments.entity_linking.linking`.
 
     generated          a world that needs no data: ablations, and the main linker at 3 bits a vector entry
     aida_ladder        on AIDA's stand-in, the ladder of features

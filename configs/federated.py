@@ -6,7 +6,7 @@ Any setting can be changed on the command line: `--config.algorithm.rounds=5`, `
 variant has a form `VARIANT_tiny` that runs through everything in seconds and learns nothing. The same configs drive
 real processes:
 
-    python -m experiments.federated_nodes --config=configs/federated.py:VARIANT --workdir=DIR --role=local
+    python -m experiments.federated.nodes --config=configs/federated.py:VARIANT --workdir=DIR --role=local
 
 What a setting means is said where it is declared: `experiments.federated.Config`,
 `compressx.federated.algorithm.Algorithm`, `compressx.federated.timing.Network`.

@@ -5,7 +5,8 @@
 Any setting can be changed on the command line: `--config.model.hidden=512`, `--config.data.test_speakers=lucas`.
 Every variant has a form `VARIANT_tiny` that runs through all its phases in under a minute and learns nothing.
 
-What a setting means is said where it is declared: `experiments.speech_config`, `compressx.training.config`.
+What a setting means is said where it is declared: `experiments.gru_speech.config`,
+`experiments.common.training.config`.
 Rates count the gate matrices alone, as RTMobile does. The paper's first rho is not published; all else about rho, and
 which part of a rate each of BSP's steps takes, is that of its released code and models.
 """

@@ -1,6 +1,6 @@
-"""The comparisons of `experiments.language_curves`: perplexity against compression, structure by structure.
+"""The comparisons of `experiments.language_model.curves`: perplexity against compression, structure by structure.
 
-    python -m experiments.language_curves --config=configs/language_curves.py:VARIANT --workdir=DIR [--data_dir=DIR]
+    python -m experiments.language_model.curves --config=configs/language_curves.py:VARIANT --workdir=DIR
 
 All points of a seed share a dense network and get the same epochs after it; rates are those measured in the stored
 weights. Every variant has a form `VARIANT_tiny` for tests.

@@ -4,7 +4,7 @@
 
 Any setting can be changed on the command line: `--config.dense.epochs=5`, `--config.points[0].rate=16`. Every variant
 has a form `VARIANT_tiny` that runs through all its phases in a minute and learns nothing. What a setting means is said
-where it is declared: `experiments.pneumonia.Config`, `compressx.training.config`.
+where it is declared: `experiments.pneumonia.Config`, `experiments.common.training.config`.
 """
 
 from collections.abc import Callable

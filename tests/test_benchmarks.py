@@ -68,8 +68,8 @@ def test_heads_are_the_same_network_in_onnx(average):
     import jax
     import jax.numpy as jnp
 
-    from compressx.compaction.program import trace
     from compressx.kernels import graph
+    from compressx.trace import trace
 
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -96,7 +96,7 @@ def test_recurrent_rows_of_a_saved_network(tmp_path):
     import jax.numpy as jnp
 
     import compressx
-    from compressx import models
+    from experiments.common import models
 
     model = models.build("gru", classes=5, hidden=24)
     params = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, 1, 6))))
@@ -135,8 +135,8 @@ def test_the_hand_made_schedule_is_the_convolution():
     import jax
     import jax.numpy as jnp
 
-    from compressx.compaction.program import trace
     from compressx.kernels import graph
+    from compressx.trace import trace
 
     pytest.importorskip("tvm", reason="TVM is not installed: make peers")
     rng = np.random.default_rng(0)

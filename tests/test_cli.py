@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import compressx as cx
-from compressx import cli, compaction, data, doctor, formats, models
+from compressx import cli, compaction, doctor, formats
+from experiments.common import data, models
 
 RULES = [("a/kernel", cx.unstructured(keep=12)), ("b/kernel", cx.filters(0.5) & cx.columns(0.5))]
 

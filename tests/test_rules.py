@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 import compressx as cx
-from compressx.rules import check_finite, paths, table
+from compressx.rules import table
+from compressx.tree import check_finite, paths
 
 
 def tree() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from compressx.compaction.primitives import LABELS, Axes, Axis, Contraction, Units
-from compressx.compaction.program import Function, Program, trace
+from compressx.trace import Function, Program, trace
 
 
 class CompactionError(ValueError):

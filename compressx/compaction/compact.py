@@ -12,9 +12,9 @@ from compressx.compaction.channels import Channels, CompactionError, channels
 from compressx.compaction.dead import Dead, dead
 from compressx.compaction.gathered import gathered_conv
 from compressx.compaction.primitives import shrink
-from compressx.compaction.program import Function, Op
-from compressx.models.layers import convolve
-from compressx.rules import paths
+from compressx.native.convolve import convolve
+from compressx.trace import Function, Op
+from compressx.tree import paths
 
 _NHWC, _HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # jax's names of dimensions: batch or filters, channels, rows, columns
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
-from compressx.compaction.program import Function, trace
+from compressx.trace import Function, trace
 
 _WORD = 4  # bytes of float32
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from compressx.compaction.channels import Channels, channels
 from compressx.compaction.known import Flow, flows
-from compressx.compaction.program import Function
+from compressx.trace import Function
 
 
 class Dead(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.rules import paths
+from compressx.tree import paths
 
 Pads = tuple[tuple[int, int], ...]
 

@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from compressx.compaction.channels import Channels
 from compressx.compaction.primitives import ELEMENTWISE, REDUCTIONS, STRUCTURE, WINDOWS, Contraction, reaches_border
-from compressx.compaction.program import Op
+from compressx.trace import Op
 
 
 class Value(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from compressx.compaction.program import Op
+from compressx.trace import Op
 
 Axis = np.ndarray | None  # units along an axis; None: fixed
 Axes = list[Axis]

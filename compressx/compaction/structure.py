@@ -13,7 +13,7 @@ from compressx.compaction.channels import Group
 from compressx.constraints.base import Constraint
 from compressx.constraints.coupled import runs
 from compressx.constraints.network import network_structure
-from compressx.rules import paths
+from compressx.tree import paths
 
 KINDS = ("filters", "columns", "combined")
 

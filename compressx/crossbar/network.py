@@ -29,7 +29,7 @@ from compressx.crossbar.program import Programmed
 from compressx.crossbar.recurrent import is_recurrent, path_of, plain
 from compressx.crossbar.sot_mram import Operands, Planes
 from compressx.crossbar.zero_skip import Skipping, measure, merge
-from compressx.rules import paths
+from compressx.tree import paths
 
 
 def kernel(variables: Any, path: str) -> Any:

@@ -26,12 +26,12 @@ import numpy.typing as npt
 import optax
 from jax import Array, lax
 
-from compressx.admm import admm
+from compressx._admm import admm
 from compressx.constraints import Constraint, count, support, top_k_mask, unstructured
 from compressx.federated.trusted import messages, rounds
 from compressx.federated.trusted.messages import Layer
-from compressx.rules import paths
-from compressx.training import ConfigError, Fit, Task
+from compressx.tree import paths
+from experiments.common.training import ConfigError, Fit, Task
 
 NpArray = npt.NDArray[Any]
 DENSE, ADMM, MASKED = "dense", "admm", "masked"

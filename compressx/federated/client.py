@@ -31,7 +31,7 @@ from compressx.federated.trusted.refused import Refused
 from compressx.federated.trusted.rounds import Plan
 from compressx.federated.trusted.sealing import write_durably
 from compressx.federated.trusted.sessions import NEVER, Hello, Session
-from compressx.training import Task
+from experiments.common.training import Task
 
 NpArray = npt.NDArray[Any]
 

@@ -22,7 +22,7 @@ from compressx.federated import algorithm
 from compressx.federated.algorithm import MASKED, Algorithm
 from compressx.federated.trusted import messages
 from compressx.federated.trusted.messages import BITMAP, DELTA, Layer
-from compressx.training import Task
+from experiments.common.training import Task
 
 NpArray = npt.NDArray[Any]
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from compressx.federated.trusted import messages, rounds
 from compressx.federated.trusted.rounds import Plan, State
-from compressx.training import ConfigError
+from experiments.common.training import ConfigError
 
 NpArray = npt.NDArray[Any]
 STAGES = ("down", "open", "train", "pack", "seal", "up", "server")

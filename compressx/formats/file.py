@@ -21,11 +21,12 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from compressx import formats
+from compressx._harden import structures as initial_structures
 from compressx.constraints import Constraint, from_spec, on_leaf
 from compressx.formats import container
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, fail
-from compressx.harden import structures as initial_structures
-from compressx.rules import Rules, paths, resolve
+from compressx.rules import Rules, resolve
+from compressx.tree import paths
 
 MAX_LEAVES = 8192
 MAX_DEPTH = 64

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax import lax
 
-from compressx.compaction.program import Op, Program
 from compressx.kernels.pattern_conv import SLOPE
 from compressx.kernels.schedule import Geometry, Pads
+from compressx.trace import Op, Program
 
 
 class Conv(NamedTuple):

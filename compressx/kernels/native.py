@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressx import compiled
 from compressx.kernels.grid import Grid
+from compressx.native import build as compiled
 
 ISAS = ("generic", "avx2", "avx512")
 LANES = {"generic": 4, "avx2": 8, "avx512": 16}

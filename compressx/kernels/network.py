@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.compaction.program import Program, trace
 from compressx.formats.base import Packed
 from compressx.kernels import native, pallas, pattern_conv, schedule, tuning
 from compressx.kernels.graph import Conv, Other, Pool, Step, steps
 from compressx.kernels.grid import Grid, grid, valid, window_source
 from compressx.kernels.schedule import Loads, Plan, Sparse
+from compressx.trace import Program, trace
 
 
 class LayerReport(NamedTuple):
@@ -123,7 +123,7 @@ def compile(
     if variables is None:
         if not hasattr(packed_model, "packed") or not hasattr(packed_model, "params"):
             raise ValueError("compile needs a SavedModel, or a module (or function) and its variables")
-        from compressx import models
+        from experiments.common import models
 
         model = models.named(packed_model)
         variables, packed = packed_model.params, packed_model.packed

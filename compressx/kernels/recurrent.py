@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compressx import compiled, formats
+from compressx import formats
 from compressx.formats.base import Packed
 from compressx.kernels import native
+from compressx.native import build as compiled
 
 BSPC = ("bspc", "bspc-coded")
 CELLS = ("gru_before", "gru_after", "lstm")

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressx import compiled
 from compressx.kernels import native, pattern_conv, schedule
 from compressx.kernels.grid import Grid
 from compressx.kernels.schedule import Geometry, Plan, Sparse
+from compressx.native import build as compiled
 
 _BLOCKS = (32, 64, 128, 256)
 _GROUPS = (8, 16, 32, 64)

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx import models
 from compressx.compaction import CompactionError, channels, compact, dead, groups
 from compressx.compaction.primitives import reaches_border
-from compressx.rules import paths
+from compressx.tree import paths
+from experiments.common import models
 
 SMALL = {
     "lenet5": (models.LeNet5(), (28, 28, 1)),

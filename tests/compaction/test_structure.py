@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx import compaction, models
+from compressx import compaction
+from compressx._harden import harden
 from compressx.compaction import gathered, structure
 from compressx.constraints import from_spec, network_structure
 from compressx.formats import load_model, save_model
-from compressx.harden import harden
-from compressx.models import initial, yolov3
-from compressx.rules import paths
+from compressx.tree import paths
+from experiments.common import models
+from experiments.common.models import initial, yolov3
 
 PATTERN = r"params/(conv_\d+/kernel|bn_\d+/.*)"
 

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import compressx as cx
-from compressx.admm import find_state
+from compressx._admm import find_state
+from compressx._harden import check, structures
+from compressx._retrain import find_state as retrain_state
 from compressx.constraints.polarization import mixed_fragments, polarity
-from compressx.harden import check, structures
-from compressx.retrain import find_state as retrain_state
 
 SHAPE = (3, 3, 4, 8)
 

@@ -16,7 +16,9 @@ from hypothesis.extra import numpy as hnp
 
 import compressx as cx
 from compressx import views
-from compressx.admm import changes, find_state, watch_refreshes
+from compressx._admm import changes, find_state, watch_refreshes
+from compressx._harden import check, project, structures
+from compressx._retrain import find_state as retrain_state
 from compressx.constraints.polarization import (
     Polarity,
     compact,
@@ -26,8 +28,6 @@ from compressx.constraints.polarization import (
     required,
     sign_flips,
 )
-from compressx.harden import check, project, structures
-from compressx.retrain import find_state as retrain_state
 
 ORDERS = {"W": "chw", "H": "cwh", "C": "hwc"}  # slowest axis first
 orders = pytest.mark.parametrize("order", list(ORDERS))

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import compressx as cx
+from compressx._harden import check, structures
+from compressx._retrain import find_state
 from compressx.constraints.quantization import (
     Levels,
     activation_codes,
@@ -23,8 +25,6 @@ from compressx.constraints.quantization import (
     levels_of,
     quantize_activations,
 )
-from compressx.harden import check, structures
-from compressx.retrain import find_state
 
 CASES = [("uniform", 2), ("uniform", 4), ("uniform", 8), ("power_of_two", 4), ("cells", 4), ("codebook", 3)]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}

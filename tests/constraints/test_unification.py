@@ -16,9 +16,9 @@ from hypothesis.extra import numpy as hnp
 
 import compressx as cx
 from compressx import views
-from compressx.admm import find_state
+from compressx._admm import find_state
+from compressx._harden import check, structures
 from compressx.constraints.unification import FREE, PRUNED, UNIFIED, assign
-from compressx.harden import check, structures
 
 
 def normal(shape: tuple[int, ...], seed: int = 0, scale: float = 1.0) -> jax.Array:

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx import models
 from compressx.crossbar import aware, chips, cost, layers, mapping, network
 from compressx.crossbar.design import Adc, Design
 from compressx.crossbar.noise import Variation
 from compressx.crossbar.sot_mram import Operands
-from compressx.models.lstm import LanguageModel
+from experiments.common import models
+from experiments.common.models.lstm import LanguageModel
 
 DESIGN = Design(
     rows=16, cols=64, active_rows=4, input_bits=5, inputs="sign_planes", weight_bits=4, adc=Adc(3, encoding="flip"),

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from compressx import models
 from compressx.rules import resolve
-from compressx.training import phases
 from configs import cnn as configs
-from experiments import cnn
+from experiments.cnn import task as cnn
+from experiments.common import models
+from experiments.common.training import phases
 
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}
 

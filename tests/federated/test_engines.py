@@ -9,7 +9,7 @@ from compressx.federated import algorithm, splits
 from compressx.federated.host import Loopback
 from compressx.federated.simulate import Simulation
 from compressx.federated.trusted import rounds, sessions
-from compressx.training import Fit
+from experiments.common.training import Fit
 from tests.federated import world
 
 VARIANTS = {

@@ -15,8 +15,8 @@ import pytest
 from compressx.federated.simulate import Simulation
 from compressx.federated.trusted import sessions
 from configs import federated as configs
-from experiments import federated_setup as setup
-from experiments.driver import Options
+from experiments.common.driver import Options
+from experiments.federated import config as setup
 
 pytestmark = pytest.mark.slow
 CLIENTS = 10
@@ -44,7 +44,7 @@ class Nodes:
 
     def start(self, *more: str) -> subprocess.Popen:
         path = self.folder.parent / f"{'-'.join(m.strip('-').replace('=', '') for m in more)}.log"
-        command = [sys.executable, "-m", "experiments.federated_nodes", *self.flags, *more]
+        command = [sys.executable, "-m", "experiments.federated.nodes", *self.flags, *more]
         with open(path, "ab") as log:
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
 

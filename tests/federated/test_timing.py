@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compressx.federated.timing import STAGES, Costs, Network, elapsed
-from compressx.training import ConfigError
+from experiments.common.training import ConfigError
 
 
 def test_a_round_is_its_slowest_client_and_the_server() -> None:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from compressx import data, models, training
 from compressx.federated import algorithm, splits
 from compressx.federated.algorithm import Algorithm
 from compressx.federated.client import Client
@@ -19,7 +18,8 @@ from compressx.federated.trusted.aggregator import Aggregator
 from compressx.federated.trusted.quotes import Policy
 from compressx.federated.trusted.rounds import Plan
 from compressx.federated.trusted.sealing import FileCounter
-from compressx.models.layers import BatchNorm
+from experiments.common import data, models, training
+from experiments.common.models.layers import BatchNorm
 
 DENSITY = ((r"params/f[12]/kernel", 0.1),)
 CLIENTS = 4

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import compressx as cx
 from compressx.formats import CompressedFileError, SavedModel, container, load_model, save_model
-from compressx.rules import paths
+from compressx.tree import paths
 
 RULES = [
     ("params/conv/kernel", cx.filters_and_columns(0.5, 0.5)),

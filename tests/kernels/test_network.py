@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import compressx
-from compressx import kernels, models
-from compressx.compaction.program import trace
+from compressx import kernels
 from compressx.kernels import graph, native
+from compressx.trace import trace
+from experiments.common import models
 
 
 def sparse_variables(model, x, seed=0):

@@ -1,0 +1,348 @@
+"""ADMM as an optax gradient transformation: the penalty, the Z and U updates, rho, the residuals.
+
+    minimise f(W)  subject to  W in S_1, ..., W in S_n          (the sets of each leaf's constraint)
+
+    gradient:      g + rho * sum_k (W - Z_k + U_k)               every step
+    every `every` steps:  Z_k <- P_k(W + U_k),  U_k <- U_k + W - Z_k
+
+Stored are Z_k and Z_k - U_k, so that the penalty of a step reads one array of each set; U_k is their difference.
+
+Ties and levels (stages TIE, LEVEL) are sets for the weights that the sets before them keep: 0 is no level of a kept
+weight, and all levels of a pruned one. So their P_k is taken of W + U_k with zeros where an earlier Z is zero.
+
+This is ADMM over the whole network, with the inner problem solved inexactly by the optimizer that follows in the
+chain; it is not the layer-wise ADMM by which a layer's outputs are fitted one layer at a time.
+
+Sources: S. Boyd et al., "Distributed Optimization and Statistical Learning via the Alternating Direction Method of
+Multipliers", 2011 (scaled form, 3.1.1); W. Niu et al., "PatDNN", 2020 (several sets, each with Z and U).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from compressx import schedules as rho_schedules
+from compressx.constraints.base import TIE, Constraint
+from compressx.rules import Bound, Rules, resolve
+from compressx.schedules import RhoSchedule
+
+
+class AdmmState(NamedTuple):
+    """State of `admm`. Names are those of `rules.Bound` (a leaf's path, or a joint rule's pattern).
+
+    Attributes:
+      step: int32 [], gradient steps done.
+      updates: int32 [], Z and U updates done.
+      z: one tree per set number, shaped as params; unconstrained leaves (and leaves with fewer sets) are
+        `optax.MaskedNode()`, which stores nothing. Dtype and sharding of the leaf.
+      pull: Z_k - U_k, likewise: where the penalty pulls W to.
+      structure: name -> tuple over sets of what the set leaves open.
+      rho: name -> float32 [].
+      primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update.
+      dual: name -> float32 [sets], ||Z_k - Z_k previous|| / ||W|| at the last update.
+    """
+
+    step: Array
+    updates: Array
+    z: tuple[Any, ...]
+    pull: tuple[Any, ...]
+    structure: dict[str, tuple[Any, ...]]
+    rho: dict[str, Array]
+    primal: dict[str, Array]
+    dual: dict[str, Array]
+
+    @property
+    def u(self) -> tuple[Any, ...]:
+        """The scaled duals U_k, shaped as `z`."""
+        return jax.tree.map(jnp.subtract, self.z, self.pull)
+
+
+Rho = float | Array | RhoSchedule | Sequence[tuple[str, float | RhoSchedule]]
+
+
+def _like(params: Any, tree: Any) -> list[Any]:
+    """What a Z or U tree holds at each leaf of params: an array, or a `MaskedNode`."""
+    return jax.tree.structure(params).flatten_up_to(tree)  # type: ignore[attr-defined]
+
+
+def _norm(x: Any) -> Array:
+    parts = [jnp.sum(jnp.square(v.astype(jnp.float32))) for v in jax.tree.leaves(x)]
+    return jnp.sqrt(sum(parts, jnp.zeros((), jnp.float32)))
+
+
+def _sets(b: Bound) -> tuple[Constraint, ...]:
+    return b.constraint.sets
+
+
+def _kept(part: Constraint, v: Any, earlier: Sequence[Any]) -> Any:
+    """What a set is projected from: for ties and levels, v with zeros where an earlier set's Z has them."""
+    if part.stage >= TIE:
+        for z in earlier:
+            v = jax.tree.map(lambda v, z: jnp.where(z == 0, jnp.zeros((), v.dtype), v), v, z)
+    return v
+
+
+def _schedules(rho: Rho, bound: Sequence[Bound]) -> dict[str, RhoSchedule]:
+    def one(value: Any) -> RhoSchedule:
+        return value if isinstance(value, RhoSchedule) else rho_schedules.constant(value)
+
+    if not isinstance(rho, Sequence) or isinstance(rho, RhoSchedule):
+        return {b.name: one(rho) for b in bound}
+    chosen = {}
+    for b in bound:
+        hits = [value for pattern, value in rho if any(re.fullmatch(pattern, p) for p in b.paths)]
+        if not hits:
+            raise ValueError(f"no rho given for {b.name}; the rho patterns are {[p for p, _ in rho]}")
+        chosen[b.name] = one(hits[0])
+    return chosen
+
+
+def admm(
+    rules: Rules,
+    *,
+    rho: Rho = 1e-3,
+    every: int = 100,
+    refresh_every: int | None = None,
+    rescale_dual: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Pulls the constrained leaves towards their sets while any optimizer trains them.
+
+    Put it before the optimizer, so that the penalty is part of the gradient: `optax.chain(admm(...), optax.adam(lr))`;
+    or between `scale_by_adam` and `scale_by_learning_rate`, so that Adam does not normalise the penalty (decoupled).
+    Stored: two copies (Z, Z - U) of every constrained leaf per set, nothing else of a leaf's size.
+
+    Args:
+      rules: pairs (pattern, constraint), see `compressx.rules`.
+      rho: penalty weight: a number, a schedule (`compressx.schedules`), or pairs (pattern, number or schedule).
+      every: gradient steps between Z and U updates, >= 1.
+      refresh_every: updates between refreshes of what the sets leave open (fragment signs, pattern libraries); None
+        keeps the first choice.
+      rescale_dual: keep rho * U, the true dual, unchanged when rho moves. The papers' public code does not (False).
+
+    Returns:
+      A transform whose state is an `AdmmState`; `update` needs `params`.
+
+    Raises:
+      ValueError: `every` or `refresh_every` below 1; at init, whatever `rules.resolve` finds.
+    """
+    for name, value in (("every", every), ("refresh_every", refresh_every)):
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def init_fn(params: Any) -> AdmmState:
+        bound = resolve(rules, params)
+        schedules = _schedules(rho, bound)
+        leaves, treedef = jax.tree.flatten(params)
+        depth = max((len(_sets(b)) for b in bound), default=0)
+        z = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
+        pull = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
+        structure: dict[str, tuple[Any, ...]] = {}
+        for b in bound:
+            w = b.take(leaves)
+            chosen = b.constraint.init(w)  # each set's for the weights as the sets before it leave them
+            structure[b.name] = chosen if b.constraint.parts else (chosen,)
+            before: list[Any] = []
+            for k, (part, s) in enumerate(zip(_sets(b), structure[b.name], strict=True)):
+                before.append(part.project(_kept(part, w, before), s))
+                b.put(z[k], before[-1])
+                b.put(pull[k], jax.tree.map(jnp.copy, before[-1]))  # U is zero
+        # a distinct array for every entry: shared buffers cannot be donated
+        residuals = [{b.name: jnp.full(len(_sets(b)), jnp.inf, jnp.float32) for b in bound} for _ in range(2)]
+        return AdmmState(
+            step=jnp.zeros((), jnp.int32),
+            updates=jnp.zeros((), jnp.int32),
+            z=tuple(jax.tree.unflatten(treedef, x) for x in z),
+            pull=tuple(jax.tree.unflatten(treedef, x) for x in pull),
+            structure=structure,
+            rho={name: s.init() for name, s in schedules.items()},
+            primal=residuals[0],
+            dual=residuals[1],
+        )
+
+    def update_fn(updates: Any, state: AdmmState, params: Any = None, **extra_args: Any) -> tuple[Any, AdmmState]:
+        del extra_args
+        if params is None:
+            raise ValueError("admm needs the parameters: call update(updates, state, params)")
+        bound = resolve(rules, params)
+        schedules = _schedules(rho, bound)
+        leaves = jax.tree.leaves(params)
+        gradients, treedef = jax.tree.flatten(updates)
+        if not isinstance(rho, Sequence):  # a plain number may be injected and change between steps
+            state = state._replace(rho={name: jnp.asarray(rho, jnp.float32) for name in state.rho})
+
+        # A loop that runs once or not at all: unlike `lax.cond` it updates Z and U in place, where XLA's conditional
+        # copies them at every step.
+        due = (state.step + 1) % every == 0
+        state = lax.fori_loop(
+            0,
+            due.astype(jnp.int32),
+            lambda _, s: _dual_step(s, params, bound, schedules, refresh_every, rescale_dual),
+            state._replace(step=optax.safe_increment(state.step)),
+        )
+        trees = [_like(params, t) for t in state.pull]
+        for b in bound:
+            g, r = b.take(gradients), state.rho[b.name]
+            for k in range(len(_sets(b))):
+                penalty = jax.tree.map(lambda w, t, r=r: r.astype(w.dtype) * (w - t), b.take(leaves), b.take(trees[k]))
+                g = jax.tree.map(lambda g, p: g + p.astype(g.dtype), g, penalty)
+            b.put(gradients, g)
+        return jax.tree.unflatten(treedef, gradients), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _dual_step(
+    state: AdmmState,
+    params: Any,
+    bound: Sequence[Bound],
+    schedules: dict[str, RhoSchedule],
+    refresh_every: int | None,
+    rescale_dual: bool,
+) -> AdmmState:
+    """One Z and U update of every leaf, with the residuals and the next rho."""
+    number = optax.safe_increment(state.updates)
+    leaves, treedef = jax.tree.flatten(params)
+    trees_z, pulls = [_like(params, t) for t in state.z], [_like(params, t) for t in state.pull]
+    structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
+    for b in bound:
+        w = b.take(leaves)
+        residuals, moves = [], []
+        chosen: list[Any] = []
+        done: list[Any] = []
+        duals: list[Any] = []
+        for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
+            before = b.take(trees_z[k])
+            v = jax.tree.map(lambda w, z, t: w + (z - t), w, before, b.take(pulls[k]))
+            if refresh_every is not None:
+                earlier = list(zip(_sets(b), chosen, strict=False))
+
+                def anew(v: Any, s: Any, part: Constraint = part, earlier: Any = earlier) -> Any:
+                    for p, c in earlier:
+                        v = p.project(v, c)
+                    return part.refresh(v, s)
+
+                s = lax.cond(number % refresh_every == 0, anew, lambda _, s: s, v, s)
+            z = part.project(_kept(part, v, done), s)
+            done.append(z)
+            duals.append(jax.tree.map(jnp.subtract, v, z))
+            b.put(trees_z[k], z)
+            residual = jax.tree.map(jnp.subtract, w, z)
+            residuals.append(_norm(residual))
+            moves.append(_norm(jax.tree.map(jnp.subtract, z, before)))
+            chosen.append(s)
+        structure[b.name] = tuple(chosen)
+        # ||W||, written so that it depends on Z: as a loop invariant XLA would compute it at every step
+        size = jnp.maximum(_norm(jax.tree.map(jnp.add, residual, z)), jnp.finfo(jnp.float32).tiny)
+        primal[b.name], dual[b.name] = jnp.stack(residuals) / size, jnp.stack(moves) / size
+        old = rho[b.name]
+        rho[b.name] = schedules[b.name].update(old, _norm(residuals), _norm(moves), number)
+        scale = old / rho[b.name] if rescale_dual else jnp.ones((), jnp.float32)
+        for k, (z, u) in enumerate(zip(done, duals, strict=True)):
+            b.put(pulls[k], jax.tree.map(lambda z, u, s=scale: z - u * s.astype(u.dtype), z, u))
+    return state._replace(
+        updates=number,
+        z=tuple(jax.tree.unflatten(treedef, t) for t in trees_z),
+        pull=tuple(jax.tree.unflatten(treedef, t) for t in pulls),
+        structure=structure,
+        rho=rho,
+        primal=primal,
+        dual=dual,
+    )
+
+
+class Watched(NamedTuple):
+    """State of `watch_refreshes`.
+
+    Attributes:
+      admm: of the watched transform.
+      changed: name -> float32 [], what the leaf's set says changed at the last refresh; -1 before the first.
+    """
+
+    admm: AdmmState
+    changed: dict[str, Array]
+
+
+def watch_refreshes(
+    inner: optax.GradientTransformationExtraArgs, rules: Rules, refresh_every: int
+) -> optax.GradientTransformationExtraArgs:
+    """`admm(rules, refresh_every=...)`, keeping for each leaf how much of its structure the last refresh changed.
+
+    Leaves none of whose sets has `Constraint.changed` are not watched. Read it with `changes`.
+    """
+
+    def watched(params: Any) -> list[tuple[Bound, int]]:
+        each = [(b, [k for k, part in enumerate(_sets(b)) if part.changed is not None]) for b in resolve(rules, params)]
+        return [(b, places[0]) for b, places in each if places]
+
+    def init_fn(params: Any) -> Watched:
+        return Watched(inner.init(params), {b.name: jnp.full((), -1, jnp.float32) for b, _ in watched(params)})
+
+    def update_fn(updates: Any, state: Watched, params: Any = None, **extra_args: Any) -> tuple[Any, Watched]:
+        before = state.admm
+        updates, after = inner.update(updates, before, params, **extra_args)
+
+        def compare() -> dict[str, Array]:
+            found = {}
+            for b, k in watched(params):
+                z, (old, new) = b.take(_like(params, after.z[k])), (s.structure[b.name][k] for s in (before, after))
+                found[b.name] = _sets(b)[k].changed(z, old, new).astype(jnp.float32)  # type: ignore[misc]
+            return found
+
+        fresh = (after.updates != before.updates) & (after.updates % refresh_every == 0)
+        return updates, Watched(after, lax.cond(fresh, compare, lambda: state.changed))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def changes(opt_state: Any) -> dict[str, Array]:
+    """What the last refresh changed, by name, of the leaves that are watched and have had one (on the host)."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, Watched))
+    found = [s.changed for s in leaves if isinstance(s, Watched)]
+    return {n: v for changed in found for n, v in jax.device_get(changed).items() if v >= 0}
+
+
+def find_state(opt_state: Any) -> AdmmState:
+    """The `AdmmState` inside any optimizer state (a chain, `MultiSteps`, `partition`, ...).
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AdmmState))
+    found = [s for s in leaves if isinstance(s, AdmmState)]
+    if len(found) != 1:
+        raise ValueError(f"expected one AdmmState in the optimizer state, found {len(found)}")
+    return found[0]
+
+
+def by_set(primal: Mapping[str, Any], dual: Mapping[str, Any], rules: Rules) -> dict[str, dict[str, float]]:
+    """The residuals of the leaves that lie in several sets, an entry for each: `<name> <kind of set>`.
+
+    Args:
+      primal, dual: of an `AdmmState`, on the host.
+      rules: those of `admm`.
+
+    Returns:
+      `primal_by_set` and `dual_by_set`; a second set of a kind is called `<kind> 2`. Empty where no leaf has several.
+    """
+    out: dict[str, dict[str, float]] = {"primal_by_set": {}, "dual_by_set": {}}
+    for name in primal:
+        held = next(c for pattern, c in rules if name == pattern or re.fullmatch(pattern, name))
+        kinds = [p.spec["kind"] for p in held.parts] if held is not None else []
+        for k, kind in enumerate(kinds):
+            number = kinds[: k + 1].count(kind)
+            key = f"{name} {kind}" + (f" {number}" if number > 1 else "")
+            out["primal_by_set"][key], out["dual_by_set"][key] = float(primal[name][k]), float(dual[name][k])
+    return out if out["primal_by_set"] else {}
+
+
+def metrics(opt_state: Any) -> dict[str, Array]:
+    """rho and the residuals as a flat dictionary: `primal/<name>`, `dual/<name>` (largest over sets), `rho/<name>`."""
+    state = find_state(opt_state)
+    out = {f"primal/{n}": jnp.max(v) for n, v in state.primal.items()}
+    out |= {f"dual/{n}": jnp.max(v) for n, v in state.dual.items()}
+    return out | {f"rho/{n}": v for n, v in state.rho.items()}

@@ -1,0 +1,97 @@
+"""Hardening: the weights are projected once onto their sets, and the result is checked against every one of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from compressx._admm import AdmmState
+from compressx.constraints.base import Constraint, violations
+from compressx.rules import Bound, Rules, resolve
+from compressx.tree import check_finite
+
+
+class ConstraintViolation(ValueError):
+    """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside."""
+
+
+def structures(params: Any, rules: Rules, state: AdmmState | None = None) -> dict[str, Any]:
+    """What every set leaves open (signs, libraries, scales), by name: as in ADMM's state, or chosen for params.
+
+    What in ADMM's state follows from the zeros of other sets (the order of the rows in polarized fragments) is formed
+    anew where these zeros are others by now.
+    """
+    leaves = jax.tree.leaves(params)
+    out = {}
+    for b in resolve(rules, params):
+        if state is None:
+            out[b.name] = b.constraint.init(b.take(leaves))
+        else:
+            each = _settled(b.constraint, b.take(leaves), state.structure[b.name])
+            out[b.name] = each if b.constraint.parts else each[0]
+    return out
+
+
+def _settled(constraint: Constraint, w: Any, each: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The structures of an ADMM state, made to agree with the zeros that the projection of w will have."""
+    last = max((k for k, p in enumerate(constraint.sets) if p.settle), default=-1)
+    out = list(each)
+    for k, part in enumerate(constraint.sets[: last + 1]):
+        if part.settle:
+            out[k] = part.settle(w, out[k])
+        if k < last:
+            w = part.project(w, out[k])
+    return tuple(out)
+
+
+def project(params: Any, rules: Rules, structure: dict[str, Any]) -> Any:
+    """Every constrained leaf at its nearest point of its set (pure, jits); the other leaves are untouched."""
+    leaves, treedef = jax.tree.flatten(params)
+    for b in resolve(rules, params):
+        b.put(leaves, b.constraint.project(b.take(leaves), structure[b.name]))
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def count_violations(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, Array]:
+    """How many entries of every constrained leaf lie outside its sets, by name (int32; pure, jits)."""
+    leaves = jax.tree.leaves(params)
+    return {b.name: violations(b.constraint, b.take(leaves), structure[b.name]) for b in resolve(rules, params)}
+
+
+def harden(params: Any, rules: Rules, state: AdmmState | None = None) -> Any:
+    """Projects every constrained leaf onto its sets, once, and proves that it lies in all of them.
+
+    Args:
+      params: any pytree of concrete arrays.
+      rules: pairs (pattern, constraint).
+      state: the ADMM state (`admm.find_state`), whose signs, libraries and scales are then used.
+
+    Returns:
+      Parameters that satisfy every rule exactly.
+
+    Raises:
+      ValueError: a leaf holds NaN or infinity.
+      ConstraintViolation: a projected leaf does not lie in one of its sets.
+    """
+    check_finite(params)
+    structure = structures(params, rules, state)
+    hard = jax.jit(lambda p, s: project(p, rules, s))(params, structure)
+    check(hard, rules, structure)
+    return hard
+
+
+def check(params: Any, rules: Rules, structure: dict[str, Any]) -> None:
+    """Raises `ConstraintViolation` unless every constrained leaf lies in its sets exactly."""
+    counts = jax.device_get(jax.jit(lambda p, s: count_violations(p, rules, s))(params, structure))
+    bad = [(b, int(counts[b.name])) for b in resolve(rules, params) if counts[b.name]]
+    if bad:
+        lines = "\n  ".join(f"{b.name}: {n} entries outside {b.constraint}" for b, n in bad)
+        raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}")
+
+
+def kept(params: Any, bound: tuple[Bound, ...]) -> dict[str, tuple[int, int]]:
+    """`path -> (non-zero weights, all weights)` of every constrained leaf."""
+    leaves = jax.tree.leaves(params)
+    pairs = [(p, leaves[i]) for b in bound for p, i in zip(b.paths, b.indices, strict=True)]
+    return {p: (int(jnp.count_nonzero(w)), w.size) for p, w in pairs}

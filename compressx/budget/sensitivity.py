@@ -1,0 +1,136 @@
+"""Sensitivity: what the loss becomes when one layer alone is pruned, at each of several rates.
+
+The groups of every leaf are ranked once; a density is then only a number, so that all layers and all rates are one
+compiled program. `allocate.by_sensitivity` shares out a budget by the result.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from compressx.constraints.base import check_density, count
+from compressx.constraints.select import squares
+from compressx.tree import path_name
+
+Scores = Callable[[Array], Array]
+
+
+class Row(NamedTuple):
+    """One layer at one rate, everything else dense.
+
+    Attributes:
+      path: of the leaf.
+      density: asked for.
+      kept: groups kept, exactly.
+      groups: groups in all.
+      weights: weights kept, `kept / groups` of the leaf's.
+      value: the loss, or whatever `measure` returns.
+      change: value minus that of the dense network.
+    """
+
+    path: str
+    density: float
+    kept: int
+    groups: int
+    weights: int
+    value: float
+    change: float
+
+
+def _energy(*axes: int) -> Scores:
+    def score(w: Array) -> Array:
+        held = {a % w.ndim for a in axes}
+        return squares(w, tuple(a for a in range(w.ndim) if a not in held), keepdims=True)
+
+    return score
+
+
+# the groups that go together -> energy of each, with the leaf's axes (1 where a group spans the axis)
+STRUCTURES: dict[str, Scores] = {
+    "weights": lambda w: jnp.square(w),
+    "filters": _energy(-1),
+    "channels": _energy(-2),
+    "columns": lambda w: _energy(*range(w.ndim - 1))(w),
+}
+
+
+def ranks(w: Array, score: Scores) -> Array:
+    """The place of every group by falling energy, int32 of the scores' shape; ties go to the lower index."""
+    energy = score(w)
+    order = jnp.argsort(-energy.reshape(-1), stable=True)
+    place = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    return place.reshape(energy.shape)
+
+
+def sensitivity(
+    measure: Callable[[Any], Array],
+    params: Any,
+    leaves: Sequence[str],
+    densities: Sequence[float],
+    structure: str | Scores = "weights",
+    at_once: int | None = None,
+) -> list[Row]:
+    """Prunes one leaf at a time by magnitude to each density, and measures the network.
+
+        value[l, d] = measure(params with leaf l keeping its count(d) groups of largest energy)
+
+    Args:
+      measure: `measure(params) -> scalar`, pure: the loss (or minus the accuracy) on some batches.
+      params: pytree of arrays.
+      leaves: paths of the leaves to prune, one at a time.
+      densities: shares of groups to keep, in (0, 1].
+      structure: "weights", "filters", "channels", "columns", or `scores(w) -> energies`, with w's axes, 1 where a group
+        spans the axis.
+      at_once: how many (leaf, density) pairs are measured in one vmapped call; all densities of a leaf where None. The
+        whole is one compiled program for any value; fewer at once need less memory, and are faster on a CPU.
+
+    Returns:
+      A row per leaf and density, in the order given.
+
+    Raises:
+      ValueError: a path that is not in params, an unknown structure, a density out of range or that keeps nothing.
+    """
+    if isinstance(structure, str) and structure not in STRUCTURES:
+        raise ValueError(f"structure must be one of {', '.join(STRUCTURES)} or a function, got {structure!r}")
+    score = STRUCTURES[structure] if isinstance(structure, str) else structure
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    places = {path_name(p): i for i, (p, _) in enumerate(flat)}
+    absent = [p for p in leaves if p not in places]
+    if absent or not leaves or not densities:
+        what = f"no leaf {', '.join(absent)}" if absent else "give at least one leaf and one density"
+        raise ValueError(f"{what}; the paths are {', '.join(places)}")
+    for d in densities:
+        check_density(d)
+    values = [w for _, w in flat]
+    chosen = [places[p] for p in leaves]
+    sizes = [int(np.prod(jax.eval_shape(score, values[i]).shape)) for i in chosen]
+    pairs = [(n, count(d, size, None, f"groups of {leaves[n]}")) for n, size in enumerate(sizes) for d in densities]
+
+    @jax.jit
+    def run(values: list[Array], which: Array, kept: Array) -> tuple[Array, Array]:
+        rank = [ranks(values[i], score) for i in chosen]
+
+        def pruned(pair: tuple[Array, Array]) -> Array:
+            layer, k = pair
+            out = list(values)
+            for n, (i, r) in enumerate(zip(chosen, rank, strict=True)):
+                mask = r < jnp.where(layer == n, k, sizes[n])
+                out[i] = jnp.where(mask, values[i], jnp.zeros((), values[i].dtype))
+            return jnp.asarray(measure(jax.tree.unflatten(treedef, out)))
+
+        dense = measure(jax.tree.unflatten(treedef, values))
+        return dense, jax.lax.map(pruned, (which, kept), batch_size=at_once or len(densities))
+
+    which, kept = (jnp.asarray(x, jnp.int32) for x in zip(*pairs, strict=True))
+    dense, found = jax.device_get(run(values, which, kept))
+    if np.shape(dense) != ():
+        raise ValueError(f"measure must return one number, got shape {np.shape(dense)}")
+    rows = []
+    for (n, k), d, value in zip(pairs, list(densities) * len(leaves), found, strict=True):
+        weights = values[chosen[n]].size // sizes[n] * k
+        rows.append(Row(leaves[n], d, k, sizes[n], weights, float(value), float(value) - float(dense)))
+    return rows

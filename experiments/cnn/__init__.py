@@ -1,0 +1,1 @@
+"""Image classifiers under any constraint: `python -m experiments.cnn`."""

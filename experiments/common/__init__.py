@@ -1,0 +1,1 @@
+"""What all drivers share: models, data, training, reports, and the runner."""

@@ -1,0 +1,178 @@
+"""A run as a list of phases, each starting from the weights that another left.
+
+    dense -> [admm -> retrain] for each stage        and from the same dense weights, the baselines
+
+Hardening is the start of `retrain`: the weights are projected once and checked, and then trained inside the piece of
+the set they landed in.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from compressx import constraints
+from compressx._harden import check, count_violations, project, structures
+from compressx._retrain import RetrainState, retract
+from compressx.constraints.base import Constraint
+from compressx.rules import Rules, resolve
+from compressx.tree import check_finite
+from experiments.common.training.config import ConfigError, Fit, Plan, Rule, Stage
+from experiments.common.training.gradual import check_scalable
+from experiments.common.training.state import all_finite
+
+DENSE = "dense"
+ONE_SHOT, SAME_BUDGET, GRADUAL = "one_shot", "dense_same_budget", "gradual"
+
+
+class Phase(NamedTuple):
+    """A stretch of training with one optimizer and one learning-rate schedule.
+
+    Attributes:
+      name: unique in the run; data order and random keys depend on it and the seed alone.
+      kind: "dense", "admm", "retrain" (hardens first) or "gradual" (prunes more and more, then is followed by retrain).
+      start: phase whose weights it starts from; "" for the initial weights.
+      fit: how long and how fast.
+      rules: what it moves towards or stays inside; None for "dense".
+      within: rules whose support it must not leave while it moves ("admm" of a later stage).
+    """
+
+    name: str
+    kind: str
+    start: str
+    fit: Fit
+    rules: tuple[tuple[str, Constraint | None], ...] | None = None
+    within: tuple[tuple[str, Constraint | None], ...] | None = None
+
+
+class Weights(NamedTuple):
+    """What a phase leaves: parameters, running statistics, and what its sets left open by name (`{}` without sets)."""
+
+    params: Any
+    batch_stats: Any
+    structure: dict[str, Any]
+
+
+def build_rules(rules: tuple[Rule, ...]) -> tuple[tuple[str, Constraint | None], ...]:
+    """Constraints from their specs.
+
+    Raises:
+      ConfigError: a spec that no constraint has; names the rule.
+    """
+    built = []
+    for pattern, spec in rules:
+        try:
+            built.append((pattern, None if spec is None else constraints.from_spec(_lists(spec))))
+        except ValueError as error:
+            raise ConfigError(f"rule {pattern!r}: {error}") from None
+    return tuple(built)
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def plan(config: Plan) -> tuple[Phase, ...]:
+    """The phases of a run, in the order in which they run."""
+    phases = [Phase(DENSE, "dense", "", config.dense)]
+    phases += _method(config.method, config.stages)
+    for name in config.baselines:
+        if name == SAME_BUDGET and config.method == "dense" or name == config.method:
+            raise ConfigError(f"baselines: {name!r} is the method itself")
+        phases += _method("dense" if name == SAME_BUDGET else name, config.stages)
+    return tuple(phases)
+
+
+def final(config: Plan) -> str:
+    """The phase whose weights are the run's result."""
+    return (_method(config.method, config.stages) or [Phase(DENSE, "dense", "", config.dense)])[-1].name
+
+
+def _method(method: str, stages: tuple[Stage, ...]) -> list[Phase]:
+    if not stages:
+        return []
+    moving = sum(s.admm.epochs for s in stages)
+    inside = sum(s.retrain.epochs for s in stages)
+    last = stages[-1]
+    rules = build_rules(last.rules)
+    whole = dataclasses.replace(last.retrain, epochs=moving + inside)
+    if method == "one_shot":
+        return [Phase(ONE_SHOT, "retrain", DENSE, whole, rules)]
+    if method == "dense":
+        return [Phase(SAME_BUDGET, "dense", DENSE, whole)]
+    if method == "gradual":
+        check_scalable(last.rules)
+        shrinking = dataclasses.replace(last.admm, epochs=moving)
+        staying = dataclasses.replace(last.retrain, epochs=inside)
+        return [
+            Phase(GRADUAL, "gradual", DENSE, shrinking, rules),
+            Phase(f"{GRADUAL}_retrain", "retrain", GRADUAL, staying, rules),
+        ]
+    phases: list[Phase] = []
+    start, within = DENSE, None
+    for number, stage in enumerate(stages):
+        mark = f"_{number + 1}" if len(stages) > 1 else ""
+        rules = build_rules(stage.rules)
+        phases.append(Phase(f"admm{mark}", "admm", start, stage.admm, rules, within))
+        phases.append(Phase(f"retrain{mark}", "retrain", f"admm{mark}", stage.retrain, rules))
+        start, within = f"retrain{mark}", rules
+    return phases
+
+
+def harden(weights: Weights, rules: Rules) -> Weights:
+    """The weights projected once onto their sets, with the structure they carry if they have one; checked.
+
+    Raises:
+      ValueError: NaN or infinity in a leaf.
+      ConstraintViolation: a projected leaf lies outside one of its sets.
+    """
+    if not all_finite(weights.params):
+        check_finite(weights.params)  # raises, naming the leaf
+
+    @jax.jit
+    def run(params: Any, structure: Any) -> Any:
+        structure = structure or structures(params, rules)
+        hard = project(params, rules, structure)
+        return hard, structure, count_violations(hard, rules, structure)
+
+    params, structure, outside = run(weights.params, weights.structure)
+    if any(jax.device_get(outside).values()):
+        check(params, rules, structure)  # raises, naming the leaves
+    return Weights(params, weights.batch_stats, structure)
+
+
+def settle(weights: Weights, rules: Rules, piece: RetrainState) -> Weights:
+    """Retrained weights at the nearest point of their piece (levels are exact only there), with their levels; checked.
+
+    Raises:
+      ConstraintViolation: a leaf lies outside one of its sets.
+    """
+
+    @jax.jit
+    def run(params: Any, structure: Any, piece: RetrainState) -> Any:
+        exact = retract(params, rules, piece)
+        structure = move_levels(exact, rules, structure)
+        return exact, structure, count_violations(exact, rules, structure)
+
+    params, structure, outside = run(weights.params, weights.structure, piece)
+    if any(jax.device_get(outside).values()):
+        check(params, rules, structure)  # raises, naming the leaves
+    return weights._replace(params=params, structure=structure)
+
+
+def move_levels(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, Any]:
+    """The structure with the levels that retrained weights lie on: retraining tunes scales and codebooks.
+
+    What the other sets left open (signs, libraries, orders) does not move in retraining and is kept as it is.
+    """
+    leaves, out = jax.tree.leaves(params), {}
+    for b in resolve(rules, params):
+        each = structure[b.name] if b.constraint.parts else (structure[b.name],)
+        w = b.take(leaves)
+        moved = tuple(
+            p.refresh(w, s) if p.stage == constraints.LEVEL else s for p, s in zip(b.constraint.sets, each, strict=True)
+        )
+        out[b.name] = moved if b.constraint.parts else moved[0]
+    return out

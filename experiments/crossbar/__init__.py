@@ -1,0 +1,1 @@
+"""FORMS and SOT-MRAM on simulated engines: `python -m experiments.crossbar`."""

@@ -1,0 +1,1 @@
+"""Collective entity linking (DCA): `python -m experiments.entity_linking`."""

@@ -1,0 +1,1 @@
+"""Federated learning with sparse encrypted updates (ESMFL): `python -m experiments.federated`."""

@@ -1,0 +1,1 @@
+"""Block-pruned GRU speech recognition (RTMobile): `python -m experiments.gru_speech`."""

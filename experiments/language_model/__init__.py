@@ -1,0 +1,1 @@
+"""LSTM language models with density-adaptive blocks (DARB): `python -m experiments.language_model`."""

@@ -1,0 +1,1 @@
+"""Pneumonia detection with a pruned YOLOv3: `python -m experiments.pneumonia`."""

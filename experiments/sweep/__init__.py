@@ -1,0 +1,1 @@
+"""Methods or constraint families against rate or bytes: `python -m experiments.sweep`."""

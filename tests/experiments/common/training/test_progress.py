@@ -1,0 +1,25 @@
+import re
+
+from experiments.common.training import progress
+from experiments.common.training.progress import Display
+
+
+def test_the_time_left_does_not_count_the_first_epoch_which_compiles(monkeypatch, capsys) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Display(total=1000) as display:
+        display.move("admm", 600)  # resumed there
+        for epoch, seconds in ((1, 120.0), (2, 132.0), (3, 144.0)):
+            now[0] = seconds
+            display.epoch("admm", epoch, 3, 600 + 100 * epoch, {"loss": 0.5, "nothing": None})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("  (")[0] for line in lines] == [f"admm {e}/3  loss 0.5" for e in (1, 2, 3)]
+    left = [float(re.search(r"about ([\d.]+) min", line)[1]) for line in lines]
+    assert left == [6.0, 0.4, 0.2]
+
+
+def test_a_quiet_display_prints_nothing(capsys) -> None:
+    with Display(total=2, quiet=True) as display:
+        display.epoch("dense", 1, 2, 1, {"loss": 1.0})
+        display.say("words")
+    assert capsys.readouterr() == ("", "")
