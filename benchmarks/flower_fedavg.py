@@ -89,7 +89,7 @@ class Proxy(ClientProxy):
 def flower(config: Config, alg: Algorithm, setting: Setting) -> tuple[Server, list[Proxy]]:
     """Flower's server with its FedAvg, every client in every round."""
     layers, treedef = algorithm.layout(alg, setting.model), jax.tree.structure(setting.model)
-    program = jax.jit(algorithm.make_local(setting.task, alg, layers, treedef, alg.kind(0)))
+    program = jax.jit(algorithm.make_local(setting.loss, alg, layers, treedef, alg.kind(0)))
     clients = [Proxy(k, config, alg, setting, program) for k in range(len(setting.split))]
     first = ndarrays_to_parameters([np.asarray(x) for x in jax.tree.leaves(setting.model)])
     strategy = FedAvg(
@@ -121,7 +121,7 @@ def protocol(config: Config, alg: Algorithm, setting: Setting, folder: Path) -> 
     clients = {}
     for k, rows in enumerate(setting.split):
         mine = {name: x[rows] for name, x in setting.train.items()}
-        clients[k] = Client(k, plan, alg, setting.model, setting.task, mine, config.seed, identities[k], verifier)
+        clients[k] = Client(k, plan, alg, setting.model, setting.loss, mine, config.seed, identities[k], verifier)
     return Loopback(aggregator, clients), aggregator
 
 
@@ -129,7 +129,7 @@ def compare(config: Config, alg: Algorithm, setting: Setting) -> dict[str, Any]:
     """Seconds of a round, bytes, accuracy, and how far the models are apart at the end."""
     seconds: dict[str, list[float]] = {"simulation": [], "protocol": [], "flower": []}
     with tempfile.TemporaryDirectory() as folder:
-        simulation = Simulation(setting.task, alg, setting.model, setting.train, setting.split, config.seed)
+        simulation = Simulation(setting.loss, alg, setting.model, setting.train, setting.split, config.seed)
         loop, aggregator = protocol(config, alg, setting, Path(folder))
         server, proxies = flower(config, alg, setting)
         now, down, up = simulation.start(), 0, 0

@@ -320,11 +320,13 @@ def saved(file: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     import compressx
     from compressx import kernels
+    from experiments.common import models
 
     held = compressx.load_model(file)
+    network = models.named(held)
     shape = tuple(int(n) for n in args.shape.split(","))
     x = jax.device_put(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
-    ours, xla = (kernels.compile(held, threads=args.threads, tune=args.tune, path=p) for p in (None, "xla"))
+    ours, xla = (kernels.compile(network, held, threads=args.threads, tune=args.tune, path=p) for p in (None, "xla"))
     runs = {n: lambda f=f: jax.block_until_ready(f(x)) for n, f in (("ours", ours), ("jax", xla))}
     elapsed, _ = measure(runs, args.rounds)
     row: dict[str, Any] = {"case": file.parent.name, "path": ours.path}

@@ -3,7 +3,8 @@
     compressx inspect FILE    what is kept of every layer, and its bytes
     compressx verify FILE     every constraint, checked on the stored weights
     compressx diff A B        what differs between two files
-    compressx export FILE OUT --to onnx --shape 32x32x3     the network for other runtimes; --compact for the small one
+    compressx export FILE OUT --to onnx --shape 32x32x3 --model package.module:Class [--options JSON] [--compact]
+                              the network for other runtimes; --compact for the small one
     compressx doctor          versions, devices, compiler, data; and how to get what is missing
 
 Exit codes: 0 all is well; 1 a finding (a violated constraint, a difference, something missing); 2 an error (bad usage,
@@ -11,7 +12,9 @@ a file that cannot be read). `--json` prints one JSON object instead of tables.
 """
 
 import argparse
+import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, choices=("onnx", "stablehlo"), help="what is written")
     shape = "shape of one input without the batch axis, such as 32x32x3"
     export.add_argument("--shape", required=True, type=_extents, metavar="HxWxC", help=shape)
+    model = "class of the network, or a function that makes it; imported, so name only code that you trust"
+    export.add_argument("--model", required=True, metavar="package.module:Class", help=model)
+    options = "its arguments as a JSON object, such as '{\"classes\": 10}'"
+    export.add_argument("--options", type=_options, default={}, metavar="JSON", help=options)
     export.add_argument("--compact", action="store_true", help="leave out the channels that pruning made useless")
     doctor = command("doctor", _doctor, "versions, devices, compiler, data; and how to get what is missing")
     doctor.add_argument("--data_dir", metavar="DIR", help="look for data here first, then in $COMPRESSX_DATA")
@@ -104,6 +111,16 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")
     return value
 
 
@@ -278,13 +295,12 @@ def _compare(path: str, a: np.ndarray, b: np.ndarray, ca: str | None, cb: str | 
 
 
 def _export(arguments: argparse.Namespace) -> Answer:
-    from compressx import compaction, export
-    from experiments.common import models  # what no other command needs
+    from compressx import compaction, export  # what no other command needs
 
     saved = formats.load_model(arguments.FILE, arguments.max_bytes)
     variables, shape = jax.tree.map(jnp.asarray, saved.params), arguments.shape
     try:
-        module: Any = models.named(saved)
+        module: Any = _network(arguments.model)(**arguments.options)
         if arguments.compact:
             small = compaction.compact(module, variables, jnp.zeros((1, *shape)))
             module, variables = small.apply, small.variables
@@ -298,6 +314,22 @@ def _export(arguments: argparse.Namespace) -> Answer:
     inputs = f"inputs [batch, {', '.join(map(str, shape))}]"
     lines = [f"{arguments.OUT}: {arguments.to}, {number} weights, {len(made)} B, {inputs}"]
     return Answer(OK, data, list(map(_clean, lines)))
+
+
+def _network(name: str) -> Any:
+    """The class or function that `package.module:name` names; the folder the command runs in is looked through first."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute.isidentifier():
+        raise ValueError(f"--model={name!r} must be package.module:Class")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ValueError(f"--model={name!r} cannot be imported: {error}") from None
+    except AttributeError:
+        raise ValueError(f"--model={name!r}: the module {module} has no {attribute}") from None
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 # --- doctor

@@ -18,6 +18,8 @@ from experiments.common import data, models
 
 RULES = [("a/kernel", cx.unstructured(keep=12)), ("b/kernel", cx.filters(0.5) & cx.columns(0.5))]
 
+DIGITS = ("--model", "experiments.common.models:DigitsCNN", "--options", '{"classes": 10}')
+
 
 def _weights() -> dict[str, Any]:
     k = jax.random.split(jax.random.key(0))
@@ -177,7 +179,8 @@ def test_errors_are_one_line_and_exit_2(file: str, tmp_path: Path, capsys: pytes
     "arguments",
     [
         *((), ("melt",), ("inspect",), ("diff", "a"), ("inspect", "a", "--max-bytes", "0"), ("export", "a", "b")),
-        *(("export", "a", "b", "--to", to, "--shape", shape) for to, shape in (("tflite", "8"), ("onnx", "8x"))),
+        *(("export", "a", "b", *DIGITS, "--to", to, "--shape", shape) for to, shape in (("tflite", "8"), ("onnx", "8x"))),
+        ("export", "a", "b", "--to", "onnx", "--shape", "8", *DIGITS[:2], "--options", "[]"),
     ],
 )
 def test_bad_usage_exits_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +201,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     return str(path), lambda images: np.asarray(module.apply(hard, images))
 
 
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_export_writes_a_network_that_onnxruntime_runs(
     network: Any, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -206,7 +210,7 @@ def test_export_writes_a_network_that_onnxruntime_runs(
     ort = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     out = str(tmp_path / "m.onnx")
     flags = ("--compact",) if compact else ()
-    code, text, err = _run(capsys, "export", network[0], out, "--to", "onnx", "--shape", "8x8x1", "--json", *flags)
+    code, text, err = _run(capsys, "export", network[0], out, "--to", "onnx", "--shape", "8x8x1", "--json", *DIGITS, *flags)
     told = json.loads(text)
     assert (code, err) == (0, "") and told["bytes"] == Path(out).stat().st_size and told["shape"] == [8, 8, 1]
     whole = sum(x.size for x in jax.tree.leaves(formats.load_model(network[0]).params))
@@ -219,7 +223,8 @@ def test_export_writes_a_network_that_onnxruntime_runs(
 def test_export_writes_stablehlo(network: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("flatbuffers", reason="needs the extra 'export'")
     out = tmp_path / "m.hlo"
-    code, text, _ = _run(capsys, "export", network[0], str(out), "--to", "stablehlo", "--shape", "8x8x1", "--compact")
+    given = ("export", network[0], str(out), "--to", "stablehlo", "--shape", "8x8x1", "--compact")
+    code, text, _ = _run(capsys, *given, *DIGITS)
     assert code == 0 and "m.hlo: stablehlo, " in text and "inputs [batch, 8, 8, 1]" in text
     images = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
     found = jax.export.deserialize(bytearray(out.read_bytes())).call(jnp.asarray(images))
@@ -227,22 +232,20 @@ def test_export_writes_stablehlo(network: Any, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_export_says_what_is_wrong(
-    network: Any, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnx", reason="needs the extra 'export'")
-    unnamed, odd, strange, out = (str(tmp_path / n) for n in ("unnamed", "odd", "strange", "out"))
-    formats.save_model(strange, {"w": np.ones(2)}, model={"name": "tiny", "options": {"classes": 10}})
-    formats.save_model(unnamed, {"w": np.ones(2)})
-    formats.save_model(odd, {"w": np.ones(2)}, model={"name": "lenet5", "options": {"classes": 10, "wings": 2}})
-    for arguments, message in (
-        ((unnamed, out, "8x8x1"), "the saved model names no network"),
-        ((file, out, "8x8x1"), "nowhere how many classes"),
-        ((strange, out, "8x8x1"), "no model 'tiny'"),
-        ((odd, out, "8x8x1"), "has no option wings"),
-        ((network[0], out, "9x9x2"), "cannot be exported for inputs of 9x9x2"),
-        ((network[0], str(tmp_path / "no" / "out"), "8x8x1"), "No such file or directory"),
+    out = str(tmp_path / "out")
+    for to, shape, model, options, message in (
+        (out, "8x8x1", "tiny", "{}", "must be package.module:Class"),
+        (out, "8x8x1", "no.such.module:Net", "{}", "cannot be imported"),
+        (out, "8x8x1", "experiments.common.models:Tiny", "{}", "has no Tiny"),
+        (out, "8x8x1", DIGITS[1], '{"wings": 2}', "wings"),
+        (out, "9x9x2", DIGITS[1], DIGITS[3], "cannot be exported for inputs of 9x9x2"),
+        (str(tmp_path / "no" / "out"), "8x8x1", DIGITS[1], DIGITS[3], "No such file or directory"),
     ):
-        code, text, err = _run(capsys, "export", *arguments[:2], "--to", "onnx", "--shape", arguments[2])
+        given = ("--to", "onnx", "--shape", shape, "--model", model, "--options", options)
+        code, text, err = _run(capsys, "export", network[0], to, *given)
         assert (code, text) == (2, "") and err.count("\n") == 1 and message in err
     assert not Path(out).exists()
 

@@ -31,7 +31,6 @@ from compressx.constraints import Constraint, count, support, top_k_mask, unstru
 from compressx.federated.trusted import messages, rounds
 from compressx.federated.trusted.messages import Layer
 from compressx.tree import paths
-from experiments.common.training import ConfigError, Fit, Task
 
 NpArray = npt.NDArray[Any]
 DENSE, ADMM, MASKED = "dense", "admm", "masked"
@@ -80,7 +79,7 @@ class Algorithm:
     def __post_init__(self) -> None:
         def need(ok: bool, key: str, allowed: str) -> None:
             if not ok:
-                raise ConfigError(f"{key}={getattr(self, key)!r} is impossible; it must be {allowed}")
+                raise ValueError(f"{key}={getattr(self, key)!r} is impossible; it must be {allowed}")
 
         for key in ("rounds", "batch", "every"):
             need(getattr(self, key) >= 1, key, "1 or more")
@@ -138,13 +137,13 @@ def layout(alg: Algorithm, model: Any) -> tuple[Layer, ...]:
     """The layers of a model `{"params": ..., "batch_stats": ...}` and their budgets; all but the parameters are exact.
 
     Raises:
-      ConfigError: a density pattern matches nothing, or something that is no weight.
+      ValueError: a density pattern matches nothing, or something that is no weight.
     """
     names, leaves = paths(model), jax.tree.leaves(model)
     for pattern, _ in alg.density:
         hits = [n for n in names if re.fullmatch(pattern, n)]
         if not hits or not all(n.startswith("params/") for n in hits):
-            raise ConfigError(f"density: {pattern!r} matches {hits or 'nothing'}; it must match weights among {names}")
+            raise ValueError(f"density: {pattern!r} matches {hits or 'nothing'}; it must match weights among {names}")
 
     def budget(name: str, size: int) -> int:
         chosen = [d for p, d in alg.density if re.fullmatch(p, name)]
@@ -157,7 +156,7 @@ def layout(alg: Algorithm, model: Any) -> tuple[Layer, ...]:
 def participants(seed: int, alg: Algorithm, clients: int, round_: int) -> NpArray:
     """The clients of a round, sorted."""
     if alg.participants > clients:
-        raise ConfigError(f"participants={alg.participants} is impossible with {clients} clients")
+        raise ValueError(f"participants={alg.participants} is impossible with {clients} clients")
     if not alg.participants:
         return np.arange(clients)
     rng = np.random.default_rng((seed, 1, round_))
@@ -222,14 +221,16 @@ def masked(leaves: Sequence[Array], masks: Sequence[Array | None]) -> tuple[Arra
     return tuple(x if m is None else jnp.where(m, x, 0.0) for x, m in zip(leaves, masks, strict=True))
 
 
+Loss = Callable[[Any, Any, dict[str, Array], Array], tuple[Array, Any]]
 Local = Callable[..., Upload]
 
 
-def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any, kind: str) -> Local:
+def make_local(loss: Loss, alg: Algorithm, layers: Sequence[Layer], treedef: Any, kind: str) -> Local:
     """A client's round as a pure function, not yet jitted.
 
     Args:
-      task: the loss.
+      loss: `loss(params, state, batch, key) -> (scalar, state)`: params `{"params": ...}`, state the model's other
+        collections (`{}` where it has none), batch rows of the client's examples.
       alg: the algorithm.
       layers: from `layout`.
       treedef: of the model `{"params": ..., other collections}`.
@@ -243,6 +244,7 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
     budgets = [layer.budget if layer.budget < layer.size else 0 for layer in layers]
     own = alg.sparsify == "client"
     every = alg.every
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def transform(rho: Any) -> optax.GradientTransformationExtraArgs:
         pull = []
@@ -268,8 +270,7 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
         def step(i: Any, carry: Any) -> Any:
             params, stats, opt_state, total = carry
             batch = {name: x[rows[i]] for name, x in data.items()}
-            grad = jax.value_and_grad(task.loss, has_aux=True)
-            (value, (stats, _)), g = grad(params, stats, batch, jax.random.fold_in(key, i), Fit(), None)
+            (value, stats), g = gradient(params, stats, batch, jax.random.fold_in(key, i))
             if alg.mu:
                 g = jax.tree.map(lambda g, p, a: g + alg.mu * (p - a), g, params, anchor)
             moves, opt_state = tx.update(g, opt_state, params)
@@ -295,25 +296,25 @@ def make_local(task: Task, alg: Algorithm, layers: Sequence[Layer], treedef: Any
         none: tuple[Array | None, ...] = (None,) * len(layers)
         if kind == MASKED and own:
             half = (steps + 1) // 2
-            trained, loss = run(leaves, none, data, rows, 0, half, lr, transform(rho), key)
+            trained, total = run(leaves, none, data, rows, 0, half, lr, transform(rho), key)
             masks = top_masks(trained, layers)
             hard = masked(trained, masks)
             trained, more = run(hard, masks, data, rows, half, steps, lr, optax.trace(alg.momentum), key)
             sent = masked(trained, masks)
             sent = arrive(sent, layers, alg.value_type)
-            return Upload(sent, masks, (), (loss + more) / steps.astype(jnp.float32))
+            return Upload(sent, masks, (), (total + more) / steps.astype(jnp.float32))
         inside = masks if kind == MASKED else none
-        trained, loss = run(leaves, inside, data, rows, 0, steps, lr, transform(rho), key)
+        trained, total = run(leaves, inside, data, rows, 0, steps, lr, transform(rho), key)
         change = tuple(a - b for a, b in zip(trained, leaves, strict=True))
         if alg.sparsify != "update":
             sent = arrive(change, layers, alg.value_type)
-            return Upload(sent, inside, (), loss / steps.astype(jnp.float32))
+            return Upload(sent, inside, (), total / steps.astype(jnp.float32))
         kept = iter(memory)
         whole = tuple(x + next(kept) if b else x for x, b in zip(change, budgets, strict=True))
         chosen = top_masks(whole, layers)
         sent = arrive(masked(whole, chosen), layers, alg.value_type)
         left = tuple(a - b for a, b, k in zip(whole, sent, budgets, strict=True) if k)
-        return Upload(sent, chosen, left, loss / steps.astype(jnp.float32))
+        return Upload(sent, chosen, left, total / steps.astype(jnp.float32))
 
     return local
 

@@ -24,14 +24,13 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compressx.federated import algorithm
-from compressx.federated.algorithm import Algorithm
+from compressx.federated.algorithm import Algorithm, Loss
 from compressx.federated.trusted import messages, rounds, sessions
 from compressx.federated.trusted.attest import Verifier
 from compressx.federated.trusted.refused import Refused
 from compressx.federated.trusted.rounds import Plan
 from compressx.federated.trusted.sealing import write_durably
 from compressx.federated.trusted.sessions import NEVER, Hello, Session
-from experiments.common.training import Task
 
 NpArray = npt.NDArray[Any]
 
@@ -45,9 +44,9 @@ class Pending(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def _program(task: Task, alg: Algorithm, layers: tuple[messages.Layer, ...], treedef: Any, kind: str) -> Any:
+def _program(loss: Loss, alg: Algorithm, layers: tuple[messages.Layer, ...], treedef: Any, kind: str) -> Any:
     """Compiled once in a process, however many clients live in it."""
-    return jax.jit(algorithm.make_local(task, alg, layers, treedef, kind))
+    return jax.jit(algorithm.make_local(loss, alg, layers, treedef, kind))
 
 
 class Client:
@@ -58,7 +57,7 @@ class Client:
       plan: what it agreed to; the enclave must be bound to this plan's hash.
       alg: how it trains.
       model: a tree of the model's shapes.
-      task: the loss.
+      loss: as `algorithm.make_local` takes it.
       data: its own examples, arrays with a common leading axis.
       seed: shared by all, of orders and keys.
       identity: its enrolled key.
@@ -72,7 +71,7 @@ class Client:
         plan: Plan,
         alg: Algorithm,
         model: Any,
-        task: Task,
+        loss: Loss,
         data: Mapping[str, NpArray],
         seed: int,
         identity: Ed25519PrivateKey,
@@ -87,7 +86,7 @@ class Client:
             raise ValueError(f"client {number} has {self._examples} examples; the plan says {plan.roster[number][1]}")
         leaves, self._treedef = jax.tree.flatten(model)
         self._shapes = [x.shape for x in leaves]
-        self._task = task
+        self._loss = loss
         self._session: Session | None = None
         self._hello: tuple[bytes, Any] | None = None
         self._masks: tuple[NpArray | None, ...] | None = None
@@ -196,7 +195,7 @@ class Client:
     def _train(self, round_: int, leaves: list[NpArray], masks: tuple[NpArray | None, ...]) -> bytes:
         alg, plan = self.alg, self.plan
         begin = time.perf_counter()
-        program = _program(self._task, alg, plan.layers, self._treedef, alg.kind(round_))
+        program = _program(self._loss, alg, plan.layers, self._treedef, alg.kind(round_))
         shaped = tuple(jnp.asarray(x.reshape(s)) for x, s in zip(leaves, self._shapes, strict=True))
         held = tuple(None if m is None else jnp.asarray(m.reshape(s)) for m, s in zip(masks, self._shapes, strict=True))
         rows = algorithm.local_rows(self._seed, alg, round_, self.number, self._examples)

@@ -19,10 +19,9 @@ import numpy.typing as npt
 from jax import Array, lax
 
 from compressx.federated import algorithm
-from compressx.federated.algorithm import MASKED, Algorithm
+from compressx.federated.algorithm import MASKED, Algorithm, Loss
 from compressx.federated.trusted import messages
 from compressx.federated.trusted.messages import BITMAP, DELTA, Layer
-from experiments.common.training import Task
 
 NpArray = npt.NDArray[Any]
 
@@ -120,7 +119,7 @@ class Simulation:
     """Many clients in one program.
 
     Args:
-      task: the loss.
+      loss: as `algorithm.make_local` takes it.
       alg: the algorithm.
       model: the first model, `{"params": ..., other collections}`.
       data: arrays with a common leading axis.
@@ -133,7 +132,7 @@ class Simulation:
 
     def __init__(
         self,
-        task: Task,
+        loss: Loss,
         alg: Algorithm,
         model: Any,
         data: dict[str, Any],
@@ -143,7 +142,7 @@ class Simulation:
         padded: bool = False,
         oblivious: bool = False,
     ) -> None:
-        self.task, self.alg, self.split, self.seed, self.width = task, alg, list(split), seed, width
+        self.loss, self.alg, self.split, self.seed, self.width = loss, alg, list(split), seed, width
         self.padded, self.oblivious = padded, oblivious
         self.layers = algorithm.layout(alg, model)
         leaves, self.treedef = jax.tree.flatten(model)
@@ -218,7 +217,7 @@ class Simulation:
 
     def _make(self, kind: str) -> Callable[..., Any]:
         alg, layers, width = self.alg, self.layers, self.width
-        local = algorithm.make_local(self.task, alg, layers, self.treedef, kind)
+        local = algorithm.make_local(self.loss, alg, layers, self.treedef, kind)
         own = alg.sparsify == "client" and kind == MASKED
         sparse_up = own or alg.sparsify == "update"
 

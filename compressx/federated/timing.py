@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from compressx.federated.trusted import messages, rounds
 from compressx.federated.trusted.rounds import Plan, State
-from experiments.common.training import ConfigError
 
 NpArray = npt.NDArray[Any]
 STAGES = ("down", "open", "train", "pack", "seal", "up", "server")
@@ -46,9 +45,9 @@ class Network:
     def __post_init__(self) -> None:
         for key in ("up_mbit", "down_mbit", "examples_per_second", "slower"):
             if not getattr(self, key) > 0:
-                raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be positive")
+                raise ValueError(f"{key}={getattr(self, key)} is impossible; it must be positive")
         if self.latency_ms < 0 or self.spread < 0:
-            raise ConfigError("latency_ms and spread must not be negative")
+            raise ValueError("latency_ms and spread must not be negative")
 
     def speeds(self, seed: int, clients: int) -> NpArray:
         """Examples a second of every client."""

@@ -1,6 +1,6 @@
 """Execution of compressed networks: fast kernels that run the storage formats, each beside its definition.
 
-    f = kernels.compile(load_model("compressed.safetensors"))        # whole networks; also compressx.compile
+    f = kernels.compile(model, load_model("compressed.safetensors")) # whole networks; also compressx.compile
     conv = kernels.prepare(packed, (1, 56, 56, 256))                  # one convolution
     cell = kernels.prepare_recurrent("gru_after", [uz, ur, uh])       # GRU or LSTM steps from BSPC, block-max, CSR
 

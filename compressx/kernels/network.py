@@ -1,6 +1,6 @@
 """Whole networks in compressed form: one call turns a packed model into a jitted function.
 
-    f = compressx.compile(compressx.load_model("compressed.safetensors"))
+    f = compressx.compile(model, compressx.load_model("compressed.safetensors"))
     logits = f(images)
 
 Activations stay in planes from the first convolution to the last; layouts are converted only at the ends and around
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressx.formats.base import Packed
+from compressx.formats.file import SavedModel
 from compressx.kernels import native, pallas, pattern_conv, schedule, tuning
 from compressx.kernels.graph import Conv, Other, Pool, Step, steps
 from compressx.kernels.grid import Grid, grid, valid, window_source
@@ -95,8 +96,8 @@ class Compiled:
 
 
 def compile(
-    packed_model: Any,
-    variables: Any = None,
+    model: Any,
+    weights: Any,
     *,
     threads: int = 0,
     tune: bool = False,
@@ -105,9 +106,9 @@ def compile(
     """Makes a network executable in compressed form, equal to its masked dense self to float tolerance.
 
     Args:
-      packed_model: a `SavedModel`, as `load_model` returns it; or, with `variables`, a flax module called as
-        `apply(variables, x, train=False)` or any `f(variables, x)`.
-      variables: concrete pytree, zeros in place; left out for a `SavedModel`.
+      model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
+      weights: a `SavedModel`, as `load_model` returns it, whose packed leaves are executed as they are stored; or the
+        model's variables, a concrete pytree with zeros in place.
       threads: at most so many, 0 for all of XLA's pool.
       tune: measure plans of each layer (kept in a cache) rather than trust the model.
       path: "xla" for the fused steps on XLA, "native", "pallas" (interpreted on a CPU, for every layer that it
@@ -115,18 +116,16 @@ def compile(
         blocks or more are zero, else XLA.
 
     Raises:
-      ValueError: a saved model without a name or a number of classes, a missing argument, or a path that does not run
-        here.
+      ValueError: a model that cannot be called, or a path that does not run here.
     """
+    if isinstance(model, SavedModel):
+        raise ValueError(
+            "a saved model holds weights, not a network: call compile(model, saved) with the module or function"
+        )
     packed: Mapping[str, Packed] = {}
-    model = packed_model
-    if variables is None:
-        if not hasattr(packed_model, "packed") or not hasattr(packed_model, "params"):
-            raise ValueError("compile needs a SavedModel, or a module (or function) and its variables")
-        from experiments.common import models
-
-        model = models.named(packed_model)
-        variables, packed = packed_model.params, packed_model.packed
+    variables = weights
+    if isinstance(weights, SavedModel):
+        variables, packed = weights.params, weights.packed
     if path not in (None, "native", "pallas", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")
     if path == "native" and not native.available():

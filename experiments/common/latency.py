@@ -45,12 +45,12 @@ def of_images(
     x = np.zeros((1, *shape), np.float32)
     options = {**saved.model.get("options", {}), "classes": classes}
     try:
-        compressed = kernels.compile(saved._replace(model={"name": saved.model["name"], "options": options}))
+        model = models.build(saved.model["name"], **options)
+        compressed = kernels.compile(model, saved)
         if compressed.path == "xla":
             return None, {"reason": NO_KERNELS}
         if not compressed.layers(x):
             return None, {"reason": "the network has no convolution"}
-        model = models.build(saved.model["name"], **options)
         runs = {"dense": kernels.compile(model, dense, path="xla"), "compressed": compressed}
         taken = _interleaved(runs, x, budget)
     except (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:

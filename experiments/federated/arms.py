@@ -62,7 +62,7 @@ def run_arm(
     """Trains one arm, or what is left of it; every `eval_every` rounds it is evaluated and saved."""
     try:
         simulation = Simulation(
-            setting.task,
+            setting.loss,
             alg,
             setting.model,
             setting.train,

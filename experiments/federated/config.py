@@ -1,7 +1,7 @@
 """A federated experiment: its config, its data divided, its plan. Shared by the simulation and the processes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from experiments.common import data, training
 from experiments.common.driver import Options
 from experiments.common.settings import check_seed
 from experiments.common.training import ConfigError
+from experiments.common.training.state import plain_loss
 
 NpArray = npt.NDArray[Any]
 BASELINES = ("dense", "fedprox", "secagg")
@@ -128,6 +129,7 @@ class Setting(NamedTuple):
     split: list[NpArray]
     model: Any
     task: training.Task
+    loss: Callable[..., Any]
 
 
 def make(config: Config, options: Options) -> Setting:
@@ -151,7 +153,16 @@ def make(config: Config, options: Options) -> Setting:
     task = cnn.make_task(network, mean, std, config.data)
     shape = (1, *info.shape)
     model = jax.jit(lambda k: network.init(k, jnp.zeros(shape, jnp.float32)))(jax.random.key(config.seed))
-    return Setting(info, cnn.arrays(train), cnn.arrays(test), parts, dict(model), task)
+    return Setting(info, cnn.arrays(train), cnn.arrays(test), parts, dict(model), task, plain_loss(task, training.Fit()))
+
+
+def check(config: Config, alg: Algorithm, setting: Setting) -> None:
+    """Raises ConfigError where an algorithm does not fit the model or the clients."""
+    try:
+        algorithm.layout(alg, setting.model)
+        algorithm.participants(config.seed, alg, len(setting.split), 0)
+    except ValueError as error:
+        raise ConfigError(f"algorithm: {error}") from None
 
 
 def first_layers(model: Any) -> list[NpArray]:

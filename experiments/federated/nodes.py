@@ -150,7 +150,7 @@ def client(
     identity = Ed25519PrivateKey.from_private_bytes((own / "identity.key").read_bytes())
     mine = {k: v[setting.split[number]] for k, v in setting.train.items()}
     member = Client(
-        number, plan, config.algorithm, setting.model, setting.task, mine, config.seed, identity, verifier(folder), own
+        number, plan, config.algorithm, setting.model, setting.loss, mine, config.seed, identity, verifier(folder), own
     )
     flower.join(member, address, (folder / "public" / "authority.pem").read_bytes(), patience)
 

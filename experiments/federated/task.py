@@ -47,7 +47,7 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     setting = setup.make(config, options)
     todo = training.arms(config)
     for alg in todo.values():
-        algorithm.layout(alg, setting.model)
+        setup.check(config, alg, setting)
     driver.claim(workdir, written)
     folder = workdir / "checkpoints"
     resumed = training.resumed_step(folder, todo)

@@ -38,7 +38,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_both_engines_give_the_same_model_and_bytes(name: str, tmp_path) -> None:
     w = world.make(tmp_path, release=True, **VARIANTS[name])
-    simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED)
+    simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED)
     state, ledger = simulation.run(simulation.start(), 0, w.alg.rounds)
 
     aggregator, clients = w.aggregator(), w.clients()
@@ -67,7 +67,7 @@ def test_eight_bits_leave_running_statistics_as_they_are(tmp_path) -> None:
     ends = []
     for values in ("float32", "int8"):
         w = world.make(tmp_path / values, value_type=values, normalised=True, rounds=12)
-        simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED)
+        simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED)
         state, _ = simulation.run(simulation.start(), 0, w.alg.rounds)
         ends.append(simulation.model(state)["batch_stats"]["bn"])
     assert float(ends[0]["var"].min()) < 0.1 * float(ends[0]["var"].max())  # pixels that are always dark
@@ -99,10 +99,10 @@ def test_encrypted_fedavg_is_plain_fedavg_bit_for_bit(tmp_path) -> None:
 def test_the_average_is_fedavg(tmp_path) -> None:
     """An independent FedAvg with a Python loop over plain SGD steps."""
     w = world.make(tmp_path, rounds=1, momentum=0.0)
-    simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED)
+    simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED)
     state, _ = simulation.run(simulation.start(), 0, 1)
 
-    gradient = jax.jit(jax.grad(lambda p, b: w.task.loss(p, {}, b, jax.random.key(0), Fit(), None)[0]))
+    gradient = jax.jit(jax.grad(lambda p, b: w.loss(p, {}, b, jax.random.key(0))[0]))
     total = sum(len(part) for part in w.split)
     mean = jax.tree.map(jnp.zeros_like, w.model)
     for k, part in enumerate(w.split):
@@ -120,7 +120,7 @@ def test_fedprox_pulls_towards_the_round_model(tmp_path) -> None:
     moved = []
     for mu in (0.0, 5.0):
         w = world.make(tmp_path, rounds=1, mu=mu, momentum=0.0)
-        simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED)
+        simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED)
         state, _ = simulation.run(simulation.start(), 0, 1)
         squares = [np.sum(np.square(a - b)) for a, b in zip(state.leaves, jax.tree.leaves(w.model), strict=True)]
         moved.append(np.sqrt(sum(squares)))
@@ -131,7 +131,7 @@ def test_vmapped_groups_change_nothing(tmp_path) -> None:
     w = world.make(tmp_path, rounds=2)
     results = []
     for width in (1, 4):
-        simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED, width=width)
+        simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED, width=width)
         results.append(simulation.run(simulation.start(), 0, 2)[0].leaves)
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -139,7 +139,7 @@ def test_vmapped_groups_change_nothing(tmp_path) -> None:
 
 def test_rounds_in_one_program_or_one_by_one_are_the_same(tmp_path) -> None:
     w = world.make(tmp_path, **VARIANTS["update"])
-    simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED)
+    simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED)
     once, ledger = simulation.run(simulation.start(), 0, 4)
     state, parts = simulation.start(), []
     for r in range(4):
@@ -152,7 +152,7 @@ def test_rounds_in_one_program_or_one_by_one_are_the_same(tmp_path) -> None:
 def test_padding_hides_the_number_of_non_zeros(tmp_path) -> None:
     w = world.make(tmp_path, padded=True, **VARIANTS["client"])
     loop = Loopback(w.aggregator(), w.clients())
-    simulation = Simulation(w.task, w.alg, w.model, w.data, w.split, world.SEED, padded=True)
+    simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED, padded=True)
     _, ledger = simulation.run(simulation.start(), 0, w.alg.rounds)
     for number in range(w.alg.rounds):
         before = loop.traffic.update_up
@@ -168,7 +168,7 @@ def test_masked_weights_stay_exactly_zero(sparsify: str, tmp_path) -> None:
     leaves, treedef = jax.tree.flatten(w.model)
     masks = algorithm.top_masks(leaves, w.plan.layers)
     start = algorithm.masked(leaves, masks)
-    local = jax.jit(algorithm.make_local(w.task, w.alg, w.plan.layers, treedef, "masked"))
+    local = jax.jit(algorithm.make_local(w.loss, w.alg, w.plan.layers, treedef, "masked"))
     data = {k: jnp.asarray(v) for k, v in w.data.items()}
     rows = algorithm.local_rows(world.SEED, w.alg, 0, 0, 240)
     for steps in (2, 4):

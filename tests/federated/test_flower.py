@@ -94,7 +94,7 @@ def test_ten_processes_a_killed_server_and_a_killed_client(tmp_path) -> None:
     config.split.clients, config.algorithm.value_type = CLIENTS, "float32"
     frozen = setup.read(config)
     setting = setup.make(frozen, Options(tmp_path))
-    simulation = Simulation(setting.task, frozen.algorithm, setting.model, setting.train, setting.split, frozen.seed)
+    simulation = Simulation(setting.loss, frozen.algorithm, setting.model, setting.train, setting.split, frozen.seed)
     state, ledger = simulation.run(simulation.start(), 0, frozen.algorithm.rounds)
     expected = np.concatenate([np.ravel(x) for x in state.leaves])
     got = np.load(nodes.folder / "server" / "model.npy")

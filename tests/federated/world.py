@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from experiments.common.training.state import plain_loss
+from compressx.federated.algorithm import Loss
 from compressx.federated import algorithm, splits
 from compressx.federated.algorithm import Algorithm
 from compressx.federated.client import Client
@@ -33,7 +35,7 @@ class World:
     plan: Plan
     alg: Algorithm
     model: Any
-    task: training.Task
+    loss: Loss
     data: dict[str, np.ndarray]
     split: list[np.ndarray]
     identities: list[Ed25519PrivateKey]
@@ -60,7 +62,7 @@ class World:
             "verifier": self.verifier(),
             "folder": None,
         } | changes
-        return Client(number, self.plan, self.alg, self.model, self.task, mine, SEED, **given)
+        return Client(number, self.plan, self.alg, self.model, self.loss, mine, SEED, **given)
 
     def clients(self, **changes: Any) -> dict[int, Client]:
         return {k: self.client(k, **changes) for k in range(len(self.split))}
@@ -91,7 +93,7 @@ def _parts(normalised: bool) -> dict[str, Any]:
         _SHARED[normalised] = {
             "data": held,
             "model": dict(model),
-            "task": task,
+            "loss": plain_loss(task, training.Fit()),
             "identities": [Ed25519PrivateKey.generate() for _ in range(CLIENTS)],
             "attester": attest.SimulatedAttester(b"m" * 32, b"s" * 32),
         }
@@ -118,5 +120,5 @@ def make(folder: Path, **changes: Any) -> World:
         **in_plan,
     )
     return World(
-        plan, alg, parts["model"], parts["task"], parts["data"], split, parts["identities"], parts["attester"], folder
+        plan, alg, parts["model"], parts["loss"], parts["data"], split, parts["identities"], parts["attester"], folder
     )

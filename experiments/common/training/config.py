@@ -241,5 +241,5 @@ def _read_dataclass(cls: type, value: Any, where: str) -> Any:
     read = {name: _read(hints[name], v, f"{where}.{name}") for name, v in value.items()}
     try:
         return cls(**read)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None

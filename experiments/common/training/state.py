@@ -124,6 +124,21 @@ def classification(
     return Task(loss, score)
 
 
+def plain_loss(task: Task, fit: Any) -> Callable[..., tuple[Array, Any]]:
+    """A task's loss as `loss(params, state, batch, key) -> (scalar, state)`, for loops of other makes.
+
+    Args:
+      task: the loss.
+      fit: the `config.Fit` that the loss reads; there is no teacher.
+    """
+
+    def loss(params: Params, state: Any, batch: Batch, key: Array) -> tuple[Array, Any]:
+        value, (state, _) = task.loss(params, state, batch, key, fit, None)
+        return value, state
+
+    return loss
+
+
 Step = Callable[[TrainState, Batch, Array, Any], TrainState]
 
 

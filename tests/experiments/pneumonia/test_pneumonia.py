@@ -151,7 +151,7 @@ def test_the_saved_network_compiles(done) -> None:
     saved = compressx.load_model(folder / "compressed.safetensors")
     x = np.random.default_rng(0).standard_normal((2, 32, 32, 1), dtype=np.float32)
     model = pneumonia.models.build(saved.model["name"], classes=2, **saved.model["options"])
-    np.testing.assert_allclose(compressx.compile(saved)(x), model.apply(saved.params, x), atol=1e-5)
+    np.testing.assert_allclose(compressx.compile(model, saved)(x), model.apply(saved.params, x), atol=1e-5)
 
 
 def _judge(values: dict[str, list[float]], patient: list[int]):
