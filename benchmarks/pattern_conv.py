@@ -298,19 +298,19 @@ def searches(case: str, rate: float, args: argparse.Namespace) -> dict[str, Any]
     """The tuner against the default plan and random search, at equal evaluations: best times, measured together."""
     import numpy as np
 
-    from compressx.kernels import native, pattern_conv, schedule, tuning
+    from compressx.kernels import native, pattern_conv, plans, schedule, tuning
 
     channels, size, filters = (int(part) for part in case.split("x"))
     s = schedule.from_weight(sparse((3, 3, channels, filters), rate, np.random.default_rng(0)))
     geometry = schedule.Geometry((3, 3), (1, 1), ((1, 1), (1, 1)))
     g = pattern_conv.layer_grid(geometry, (1, size, size), native.LANES[native.isa()])
-    plans = {"default": schedule.Plan(), "model": tuning.guess(s, geometry, g)}
+    tried = {"default": schedule.Plan(), "model": plans.guess(s, geometry, g)}
     for start in ("model", "random"):
         for seed in range(3):
             found = tuning.search(s, geometry, g, seed=seed, budget=12, threads=args.threads, start=start)
-            plans[f"search_{start}_{seed}"] = found.plan
-    times = tuning.compare(s, geometry, g, list(plans.values()), rounds=args.rounds, threads=args.threads)
-    return {"case": case, "rate": rate} | {f"{n}_ms": 1e3 * t for n, t in zip(plans, times, strict=True)}
+            tried[f"search_{start}_{seed}"] = found.plan
+    times = tuning.compare(s, geometry, g, list(tried.values()), rounds=args.rounds, threads=args.threads)
+    return {"case": case, "rate": rate} | {f"{n}_ms": 1e3 * t for n, t in zip(tried, times, strict=True)}
 
 
 def saved(file: Path, args: argparse.Namespace) -> dict[str, Any]:

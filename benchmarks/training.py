@@ -1,7 +1,7 @@
 """One training step beside PyTorch's on the same cores: LeNet-5 and ResNet-20, Adam, float32.
 
     python -m benchmarks.training [--threads=2] [--rounds=15] [--cases=resnet20-128] [--results=docs/results]
-    python -m benchmarks.training --layers     # the ways to convolve, layer by layer, for `layers.formulation`
+    python -m benchmarks.training --layers     # the ways to convolve, layer by layer, for `convolve.formulation`
 
 Every round runs one step of each system in turn, so that other work on the machine meets all of them alike, and the
 ratio is taken within a round. Beside the elapsed time stands the processor time: on a busy machine PyTorch's threads
@@ -188,7 +188,7 @@ def compare_layers(rounds: int) -> list[dict[str, Any]]:
     from jax import lax
 
     from compressx.native import conv as native
-    from experiments.common.models import layers
+    from compressx.native import convolve
 
     rows = []
     for n, size, cin, cout, k, pad in LAYERS:
@@ -200,7 +200,7 @@ def compare_layers(rounds: int) -> list[dict[str, Any]]:
             "lax": lambda x, w, p=pads: lax.conv_general_dilated(  # type: ignore[misc]
                 x, w, (1, 1), p, dimension_numbers=("NHWC", "HWIO", "NHWC")
             ),
-            "im2col": lambda x, w, p=pads: layers.im2col(x, w, (1, 1), p),  # type: ignore[misc]
+            "im2col": lambda x, w, p=pads: convolve.im2col(x, w, (1, 1), p),  # type: ignore[misc]
         }
         if native.available():
             ways["native"] = lambda x, w, p=pads: native.conv(x, w, 1, p)  # type: ignore[misc]

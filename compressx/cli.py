@@ -317,7 +317,7 @@ def _export(arguments: argparse.Namespace) -> Answer:
 
 
 def _network(name: str) -> Any:
-    """The class or function that `package.module:name` names; the folder the command runs in is looked through first."""
+    """The class or function that `package.module:name` names; the current folder is searched first."""
     module, _, attribute = name.partition(":")
     if not module or not attribute.isidentifier():
         raise ValueError(f"--model={name!r} must be package.module:Class")

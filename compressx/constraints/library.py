@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from compressx import views
+from compressx.tree import paths
 
 Taps = Sequence[Sequence[int]]  # a library as lists of kept taps
 
@@ -232,16 +233,14 @@ def select_library(
 
     Source: W. Niu et al., "PatDNN", 2020, pattern set selection.
     """
-    from compressx import rules  # paths are named as rules name them; rules are a room above, so not at import
-
     if candidates not in ("natural", "all"):
         raise ValueError(f'candidates must be "natural" or "all", got {candidates!r}')
     natural = candidates == "natural"
     taps = check_kernel(entries, kernel, natural)
-    named = zip(rules.paths(params), jax.tree.leaves(params), strict=True)
+    named = zip(paths(params), jax.tree.leaves(params), strict=True)
     leaves = [(name, leaf) for name, leaf in named if re.fullmatch(path_pattern, name)]
     if not leaves:
-        raise ValueError(f"{path_pattern!r} matches no path; the paths are:\n  " + "\n  ".join(rules.paths(params)))
+        raise ValueError(f"{path_pattern!r} matches no path; the paths are:\n  " + "\n  ".join(paths(params)))
     counts: Counter[tuple[int, ...]] = Counter()
     for name, leaf in leaves:
         try:

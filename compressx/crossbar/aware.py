@@ -12,11 +12,11 @@ import numpy as np
 from jax import Array, lax
 
 from compressx.crossbar import layers
+from compressx.crossbar.arrays import TABLE_ROWS, Programmed, worst_limb_cycles
 from compressx.crossbar.cells import encode
 from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
 from compressx.crossbar.noise import Variation, perturb
-from compressx.crossbar.program import TABLE_ROWS, Programmed, worst_limb_cycles
 from compressx.crossbar.recurrent import is_recurrent, path_of
 
 

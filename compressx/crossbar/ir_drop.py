@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compressx.crossbar.program import Programmed, with_cells
+from compressx.crossbar.arrays import Programmed, with_cells
 
 
 def effective_conductance(g: Array, r_word: float, r_bit: float) -> Array:

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from compressx.crossbar.arrays import Programmed
 from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
-from compressx.crossbar.program import Programmed, program
+from compressx.crossbar.program import program
 from compressx.crossbar.recurrent import Recurrent, is_recurrent, path_of, plain
 from compressx.crossbar.sot_mram import Operands, Planes
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax import Array
 
 from compressx.crossbar import kernels
+from compressx.crossbar.arrays import Programmed
 from compressx.crossbar.cells import Cells
 from compressx.crossbar.design import Design
-from compressx.crossbar.program import Programmed
 
 _CHUNK_VALUES = 2**24  # intermediate values a formulation may hold at once
 

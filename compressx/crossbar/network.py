@@ -20,12 +20,12 @@ from jax import Array
 
 from compressx.constraints.quantization import Levels, decode, encode, fit
 from compressx.crossbar import layers as layer_calls
+from compressx.crossbar.arrays import Programmed
 from compressx.crossbar.design import Design
 from compressx.crossbar.layers import Deployed, deploy
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.mvm import saturation
 from compressx.crossbar.noise import Variation, perturb
-from compressx.crossbar.program import Programmed
 from compressx.crossbar.recurrent import is_recurrent, path_of, plain
 from compressx.crossbar.sot_mram import Operands, Planes
 from compressx.crossbar.zero_skip import Skipping, measure, merge

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from scipy import stats
 
-from compressx.crossbar.program import Programmed, with_cells
+from compressx.crossbar.arrays import Programmed, with_cells
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compressx.crossbar.arrays import lay_out, paths_for
 from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
-from compressx.crossbar.program import paths_for, program
+
+
+def pick_path(design: Design) -> str:
+    """The formulation for ideal cells: on a CPU as measured there; elsewhere measured once for each design."""
+    if jax.default_backend() != "cpu":
+        return fastest_path(design)
+    return "table" if "table" in paths_for(design) else "popcount"
 
 
 @lru_cache(maxsize=64)
 def fastest_path(design: Design, rows: int = 512, filters: int = 128, batch: int = 256, rounds: int = 5) -> str:
-    """The fastest of `program.paths_for(design)` on the default backend, measured once for each design.
+    """The fastest of `arrays.paths_for(design)` on the default backend, measured once for each design.
 
     Args:
       design: the engine; its arrays are ideal.
@@ -34,7 +41,7 @@ def measure_paths(design: Design, rows: int, filters: int, batch: int, rounds: i
     w = np.abs(w) if design.signs == "polarized" else w
     x = jnp.asarray(rng.integers(0, design.input_range[1] + 1, (batch, rows)), jnp.float32)
     run = jax.jit(crossbar_matmul)
-    arrays = {path: program(w, design, np.arange(rows), path, prove=False) for path in paths_for(design)}
+    arrays = {path: lay_out(w, design, np.arange(rows), path, False, "weights") for path in paths_for(design)}
     times: dict[str, list[float]] = {path: [] for path in arrays}
     for programmed in arrays.values():
         run(x, programmed).block_until_ready()

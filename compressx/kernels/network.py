@@ -19,7 +19,7 @@ import numpy as np
 
 from compressx.formats.base import Packed
 from compressx.formats.file import SavedModel
-from compressx.kernels import native, pallas, pattern_conv, schedule, tuning
+from compressx.kernels import native, pallas, pattern_conv, plans, schedule, tuning
 from compressx.kernels.graph import Conv, Other, Pool, Step, steps
 from compressx.kernels.grid import Grid, grid, valid, window_source
 from compressx.kernels.schedule import Loads, Plan, Sparse
@@ -300,7 +300,7 @@ class _Builder:
         if self.tune:
             plan = tuning.tuned(sparse, geometry, g._replace(margin=inside.margin), threads=self.threads)
         else:
-            plan = tuning.guess(sparse, geometry, g, tuning.cores(self.threads))
+            plan = plans.guess(sparse, geometry, g, plans.cores(self.threads))
         ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside, s.residual_after)
         loads = Loads(*(round(count * g.segment) for count in ready.loads))
         self.reports.append(report._replace(plan=plan, on=f"native/{self.isa}", loads=loads))

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from compressx.formats.base import Packed
-from compressx.kernels import native, pallas, schedule
+from compressx.kernels import native, pallas, plans, schedule
 from compressx.kernels.grid import Grid, grid, valid, window_source
 from compressx.kernels.schedule import Geometry, Loads, Pads, Plan, Sparse
 
@@ -272,9 +272,7 @@ class Convolution:
         lanes = native.LANES[path.removeprefix("native/")]
         g = layer_grid(geometry, (n, h, w), lanes)
         if plan is None:
-            from compressx.kernels import tuning
-
-            self.plan = plan = tuning.guess(s, geometry, g, tuning.cores(threads))
+            self.plan = plan = plans.guess(s, geometry, g, plans.cores(threads))
         ready = layer(s, geometry, g, plan, bias, activation, residual_after=residual_after)
         arrays = jax.tree.map(jnp.asarray, ready.arrays)
         inside = phase_grid(geometry, g, h, w)

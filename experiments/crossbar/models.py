@@ -10,7 +10,7 @@ from compressx import compaction
 from compressx.constraints import Constraint, on_leaf
 from compressx.constraints.quantization import levels_of
 from compressx.crossbar import network
-from compressx.crossbar.program import rows_of
+from compressx.crossbar.arrays import rows_of
 from compressx.rules import Rules, resolve
 from experiments.common.data import Info
 from experiments.common.training import ConfigError, Weights

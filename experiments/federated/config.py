@@ -153,7 +153,8 @@ def make(config: Config, options: Options) -> Setting:
     task = cnn.make_task(network, mean, std, config.data)
     shape = (1, *info.shape)
     model = jax.jit(lambda k: network.init(k, jnp.zeros(shape, jnp.float32)))(jax.random.key(config.seed))
-    return Setting(info, cnn.arrays(train), cnn.arrays(test), parts, dict(model), task, plain_loss(task, training.Fit()))
+    loss = plain_loss(task, training.Fit())
+    return Setting(info, cnn.arrays(train), cnn.arrays(test), parts, dict(model), task, loss)
 
 
 def check(config: Config, alg: Algorithm, setting: Setting) -> None:

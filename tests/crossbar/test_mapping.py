@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressx.crossbar import mapping
+from compressx.crossbar.arrays import rows_of
 from compressx.crossbar.design import Adc, Design, Device
 from compressx.crossbar.presets import forms, isaac
-from compressx.crossbar.program import program, rows_of
+from compressx.crossbar.program import program
 
 SMALL = Design(rows=8, cols=16, active_rows=8, weight_bits=4, signs="polarized", adc=Adc(8))  # 2 columns a weight
 

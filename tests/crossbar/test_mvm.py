@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from compressx.crossbar import presets
+from compressx.crossbar.arrays import lossless_columns, rows_of
 from compressx.crossbar.design import Adc, Design, Device
 from compressx.crossbar.mvm import crossbar_matmul, crossbar_parts, saturation
-from compressx.crossbar.program import lossless_columns, program, rows_of
+from compressx.crossbar.program import program
 from compressx.crossbar.reference import reference
 
 BASE = Design(rows=16, cols=64, active_rows=16, input_bits=4, weight_bits=4, adc=Adc(8))

@@ -9,7 +9,6 @@ from compressx.federated import algorithm, splits
 from compressx.federated.host import Loopback
 from compressx.federated.simulate import Simulation
 from compressx.federated.trusted import rounds, sessions
-from experiments.common.training import Fit
 from tests.federated import world
 
 VARIANTS = {

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from experiments.common.training.state import plain_loss
-from compressx.federated.algorithm import Loss
 from compressx.federated import algorithm, splits
-from compressx.federated.algorithm import Algorithm
+from compressx.federated.algorithm import Algorithm, Loss
 from compressx.federated.client import Client
 from compressx.federated.trusted import attest, rounds
 from compressx.federated.trusted.aggregator import Aggregator
@@ -22,6 +20,7 @@ from compressx.federated.trusted.rounds import Plan
 from compressx.federated.trusted.sealing import FileCounter
 from experiments.common import data, models, training
 from experiments.common.models.layers import BatchNorm
+from experiments.common.training.state import plain_loss
 
 DENSITY = ((r"params/f[12]/kernel", 0.1),)
 CLIENTS = 4

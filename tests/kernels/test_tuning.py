@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from compressx import kernels
-from compressx.kernels import native, pattern_conv, schedule, tuning
+from compressx.kernels import native, pattern_conv, plans, schedule, tuning
 from compressx.kernels.grid import to_planes, valid
 from compressx.kernels.schedule import Geometry, Plan
 
@@ -23,12 +23,12 @@ def layer():
 
 def test_every_order_and_candidate_streams_all_weights(layer):
     w, s, g = layer
-    found = tuning.candidates(s, GEOMETRY, g)
+    found = plans.candidates(s, GEOMETRY, g)
     assert {p.order for p in found} == {"kernels", "chunks", "runs"}
     for plan in found:
         t = schedule.stream(s, GEOMETRY, g, plan)
         assert np.sort(t.weight[t.weight != 0]).tobytes() == np.sort(w[w != 0]).tobytes()
-        assert tuning.predict(s, GEOMETRY, g, plan) > 0
+        assert plans.predict(s, GEOMETRY, g, plan) > 0
 
 
 def test_search_is_seeded_and_counts_its_evaluations(layer):
@@ -53,7 +53,7 @@ def test_cache_keeps_plans_and_ignores_what_it_cannot_read(layer, tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for text in ("", "[1]", "{", file.read_text().replace(plan.order, "else")):
         file.write_text(text)
-        assert tuning.tuned(s, GEOMETRY, g, budget=3) in tuning.candidates(s, GEOMETRY, g)
+        assert tuning.tuned(s, GEOMETRY, g, budget=3) in plans.candidates(s, GEOMETRY, g)
 
 
 def test_counted_work():
@@ -109,8 +109,8 @@ def test_loads_are_those_of_the_loops(pattern):
     x = to_planes(image, g)
     expected = to_planes(kernels.reference(image, w, GEOMETRY).astype(np.float32), g)[:, g.margin : -g.margin]
     slots = {"kernels": len(s.place) * s.patterns.shape[1], "runs": np.count_nonzero(w)}
-    plans = [Plan("kernels", 4, 4, 3), Plan("kernels", 4, 9, 2), Plan("runs", 3, 9, 4, 2), Plan("runs", 1, 9, 4, 5)]
-    for plan in plans:
+    given = [Plan("kernels", 4, 4, 3), Plan("kernels", 4, 9, 2), Plan("runs", 3, 9, 4, 2), Plan("runs", 1, 9, 4, 5)]
+    for plan in given:
         t = schedule.stream(s, GEOMETRY, g, plan)
         found = schedule.loads(t, plan.width)
         for j in (0, 2):

@@ -8,6 +8,7 @@ import pytest
 
 from compressx import rules
 from compressx.constraints.bsp import gate_weights
+from compressx.tree import paths
 from experiments.common import models
 from experiments.common.models import gru
 
@@ -115,7 +116,7 @@ def test_the_papers_twelve_matrices() -> None:
     model = models.build("gru", classes=48)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1, 39))))
     bound = rules.resolve(((gru.MATRICES, _any()),), shapes)
-    sizes = {p: leaf.size for p, leaf in zip(rules.paths(shapes), jax.tree.leaves(shapes), strict=True)}
+    sizes = {p: leaf.size for p, leaf in zip(paths(shapes), jax.tree.leaves(shapes), strict=True)}
     counted = {p: sizes[p] for b in bound for p in b.paths}
     assert len(counted) == 12
     assert sum(counted.values()) == 9_556_992 == gate_weights(39, 1024, 2)

@@ -6,6 +6,7 @@ import pytest
 from jax import lax
 
 from compressx.native import conv as native
+from compressx.native import convolve
 from compressx.native import depthwise as native_depthwise
 from experiments.common.models import layers
 
@@ -59,7 +60,7 @@ def needs_kernel():
 def test_im2col_is_lax(shape):
     n, size, cin, cout, window, stride, pads = shape
     x, kernel = operands(n, size, cin, cout, window)
-    f = lambda x, k: layers.im2col(x, k, (stride, stride), pads)
+    f = lambda x, k: convolve.im2col(x, k, (stride, stride), pads)
     assert_same_with_gradients(f, lambda x, k: reference(x, k, stride, pads), x, kernel)
 
 
@@ -142,9 +143,9 @@ def test_lax_only_switches_the_kernel_off_and_on(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(native, "available", lambda: True)
     x, kernel = operands(1, (8, 8), 16, 16, (3, 3))
-    how = lambda: layers.formulation(x, kernel, (1, 1), ((1, 1), (1, 1)), 1, True)
+    how = lambda: convolve.formulation(x, kernel, (1, 1), ((1, 1), (1, 1)), 1, True)
     assert how() == "native"
-    with layers.lax_only():
+    with convolve.lax_only():
         assert how() == "lax"
     assert how() == "native"
 
@@ -153,7 +154,7 @@ def test_formulation_by_shape(monkeypatch):
     def how(cin, cout, window, stride=(1, 1), groups=1, dtype=jnp.float32, plain=True):
         x, kernel = jnp.zeros((1, 8, 8, cin), dtype), jnp.zeros((*window, cin // groups, cout), dtype)
         pad = (window[0] // 2,) * 2
-        return layers.formulation(x, kernel, stride, (pad, pad), groups, plain)
+        return convolve.formulation(x, kernel, stride, (pad, pad), groups, plain)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(native, "enabled", lambda: True)
@@ -195,14 +196,14 @@ def test_convolve_is_lax(padding, stride, dilation, groups, window, kernel_on, m
     numbers = ("NHWC", "HWIO", "NHWC")
 
     def ours(x, k):
-        return layers.convolve(x, k, (stride, stride), padding, (1, 1), (dilation, dilation), numbers, groups)
+        return convolve.convolve(x, k, (stride, stride), padding, (1, 1), (dilation, dilation), numbers, groups)
 
     assert_same_with_gradients(ours, lambda x, k: reference(x, k, stride, padding, groups, dilation), x, kernel)
 
 
 def test_convolve_leaves_other_layouts_to_lax():
     x, kernel = operands(2, (8, 8), 3, 4, (5, 5))
-    ours = layers.convolve(x.transpose(0, 3, 1, 2), kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"))
+    ours = convolve.convolve(x.transpose(0, 3, 1, 2), kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"))
     np.testing.assert_allclose(ours.transpose(0, 2, 3, 1), reference(x, kernel, pads="SAME"), rtol=1e-4, atol=1e-4)
 
 
