@@ -1,27 +1,130 @@
-"""compressx: a JAX toolkit for researchers who compress neural networks for real hardware."""
+"""compressx: a JAX toolkit for researchers who compress neural networks for real hardware.
 
-from compressx import constraints as constraints
-from compressx import schedules as rho
-from compressx import views as views
-from compressx._admm import AdmmState as AdmmState
-from compressx._admm import admm as admm
+Transforms      `admm`, `retrain` (optax transforms), `harden`, `check`, `retract`; `resolve` binds rules to leaves
+Constraints     a set of weights each, combined with `&`; `support` makes one of your own from a function
+Formats         `save_model`, `load_model`; `compressx.formats` for single leaves
+Execution       `compile`; `compressx.kernels`, `compressx.compaction`, `compressx.crossbar`, `compressx.export`
+"""
+
+from compressx import constraints, schedules, views
+from compressx._admm import AdmmState, admm
 from compressx._admm import find_state as find_admm_state
 from compressx._admm import metrics as admm_metrics
-from compressx._harden import ConstraintViolation as ConstraintViolation
-from compressx._harden import check as check
-from compressx._harden import count_violations as count_violations
-from compressx._harden import harden as harden
-from compressx._harden import structures as structures
-from compressx._retrain import RetrainState as RetrainState
-from compressx._retrain import retract as retract
-from compressx._retrain import retrain as retrain
-from compressx.constraints import *  # noqa: F403  (the factories are listed in constraints.__all__)
-from compressx.formats import load_model as load_model
-from compressx.formats import save_model as save_model
-from compressx.kernels import Compiled as Compiled
-from compressx.kernels import compile as compile
-from compressx.native.memory import keep_memory as keep_memory
-from compressx.rules import Bound as Bound
-from compressx.rules import resolve as resolve
+from compressx._harden import ConstraintViolation, check, count_violations, harden, structures
+from compressx._retrain import RetrainState, retract, retrain
+from compressx._retrain import find_state as find_retrain_state
+from compressx.constraints import (
+    LEVEL,
+    SIGN,
+    SUPPORT,
+    TIE,
+    Constraint,
+    balanced_block_max,
+    bank_balanced,
+    block,
+    block_max,
+    bsp,
+    bsp_columns,
+    bsp_rows,
+    channels,
+    columns,
+    connectivity,
+    count,
+    coupled_filters,
+    crossbar_aware,
+    darb,
+    filters,
+    filters_and_columns,
+    from_spec,
+    intersection,
+    n_of_m,
+    network_structure,
+    on_leaf,
+    pattern,
+    pattern_connectivity,
+    polarize,
+    prune_blocks,
+    quantize,
+    quantize_activations,
+    select_library,
+    support,
+    top_k_mask,
+    top_k_masks,
+    unify,
+    unify_and_prune,
+    unstructured,
+    violations,
+)
+from compressx.formats import load_model, save_model
+from compressx.kernels import Compiled, compile
+from compressx.native.memory import keep_memory
+from compressx.rules import Bound, resolve
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+# A literal list, so that type checkers read it.
+__all__ = [
+    "LEVEL",
+    "SIGN",
+    "SUPPORT",
+    "TIE",
+    "AdmmState",
+    "Bound",
+    "Compiled",
+    "Constraint",
+    "ConstraintViolation",
+    "RetrainState",
+    "admm",
+    "admm_metrics",
+    "balanced_block_max",
+    "bank_balanced",
+    "block",
+    "block_max",
+    "bsp",
+    "bsp_columns",
+    "bsp_rows",
+    "channels",
+    "check",
+    "columns",
+    "compile",
+    "connectivity",
+    "constraints",
+    "count",
+    "count_violations",
+    "coupled_filters",
+    "crossbar_aware",
+    "darb",
+    "filters",
+    "filters_and_columns",
+    "find_admm_state",
+    "find_retrain_state",
+    "from_spec",
+    "harden",
+    "intersection",
+    "keep_memory",
+    "load_model",
+    "n_of_m",
+    "network_structure",
+    "on_leaf",
+    "pattern",
+    "pattern_connectivity",
+    "polarize",
+    "prune_blocks",
+    "quantize",
+    "quantize_activations",
+    "resolve",
+    "retract",
+    "retrain",
+    "save_model",
+    "schedules",
+    "select_library",
+    "structures",
+    "support",
+    "top_k_mask",
+    "top_k_masks",
+    "unify",
+    "unify_and_prune",
+    "unstructured",
+    "views",
+    "violations",
+]

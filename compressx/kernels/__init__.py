@@ -16,8 +16,21 @@ from compressx.kernels.recurrent import Product, Recurrent, prepare_product, pre
 from compressx.kernels.schedule import Geometry, Plan, Sparse
 
 __all__ = [
-    *("Compiled", "LayerReport", "compile"),
-    *("Convolution", "Geometry", "Plan", "Sparse", "prepare", "reference", "supports", "xla"),
-    *("Product", "Recurrent", "prepare_product", "prepare_recurrent"),
-    *("active_path", "available"),
+    "Compiled",
+    "Convolution",
+    "Geometry",
+    "LayerReport",
+    "Plan",
+    "Product",
+    "Recurrent",
+    "Sparse",
+    "active_path",
+    "available",
+    "compile",
+    "prepare",
+    "prepare_product",
+    "prepare_recurrent",
+    "reference",
+    "supports",
+    "xla",
 ]

@@ -203,7 +203,8 @@ def test_convolve_is_lax(padding, stride, dilation, groups, window, kernel_on, m
 
 def test_convolve_leaves_other_layouts_to_lax():
     x, kernel = operands(2, (8, 8), 3, 4, (5, 5))
-    ours = convolve.convolve(x.transpose(0, 3, 1, 2), kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "HWIO", "NCHW"))
+    numbers = ("NCHW", "HWIO", "NCHW")
+    ours = convolve.convolve(x.transpose(0, 3, 1, 2), kernel, (1, 1), "SAME", dimension_numbers=numbers)
     np.testing.assert_allclose(ours.transpose(0, 2, 3, 1), reference(x, kernel, pads="SAME"), rtol=1e-4, atol=1e-4)
 
 
