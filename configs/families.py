@@ -50,7 +50,7 @@ def sweep(
         "seeds": seeds,
         "against": against,
         "budgets": budgets,
-        "together": "no",
+
     }
 
 

@@ -27,7 +27,7 @@ def sweep(variant: str, base: Settings, points: tuple[tuple[str, cnn.Rules], ...
         "methods": ("admm", "one_shot", "gradual", "dense"),
         "seeds": (0, 1, 2),
         "against": "weights",
-        "together": "auto",
+
     }
 
 

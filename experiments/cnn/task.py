@@ -6,7 +6,6 @@ The accuracy reported is that of the last epoch on the whole test set; the test 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.cnn import measures as cnn_measures
+from experiments.cnn import measures
 from experiments.cnn.config import Config, Data
-from experiments.common import artifacts, data, driver, init_from, latency, models, training
+from experiments.common import artifacts, data, driver, init_from, latency, models, runner, training
 from experiments.common.driver import Options
 from experiments.common.models import convert
-from experiments.common.report import console, html
-from experiments.common.report.environment import run_record
-from experiments.common.report.summary import make_summary, write_summary
-from experiments.common.training import ConfigError, Outcome, Phase, Weights, mesh, phases, state
+from experiments.common.report import html
+from experiments.common.training import ConfigError, Phase, Weights, mesh, phases, state
 
 # -- what is trained ---------------------------------------------------------------------------------------------------
 
@@ -130,6 +127,7 @@ def plan_phases(config: Config) -> tuple[Phase, ...]:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
 
@@ -139,21 +137,13 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir, written = options.workdir, dataclasses.asdict(config)
-    if (summary := driver.finished(workdir, written)) is not None:
-        return summary
     todo = plan_phases(config)
     job, info = make_job(config, options)
-    outcome = driver.train(workdir, written, job, todo)
-    return conclude(config, options, job, info, todo, outcome)
-
-
-def conclude(
-    config: Config, options: Options, job: training.Job, info: data.Info, todo: tuple[Phase, ...], outcome: Outcome
-) -> dict[str, Any]:
-    """Packs the result and writes everything else; the summary last, for it says that the run is finished."""
-    workdir, last = options.workdir, next(p for p in todo if p.name == phases.final(config.plan))
-    dense, result = (mesh.host(outcome.checkpoints.load_weights(p.name, _template(job, p))) for p in (todo[0], last))
+    outcome = runner.train(config, options, job, todo)
+    last = next(p for p in todo if p.name == phases.final(config.plan))
+    dense, result = (outcome.weights(job, p) for p in (todo[0], last))
+    if jax.process_index() != 0:
+        return {}
     facts = {
         "driver": "cnn",
         "dataset": info.name,
@@ -162,108 +152,70 @@ def conclude(
         "std": list(config.data.std or info.std),
         "seed": config.seed,
     }
-    if jax.process_index() != 0:
-        return {}
+    workdir, results = options.workdir, outcome.results
     model = {"name": config.model.name, "options": dict(config.model.options)}
     stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, model, facts)
-    dense_variables = {**dense.params, **dense.batch_stats}
-    times, about = (
-        latency.of_images(stored.saved, dense_variables, info.shape, info.classes)
-        if last.rules
-        else (None, {"reason": "nothing is compressed"})
-    )
-    measured: dict[str, Any] = {}
-    sections: list[tuple[str, Any]] = []
+    times, latencies, measured, sections = None, {"reason": "nothing is compressed"}, {}, []
     if last.rules:
         network = build_model(config.model.name, config.model.options, info.classes)
-        measured, sections = cnn_measures.measure(workdir, network, dense.params, result, last.rules, info.shape)
-    fields = _summary(config, options, job, info, last, outcome, stored, times, about)
-    summary = make_summary(**fields | {"cnn": fields["cnn"] | measured})
-    page = html.Page(
-        summary=summary,
-        config=json.loads((workdir / "config.json").read_text()),
-        layers=stored.layers,
-        pictures=artifacts.pictures(workdir, dense.params, result.params, last.rules),
-        sections=[("Phases", _phase_table(todo, outcome)), *sections],
-        links=artifacts.links(workdir),
-    )
-    html.write_report(workdir / "report.html", page)
-    write_summary(workdir / "summary.json", summary)
-    console.print_report(summary, stored.layers)
-    return summary
-
-
-def _template(job: training.Job, phase: Phase) -> Weights:
-    return training.like(job.first, phase, job.placement)
-
-
-def _phase_table(todo: tuple[Phase, ...], outcome: Outcome) -> html.Table:
-    rows = []
-    for phase in todo:
-        start, end = outcome.results[phase.name]["start"], outcome.results[phase.name]["end"]
-        accuracies = [f"{100 * f['accuracy']:.2f} %" for f in (start, end)]
-        rows.append((phase.name, phase.start or "-", str(phase.fit.epochs), f"{phase.fit.lr:g}", *accuracies))
-    header = ("phase", "starts from", "epochs", "learning rate", "accuracy at its start", "at its end")
-    return html.Table(header, rows, (False, False, True, True, True, True))
-
-
-def _summary(
-    config: Config,
-    options: Options,
-    job: training.Job,
-    info: data.Info,
-    last: Phase,
-    outcome: Outcome,
-    stored: artifacts.Stored,
-    times: dict[str, float] | None,
-    about: dict[str, Any],
-) -> dict[str, Any]:
-    results, plan = outcome.results, config.plan
+        dense_variables = {**dense.params, **dense.batch_stats}
+        times, latencies = latency.of_images(stored.saved, dense_variables, info.shape, info.classes)
+        measured, sections = measures.measure(workdir, network, dense.params, result, last.rules, info.shape)
 
     def accuracy(name: str, when: str = "end") -> float | None:
         return results[name][when]["accuracy"] if name in results else None
 
-    residuals = [r for r in results.values() if r.get("primal")]  # of the last ADMM phase: the largest over its leaves
-    residual = {k: max(residuals[-1][k].values()) if residuals else None for k in ("primal", "dual")}
-    return {
-        "driver": "cnn",
-        "variant": config.variant,
-        "seed": config.seed,
-        "dataset": driver.dataset(info, len(job.train["labels"]), len(job.test["labels"])),
-        "metric": {
-            "name": "accuracy",
-            "higher_is_better": True,
-            "dense": accuracy(phases.DENSE),
-            "dense_same_budget": accuracy(phases.SAME_BUDGET),
-            "one_shot": accuracy(phases.ONE_SHOT),
-            "hardened": accuracy(last.name, "start") if last.rules else None,
-            "compressed": accuracy(last.name) if last.rules else None,
-        },
-        "rate": stored.rate,
-        "bytes": stored.size,
-        "residual": residual,
-        "violations": stored.violations,
-        "latency_ms": times,
-        "seconds": outcome.seconds,
-        "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
-        "cnn": {
-            "method": plan.method,
+    summary = runner.summary(
+        "cnn",
+        config,
+        options,
+        dataset=driver.dataset(info, len(job.train["labels"]), len(job.test["labels"])),
+        metric=runner.metric(
+            "accuracy",
+            accuracy(last.name) if last.rules else None,
+            dense=accuracy(phases.DENSE),
+            dense_same_budget=accuracy(phases.SAME_BUDGET),
+            one_shot=accuracy(phases.ONE_SHOT),
+            hardened=accuracy(last.name, "start") if last.rules else None,
+        ),
+        stored=stored,
+        residual=runner.residual(results.values()),
+        latency_ms=times,
+        seconds=outcome.seconds,
+        block={
+            "method": config.plan.method,
             "selection": "the last epoch; the test set chooses nothing",
             "gradual": accuracy(f"{phases.GRADUAL}_retrain"),
             "init_from": config.init_from or None,
             "mesh": options.mesh or None,
             "processes": jax.process_count(),
             "phases": results,
-            "latency": about,
-            "run": run_record(options.command),
+            "latency": latencies,
+            **measured,
         },
-    }
+    )
+    return runner.conclude(
+        summary,
+        options,
+        layers=stored.layers,
+        pictures=artifacts.pictures(workdir, dense.params, result.params, last.rules),
+        sections=[("Phases", _phase_table(todo, results)), *sections],
+    )
+
+
+def _phase_table(todo: tuple[Phase, ...], results: dict[str, Any]) -> html.Table:
+    rows = []
+    for phase in todo:
+        accuracies = [f"{100 * results[phase.name][when]['accuracy']:.2f} %" for when in ("start", "end")]
+        rows.append((phase.name, phase.start or "-", str(phase.fit.epochs), f"{phase.fit.lr:g}", *accuracies))
+    header = ("phase", "starts from", "epochs", "learning rate", "accuracy at its start", "at its end")
+    return html.Table(header, rows, (False, False, True, True, True, True))
 
 
 # -- evaluation of a finished run --------------------------------------------------------------------------------------
 
 
-def evaluate(config: Config, options: Options) -> dict[str, Any]:
+def evaluate(config: Any, options: Options) -> dict[str, Any]:
     """Evaluates a finished run's compressed model on a split, of the config's data set or of another one.
 
     The network and the normalisation come from the file. The figures go to `<workdir>/eval/<data set>-<split>/`.
@@ -271,10 +223,8 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       ConfigError: the run is not finished, or the data do not fit the network.
     """
+    stored = runner.model_of(options.workdir)
     path = options.workdir / artifacts.MODEL
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; finish the run first (--mode=run)")
-    stored = artifacts.read(path)
     name, options_, facts = described(path, stored)
     dataset = load_data(config.data, options.split, options.data_dir)
     if dataset.info.classes != facts["classes"] or dataset.info.shape[-1] != len(facts["mean"]):
@@ -284,47 +234,20 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         )
     model = build_model(name, options_, facts["classes"])
     task = make_task(model, tuple(facts["mean"]), tuple(facts["std"]))
-    variables = jax.tree.map(jnp.asarray, stored.saved.params)
-    params = {"params": variables["params"]}
-    others = {k: v for k, v in variables.items() if k != "params"}
     wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *dataset.info.shape), jnp.float32)))
-    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, variables):
-        raise ConfigError(f"the weights in {path} do not fit {name} on images {dataset.info.shape}")
+    variables = runner.fitting(stored, wanted, f"{name} on images {dataset.info.shape}")
+    others = {k: v for k, v in variables.items() if k != "params"}
     score = state.make_evaluate(task, config.eval_batch)
-    figures = score(params, others, jax.tree.map(jnp.asarray, arrays(dataset)))
-    folder = options.workdir / "eval" / f"{config.data.name}-{options.split}"
-    summary = make_summary(
-        driver="cnn",
-        variant=config.variant,
-        seed=config.seed,
+    figures = score({"params": variables["params"]}, others, jax.tree.map(jnp.asarray, arrays(dataset)))
+    return runner.evaluated(
+        "cnn",
+        config,
+        options,
         dataset=driver.dataset(dataset.info, None, len(dataset)),
-        metric={
-            "name": "accuracy",
-            "higher_is_better": True,
-            **dict.fromkeys(("dense", "dense_same_budget", "one_shot", "hardened")),
-            "compressed": figures["accuracy"],
-        },
-        rate=stored.rate,
-        bytes=stored.size,
-        residual=None,
-        violations=stored.violations,
-        latency_ms=None,
-        seconds=None,
-        paper=None,
-        cnn={
-            "mode": "eval",
-            "split": options.split,
-            "loss": figures["loss"],
-            "model": str(path),
-            "run": run_record(options.command),
-        },
+        metric=runner.metric("accuracy", figures["accuracy"]),
+        stored=stored,
+        block={"loss": figures["loss"]},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder / "summary.json", summary)
-    print(
-        f"{config.data.name} {options.split}: accuracy {figures['accuracy']:.4f}; written to {folder / 'summary.json'}"
-    )
-    return summary
 
 
 def described(path: Path, stored: artifacts.Stored) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from compressx._harden import ConstraintViolation
 from compressx.formats import CompressedFileError
 from compressx.native.memory import keep_memory
-from experiments.common import training
 from experiments.common.data import DataFileError, DataNotFoundError, Info
 from experiments.common.models.convert import CheckpointError as ModelFileError
 from experiments.common.report import environment
@@ -161,18 +159,6 @@ def finished(workdir: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     print(f"{workdir} is finished and left as it is; its report is {workdir / 'report.html'}")
     return read_summary(workdir / "summary.json")
-
-
-def train(
-    workdir: Path, config: Mapping[str, Any], job: training.Job, todo: tuple[training.Phase, ...]
-) -> training.Outcome:
-    """Trains what is left of the phases, with a progress bar. What is impossible is told before anything is written."""
-    training.check_phases(job, todo)
-    first = jax.process_index() == 0
-    if first:
-        claim(workdir, config)
-    with training.Display(training.total_steps(job, todo), quiet=not first) as display:
-        return training.train(job, todo, workdir, display)
 
 
 def write_text(path: Path, text: str) -> None:

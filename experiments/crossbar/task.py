@@ -10,7 +10,6 @@ chosen on training images; the test set chooses nothing.
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,9 @@ from compressx.crossbar.noise import Variation
 from experiments.cnn import task as cnn
 from experiments.cnn.config import Config as CnnConfig
 from experiments.cnn.config import Model
-from experiments.common import artifacts, data, driver, training
+from experiments.common import artifacts, data, driver, runner, training
 from experiments.common.driver import Options
-from experiments.common.report import console, html
-from experiments.common.report.environment import run_record
-from experiments.common.report.summary import make_summary, write_summary
-from experiments.common.training import ConfigError, Outcome, Phase, Plan, Stage, Weights, mesh, phases
+from experiments.common.training import ConfigError, Outcome, Phase, Plan, Stage, Weights, phases
 from experiments.crossbar import forms as crossbar_forms
 from experiments.crossbar import page as crossbar_page
 from experiments.crossbar import sot as crossbar_sot
@@ -47,15 +43,13 @@ def training_config(config: Config) -> CnnConfig:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@runner.once
 def run(config: Config, options: Options) -> dict[str, Any]:
     """Trains what is left, measures, and writes everything about it into the work directory.
 
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir, written = options.workdir, dataclasses.asdict(config)
-    if (summary := driver.finished(workdir, written)) is not None:
-        return summary
     started = time.monotonic()
     if config.take:
         subjects, scene = _taken(config, options)
@@ -64,16 +58,12 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     for phase in todo:
         check_sets(phase.rules or (), config.hardware.engine)
     job, info = cnn.make_job(training_config(config), options)
-    outcome = driver.train(workdir, written, job, todo)
+    outcome = runner.train(config, options, job, todo)
     names = {p.name: p for p in todo}
-
-    def weights(phase: str) -> Weights:
-        return mesh.host(outcome.checkpoints.load_weights(phase, training.like(job.first, names[phase], job.placement)))
-
-    subjects = [make_subject(DENSE, weights(DENSE), (), outcome.results[DENSE])]
+    subjects = [make_subject(DENSE, outcome.weights(job, names[DENSE]), (), outcome.results[DENSE])]
     for b in config.branches:
         last = names[f"retrain_{b.name}"]
-        subjects.append(make_subject(b.name, weights(last.name), last.rules or (), outcome.results[last.name]))
+        subjects.append(make_subject(b.name, outcome.weights(job, last), last.rules or (), outcome.results[last.name]))
     scene = _scene(config, info, job.train, job.test)
     if config.noise_aware.start:
         subjects.append(_noise_aware(config, options, job, scene, subjects))
@@ -142,7 +132,7 @@ def _noise_aware(
     )
     with training.Display(training.total_steps(noisy, (phase,))) as display:
         outcome = training.train(noisy, (phase,), options.workdir / AWARE, display)
-    weights = mesh.host(outcome.checkpoints.load_weights(phase.name, training.like(first, phase, job.placement)))
+    weights = outcome.weights(noisy, phase)
     return make_subject(AWARE, weights, rules, outcome.results[phase.name])
 
 
@@ -163,29 +153,22 @@ def _conclude(
     stored = _store(config, options, main, scene)
     results = trained[1].results if trained else {}
     outcome_of = lambda phase, when="end": results.get(phase, {}).get(when, {}).get("accuracy")
-    residual = results.get(f"admm_{main.name}", {})
-    summary = make_summary(
-        driver="crossbar",
-        variant=config.variant,
-        seed=config.seed,
+    summary = runner.summary(
+        "crossbar",
+        config,
+        options,
         dataset=driver.dataset(scene.info, len(scene.calibration) if config.take else None, len(scene.labels)),
-        metric={
-            "name": "accuracy",
-            "higher_is_better": True,
-            "dense": outcome_of(DENSE),
-            "dense_same_budget": None,
-            "one_shot": outcome_of(phases.ONE_SHOT),
-            "hardened": outcome_of(f"retrain_{main.name}", "start"),
-            "compressed": found["models"][main.name]["hardware"],
-        },
-        rate=stored.rate,
-        bytes=stored.size,
-        residual={k: max(residual[k].values()) if residual.get(k) else None for k in ("primal", "dual")},
-        violations=stored.violations,
-        latency_ms=None,
+        metric=runner.metric(
+            "accuracy",
+            found["models"][main.name]["hardware"],
+            dense=outcome_of(DENSE),
+            one_shot=outcome_of(phases.ONE_SHOT),
+            hardened=outcome_of(f"retrain_{main.name}", "start"),
+        ),
+        stored=stored,
+        residual=runner.residual([results.get(f"admm_{main.name}", {})]),
         seconds=seconds + measuring,
-        paper={"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
-        crossbar={
+        block={
             "engine": config.hardware.engine,
             "main": main.name,
             "selection": "the last epoch; the test set chooses nothing; input scales from training images",
@@ -193,7 +176,6 @@ def _conclude(
             **found,
             "training": results,
             "measuring_seconds": measuring,
-            "run": run_record(options.command),
         },
     )
     before = next((s for s in subjects if s.name == DENSE), main)
@@ -201,18 +183,13 @@ def _conclude(
     if trained:
         pictures += crossbar_page.sign_changes(workdir)
         pictures += artifacts.pictures(workdir, before.weights.params, main.weights.params, main.rules)
-    page = html.Page(
-        summary=summary,
-        config=json.loads((workdir / "config.json").read_text()),
+    return runner.conclude(
+        summary,
+        options,
         layers=stored.layers,
         pictures=pictures,
         sections=crossbar_page.sections(summary["crossbar"]),
-        links=artifacts.links(workdir),
     )
-    html.write_report(workdir / "report.html", page)
-    write_summary(workdir / "summary.json", summary)
-    console.print_report(summary, stored.layers)
-    return summary
 
 
 def _store(config: Config, options: Options, main: Subject, scene: Scene) -> artifacts.Stored:
@@ -248,26 +225,12 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     scene = scene._replace(images=np.asarray(dataset.inputs), labels=np.asarray(dataset.labels))
     measurer = crossbar_forms if config.hardware.engine == "forms" else crossbar_sot
     figures = measurer.scores(subjects[0], scene, config.hardware)
-    summary = make_summary(
-        driver="crossbar",
-        variant=config.variant,
-        seed=config.seed,
+    return runner.evaluated(
+        "crossbar",
+        config,
+        options,
         dataset=driver.dataset(scene.info, None, len(scene.labels)),
-        metric={
-            "name": "accuracy",
-            "higher_is_better": True,
-            **dict.fromkeys(("dense", "dense_same_budget", "one_shot", "hardened")),
-            "compressed": figures["hardware"],
-        },
-        rate=stored.rate,
-        bytes=stored.size,
-        residual=None,
-        violations=stored.violations,
-        latency_ms=None,
-        seconds=None,
-        paper=None,
-        crossbar={"mode": "eval", "split": options.split, **figures, "run": run_record(options.command)},
+        metric=runner.metric("accuracy", figures["hardware"]),
+        stored=stored,
+        block=figures,
     )
-    write_summary(folder / "summary.json", summary)
-    print(f"{config.data.name} {options.split}: accuracy through the engine {figures['hardware']:.4f}; {folder}")
-    return summary

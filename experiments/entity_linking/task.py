@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from experiments.common import artifacts, driver, training
+from experiments.common import artifacts, driver, runner, training
 from experiments.common.driver import Options
-from experiments.common.report import console, html
-from experiments.common.report.environment import run_record
-from experiments.common.report.summary import make_summary, write_summary
+from experiments.common.report import html
 from experiments.common.training import ConfigError, Outcome, Phase, Weights, mesh, phases
 from experiments.entity_linking import linking
 from experiments.entity_linking import measures as linking_results
@@ -94,11 +91,7 @@ def _train(made: _Arm, job: training.Job, todo: tuple[Phase, ...], folder: Path)
     print(f"{made.arm.name}: {', '.join(made.linker.features)}; {made.learning.method}, order {made.arm.order}")
     with training.Display(training.total_steps(job, todo), quiet=jax.process_index() != 0) as display:
         outcome = training.train(job, todo, folder, display)
-
-    def weights(phase: Phase) -> Weights:
-        return mesh.host(outcome.checkpoints.load_weights(phase.name, training.like(job.first, phase, job.placement)))
-
-    return outcome, {p.name: weights(p) for p in todo}
+    return outcome, {p.name: outcome.weights(job, p) for p in todo}
 
 
 def _compression(
@@ -118,6 +111,7 @@ def _compression(
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
 
@@ -127,9 +121,7 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir, written = options.workdir, dataclasses.asdict(config)
-    if (summary := driver.finished(workdir, written)) is not None:
-        return summary
+    workdir = options.workdir
     phases.plan(config.plan)  # a rule that cannot be read is told before the data are
     corpora = load(config, options.data_dir)
     rows: dict[tuple[str, str], Any] = {}
@@ -138,7 +130,7 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     if config.plan.stages:
         _compression(config, corpora, main, main.job.first)  # checks the rules before anything is trained
     if jax.process_index() == 0:
-        driver.claim(workdir, written)
+        driver.claim(workdir, dataclasses.asdict(config))
     table: dict[str, dict[str, Any]] = dict(linking_results.most_likely(corpora))
     seconds, found, dense = 0.0, {}, main.job.first
     for each in made:
@@ -236,34 +228,30 @@ def _conclude(
         small, errors["compressed"] = squeezed.table, squeezed.errors
         seconds += squeezed.outcome.seconds
     sets = [s for s in corpora.documents if s != "train"]
-    summary = make_summary(
-        driver=NAME,
-        variant=config.variant,
-        seed=config.seed,
-        dataset={
-            "name": config.data.name,
-            "source": corpora.source,
-            "train": len(corpora.documents["train"]),
-            "test": len(documents),
-            "stand_in": corpora.stand_in,
-        },
-        metric={
-            "name": "micro F1",
-            "higher_is_better": True,
-            "dense": table["dense"]["test"]["f1"],
-            "dense_same_budget": _f1(small, phases.SAME_BUDGET),
-            "one_shot": _f1(small, phases.ONE_SHOT),
-            "hardened": _f1(small, "hardened"),
-            "compressed": None if squeezed is None else _f1(small, squeezed.last.name),
-        },
-        rate=None if squeezed is None else squeezed.stored.rate,
-        bytes=None if squeezed is None else squeezed.stored.size,
-        residual=None if squeezed is None else _residual(squeezed.outcome),
-        violations=None if squeezed is None else squeezed.stored.violations,
-        latency_ms=None,
+    dataset = {
+        "name": config.data.name,
+        "source": corpora.source,
+        "train": len(corpora.documents["train"]),
+        "test": len(documents),
+        "stand_in": corpora.stand_in,
+    }
+    summary = runner.summary(
+        NAME,
+        config,
+        options,
+        dataset=dataset,
+        metric=runner.metric(
+            "micro F1",
+            None if squeezed is None else _f1(small, squeezed.last.name),
+            dense=table["dense"]["test"]["f1"],
+            dense_same_budget=_f1(small, phases.SAME_BUDGET),
+            one_shot=_f1(small, phases.ONE_SHOT),
+            hardened=_f1(small, "hardened"),
+        ),
+        stored=squeezed and squeezed.stored,
+        residual=squeezed and runner.residual(squeezed.outcome.results.values()),
         seconds=seconds,
-        paper={"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
-        entity_linking={
+        block={
             "selection": "the best epoch on the dev documents, for every linker; the test documents choose nothing",
             "coverage": linking_results.coverage(corpora),
             "arms": table,
@@ -272,7 +260,6 @@ def _conclude(
             "knowledge": {"entities": len(corpora.knowledge.titles), "words": len(corpora.knowledge.words)},
             "phases": None if squeezed is None else squeezed.outcome.results,
             "latency": None if squeezed is None else {"reason": NO_LATENCY},
-            "run": run_record(options.command),
         },
     )
     pictures = []
@@ -287,29 +274,20 @@ def _conclude(
     ]
     if small:
         sections.insert(1, ("Compressed", [linking_results.table(small, sets), f"No latency: {NO_LATENCY}."]))
-    content = html.Page(
-        summary=summary,
-        config=json.loads((workdir / "config.json").read_text()),
+    told = runner.conclude(
+        summary,
+        options,
         layers=[] if squeezed is None else squeezed.stored.layers,
         pictures=pictures,
         sections=sections,
-        links=artifacts.links(workdir),
     )
-    html.write_report(workdir / "report.html", content)
-    write_summary(workdir / "summary.json", summary)
-    console.print_report(summary, [] if squeezed is None else squeezed.stored.layers)
     for name, row in (table | small).items():
         print(f"{name:<24}" + "  ".join(f"{s} {100 * row[s]['f1']:.2f}" for s in sets if s in row))
-    return summary
+    return told
 
 
 def _f1(table: dict[str, dict[str, Any]], name: str) -> float | None:
     return table[name]["test"]["f1"] if name in table else None
-
-
-def _residual(outcome: Outcome) -> dict[str, float | None]:
-    found = [r for r in outcome.results.values() if r.get("primal")]
-    return {k: max(found[-1][k].values()) if found else None for k in ("primal", "dual")}
 
 
 # -- evaluation of a finished run --------------------------------------------------------------------------------------
@@ -324,63 +302,36 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       ConfigError: the run is not finished, or the data do not fit the linker.
     """
-    path = options.workdir / artifacts.MODEL
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; finish a run that compresses first (--mode=run)")
-    stored = artifacts.read(path)
+    path, stored = options.workdir / artifacts.MODEL, runner.model_of(options.workdir)
     linker, facts = _described(path, stored)
     corpora = load(config, options.data_dir)
     if corpora.knowledge.digest != facts["knowledge"]:
         raise ConfigError(f"{path} was made for another knowledge base than that of data.name={config.data.name!r}")
     if options.split not in corpora.documents:
         raise ConfigError(f"split={options.split!r} is impossible; it must be one of {', '.join(corpora.documents)}")
-    params = jax.tree.map(jnp.asarray, stored.saved.params)
     wanted = jax.eval_shape(lambda: linking.init(linker, corpora.knowledge, jax.random.key(0)))
-    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, params):
-        raise ConfigError(f"the weights in {path} do not fit its own description of the linker")
+    params = runner.fitting(stored, wanted, "the file's own description of the linker")
     documents = corpora.documents[options.split]
     rows = encoded(dataclasses.replace(config, seed=facts["seed"]), corpora, options.split, facts["order"])
     carried = learning.carried(linking.facts_of(corpora.knowledge))
     linked = linking_results.link(linker, params, carried, documents, rows, config.eval_batch)
     found = linking_results.figures(metrics.score(documents, linked.predictions))
-    summary = make_summary(
-        driver=NAME,
-        variant=config.variant,
-        seed=config.seed,
-        dataset={
-            "name": config.data.name,
-            "source": corpora.source,
-            "train": None,
-            "test": len(documents),
-            "stand_in": corpora.stand_in,
-        },
-        metric={
-            "name": "micro F1",
-            "higher_is_better": True,
-            **dict.fromkeys(("dense", "dense_same_budget", "one_shot", "hardened")),
-            "compressed": found["f1"],
-        },
-        rate=stored.rate,
-        bytes=stored.size,
-        residual=None,
-        violations=stored.violations,
-        latency_ms=None,
-        seconds=None,
-        paper=None,
-        entity_linking={
-            "mode": "eval",
-            "split": options.split,
-            "figures": found,
-            "errors": metrics.errors(documents, linked.encoded, linked.predictions),
-            "model": str(path),
-            "run": run_record(options.command),
-        },
+    dataset = {
+        "name": config.data.name,
+        "source": corpora.source,
+        "train": None,
+        "test": len(documents),
+        "stand_in": corpora.stand_in,
+    }
+    return runner.evaluated(
+        NAME,
+        config,
+        options,
+        dataset=dataset,
+        metric=runner.metric("micro F1", found["f1"]),
+        stored=stored,
+        block={"figures": found, "errors": metrics.errors(documents, linked.encoded, linked.predictions)},
     )
-    folder = options.workdir / "eval" / f"{config.data.name}-{options.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder / "summary.json", summary)
-    print(f"{config.data.name} {options.split}: F1 {found['f1']:.4f}; written to {folder / 'summary.json'}")
-    return summary
 
 
 def _described(path: Path, stored: artifacts.Stored) -> tuple[linking.Linker, dict[str, Any]]:

@@ -7,7 +7,6 @@ processes: `experiments.federated.nodes`.
 """
 
 import dataclasses
-import json
 import re
 from typing import Any
 
@@ -17,12 +16,9 @@ from compressx._harden import structures
 from compressx.constraints import unstructured
 from compressx.federated import algorithm, splits, timing
 from experiments.cnn import task as cnn
-from experiments.common import artifacts, driver
+from experiments.common import artifacts, driver, runner
 from experiments.common.driver import Options
-from experiments.common.report import console, html
-from experiments.common.report.environment import run_record
 from experiments.common.report.metrics import MetricsWriter
-from experiments.common.report.summary import make_summary, write_summary
 from experiments.common.training import Weights
 from experiments.federated import arms as training
 from experiments.federated import config as setup
@@ -32,6 +28,7 @@ from experiments.federated.arms import Arm
 from experiments.federated.config import Config, Setting
 
 
+@runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
 
@@ -41,14 +38,12 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir, written = options.workdir, dataclasses.asdict(config)
-    if (summary := driver.finished(workdir, written)) is not None:
-        return summary
+    workdir = options.workdir
     setting = setup.make(config, options)
     todo = training.arms(config)
     for alg in todo.values():
         setup.check(config, alg, setting)
-    driver.claim(workdir, written)
+    driver.claim(workdir, dataclasses.asdict(config))
     folder = workdir / "checkpoints"
     resumed = training.resumed_step(folder, todo)
     finished = {}
@@ -114,50 +109,36 @@ def conclude(config: Config, options: Options, setting: Setting, finished: dict[
         },
         "paper": dataclasses.asdict(config.paper) if config.paper.what else None,
         "simulation_seconds": {k: v.seconds for k, v in finished.items()},
-        "run": run_record(options.command),
     }
-    known = config.paper.accuracy > 0
-    summary = make_summary(
-        driver="federated",
-        variant=config.variant,
-        seed=config.seed,
+    told = runner.summary(
+        "federated",
+        config,
+        options,
         dataset=driver.dataset(setting.info, len(setting.train["labels"]), len(setting.test["labels"])),
-        metric={
-            "name": "accuracy",
-            "higher_is_better": True,
-            "dense": accuracy.get("dense"),
-            "dense_same_budget": None,
-            "one_shot": None,
-            "hardened": sparse.pruning.get("after"),
-            "compressed": accuracy["sparse"],
-        },
-        rate=stored.rate,
-        bytes=stored.size,
+        metric=runner.metric(
+            "accuracy", accuracy["sparse"], dense=accuracy.get("dense"), hardened=sparse.pruning.get("after")
+        ),
+        stored=stored,
         residual={"primal": residual, "dual": None},
-        violations=stored.violations,
-        latency_ms=None,
         seconds=sum(a.seconds for a in finished.values()),
-        paper={"quantity": "metric.compressed", "value": config.paper.accuracy} if known else None,
-        federated=block,
+        block=block,
     )
-    report = html.Page(
-        summary=summary,
-        config=json.loads((workdir / "config.json").read_text()),
+    if config.paper.accuracy > 0:
+        told["paper"] = {"quantity": "metric.compressed", "value": config.paper.accuracy}
+    summary = runner.conclude(
+        told,
+        options,
         layers=stored.layers,
         pictures=page.pictures(workdir, table, finished, compared.seconds),
-        first=page.first(summary),
-        sections=page.sections(config, summary),
+        first=page.first(told),
+        sections=page.sections(config, told),
         badge="SIMULATED enclave",
         notice=page.SIMULATED,
-        links=artifacts.links(workdir),
     )
-    html.write_report(workdir / "report.html", report)
-    write_summary(workdir / "summary.json", summary)
-    console.print_report(summary, stored.layers)
     print(f"bytes saved {compared.saving:.2%}, elapsed-time gain {compared.speedup:.2f}x (modelled). {page.SIMULATED}")
     return summary
 
 
 def evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Evaluates a finished run's model on a split, as `experiments.cnn` does."""
-    return cnn.evaluate(config, options)  # type: ignore[arg-type]
+    return cnn.evaluate(config, options)

@@ -1,18 +1,14 @@
 """Scores, packs and measures the networks of a run of `experiments.gru_speech`, and writes all its files."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from compressx.rules import Rules
-from experiments.common import artifacts, driver, training
+from experiments.common import artifacts, driver, runner, training
 from experiments.common.driver import Options
-from experiments.common.report import console, html
-from experiments.common.report.environment import run_record
-from experiments.common.report.summary import make_summary, write_summary
 from experiments.common.training import Phase, Weights, phases
 from experiments.gru_speech import measures as speech_results
 from experiments.gru_speech.config import NAME, Config, shapes
@@ -64,28 +60,25 @@ def conclude(
     heads = {"dense": steps["dense"], head.name: steps[head.name]} if head.name in steps else {"dense": steps["dense"]}
     live = {name: _stream(config, packed, way, test) for name, (packed, way) in heads.items()}
     figures, rows = table.pop("dense"), table
-    summary = make_summary(
-        driver=NAME,
-        variant=config.variant,
-        seed=config.seed,
+    summary = runner.summary(
+        NAME,
+        config,
+        options,
         dataset=driver.dataset(info, len(train.features), len(test.features)),
-        metric={
-            "name": f"{unit} error rate",
-            "higher_is_better": False,
-            "dense": figures["error_rate"],
-            "dense_same_budget": _beside(config, rows, "dense"),
-            "one_shot": _beside(config, rows, "one_shot"),
-            "hardened": rows[head.name].get("hardened"),
-            "compressed": rows[head.name]["error_rate"],
-        },
-        rate=stored[head.name].rate,
-        bytes=stored[head.name].size,
-        residual=_residual(outcome.results, arms[head.name]),
-        violations=stored[head.name].violations,
+        metric=runner.metric(
+            f"{unit} error rate",
+            rows[head.name]["error_rate"],
+            higher_is_better=False,
+            dense=figures["error_rate"],
+            dense_same_budget=_beside(config, rows, "dense"),
+            one_shot=_beside(config, rows, "one_shot"),
+            hardened=rows[head.name].get("hardened"),
+        ),
+        stored=stored[head.name],
+        residual=runner.residual(outcome.results[p.name] for p in arms[head.name]),
         latency_ms=_latency(figures, rows[head.name]),
         seconds=outcome.seconds,
-        paper={"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
-        gru_speech={
+        block={
             "dense": figures,
             "reference": speech_results.plain(train, dev, test),
             "arms": rows,
@@ -97,16 +90,15 @@ def conclude(
             "selection": config.select or "the last epoch",
             "released": {str(k): {"rate": r, "error_rate": per} for k, (r, per) in rates.RELEASED.items()},
             "phases": outcome.results,
-            "run": run_record(options.command),
         },
     )
     mine, rules = left[arms[head.name][-1].name], arms[head.name][-1].rules
     _, found = scorer.score(mine.params, test, rows[head.name]["lm_weight"], rows[head.name]["reward"])
     name = f"{unit} error rate"
     nets = {"dense": dense.params, head.name.replace("_", " "): mine.params}
-    page = html.Page(
-        summary=summary,
-        config=json.loads((workdir / "config.json").read_text()),
+    return runner.conclude(
+        summary,
+        options,
         layers=stored[head.name].layers,
         pictures=[
             *speech_results.rate_pictures(workdir, name, figures["error_rate"], rows, others),
@@ -114,12 +106,7 @@ def conclude(
             *artifacts.pictures(workdir, dense.params, mine.params, rules),
         ],
         sections=[("Arms", speech_results.arm_table(rows, figures))],
-        links=artifacts.links(workdir),
     )
-    html.write_report(workdir / "report.html", page)
-    write_summary(workdir / "summary.json", summary)
-    console.print_report(summary, stored[head.name].layers)
-    return summary
 
 
 def _stored(kept: artifacts.Stored, weights: Weights, rules: Rules) -> dict[str, Any]:
@@ -151,11 +138,6 @@ def _beside(config: Config, rows: dict[str, dict[str, Any]], method: str) -> flo
         if arm.method == method and (method == "dense" or (arm.structure, arm.rate) == (head.structure, head.rate)):
             return float(rows[arm.name]["error_rate"])
     return None
-
-
-def _residual(results: dict[str, Any], made: tuple[Phase, ...]) -> dict[str, float | None]:
-    found = [results[p.name] for p in made if results[p.name].get("primal")]
-    return {k: max(found[-1][k].values()) if found else None for k in ("primal", "dual")}
 
 
 def _stream(config: Config, packed: Any, way: str, test: Heard) -> dict[str, float]:

@@ -17,11 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import artifacts, driver, models, training
+from experiments.common import artifacts, driver, models, runner, training
 from experiments.common.data import DataFileError, DataNotFoundError
 from experiments.common.driver import Options
-from experiments.common.report.environment import run_record
-from experiments.common.report.summary import make_summary, write_summary
 from experiments.common.training import ConfigError, Phase, Plan, Stage, Weights, mesh, phases
 from experiments.gru_speech import measures as speech_results
 from experiments.gru_speech import page as speech_report
@@ -162,6 +160,7 @@ def plan_phases(config: Config) -> dict[str, tuple[Phase, ...]]:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
 
@@ -171,20 +170,14 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir, written = options.workdir, dataclasses.asdict(config)
-    if (summary := driver.finished(workdir, written)) is not None:
-        return summary
     arms = plan_phases(config)
     others = speech_results.read_others(config.with_runs, config.variant, config.data.name)
     train, dev, test = (load(config, split, options.data_dir) for split in corpora.SPLITS)
     job, model = make_job(config, options, train, dev, test)
     todo = tuple(p for made in arms.values() for p in made)
-    outcome = driver.train(workdir, written, job, todo)
-
-    def weights(phase: Phase) -> Weights:
-        return mesh.host(outcome.checkpoints.load_weights(phase.name, training.like(job.first, phase, job.placement)))
-
-    left = {p.name: weights(p) for p in todo if p.kind == "admm" or any(p is made[-1] for made in arms.values())}
+    outcome = runner.train(config, options, job, todo)
+    last = [made[-1] for made in arms.values()]
+    left = {p.name: outcome.weights(job, p) for p in todo if p.kind == "admm" or any(p is x for x in last)}
     if jax.process_index() != 0:
         return {}
     return speech_report.conclude(config, options, arms, left, outcome, (train, dev, test), model, others)
@@ -202,12 +195,9 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       ConfigError: the run is not finished, or the data do not fit the network.
     """
-    path = options.workdir / artifacts.MODEL
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; finish the run first (--mode=run)")
+    path, stored = options.workdir / artifacts.MODEL, runner.model_of(options.workdir)
     if options.split not in corpora.SPLITS:
         raise ConfigError(f"split={options.split!r} is impossible; it must be one of {', '.join(corpora.SPLITS)}")
-    stored = artifacts.read(path)
     model_options, features, settings, known, facts = _described(path, stored)
     config = dataclasses.replace(config, features=features, loss=facts["loss"], model=model_options)
     heard = load(config, options.split, options.data_dir)
@@ -216,49 +206,19 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
             f"data.name={config.data.name!r} has other units than {path}, which was trained on {facts['corpus']}"
         )
     model = build_model(model_options, outputs(config, heard))
-    params = jax.tree.map(jnp.asarray, stored.saved.params)
     wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1, features.size))))
-    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, params):
-        raise ConfigError(f"the weights in {path} do not fit its own description of the network")
+    params = runner.fitting(stored, wanted, "the file's own description of the network")
     scorer = speech_results.Scorer(model, facts["loss"], settings, known, config.eval_batch)
     counted, _ = scorer.score(params, heard, facts["decoding"]["lm_weight"], facts["decoding"]["reward"])
-    info = heard.corpus.info
-    summary = make_summary(
-        driver=NAME,
-        variant=config.variant,
-        seed=config.seed,
-        dataset=driver.dataset(info, None, len(heard.features)),
-        metric={
-            "name": f"{heard.corpus.unit} error rate",
-            "higher_is_better": False,
-            **dict.fromkeys(("dense", "dense_same_budget", "one_shot", "hardened")),
-            "compressed": counted.rate,
-        },
-        rate=stored.rate,
-        bytes=stored.size,
-        residual=None,
-        violations=stored.violations,
-        latency_ms=None,
-        seconds=None,
-        paper=None,
-        gru_speech={
-            "mode": "eval",
-            "split": options.split,
-            "model": str(path),
-            "tokens": counted.tokens,
-            **counted.parts(),
-            "test_speakers": list(heard.corpus.speakers),
-            "run": run_record(options.command),
-        },
+    return runner.evaluated(
+        NAME,
+        config,
+        options,
+        dataset=driver.dataset(heard.corpus.info, None, len(heard.features)),
+        metric=runner.metric(f"{heard.corpus.unit} error rate", counted.rate, higher_is_better=False),
+        stored=stored,
+        block={"tokens": counted.tokens, **counted.parts(), "test_speakers": list(heard.corpus.speakers)},
     )
-    folder = options.workdir / "eval" / f"{config.data.name}-{options.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder / "summary.json", summary)
-    print(
-        f"{config.data.name} {options.split}: {heard.corpus.unit} error rate {counted.rate:.4f}; "
-        f"written to {folder / 'summary.json'}"
-    )
-    return summary
 
 
 def _described(path: Path, stored: artifacts.Stored) -> tuple[Model, speech.FrontEnd, Decoding, Any, dict[str, Any]]:

@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.common import artifacts, driver, latency, training
+from experiments.common import artifacts, driver, latency, runner, training
 from experiments.common.driver import Options
 from experiments.common.report import format as fmt
 from experiments.common.report import html, plots
-from experiments.common.report.environment import run_record
 from experiments.common.report.metrics import MetricsWriter
-from experiments.common.report.summary import make_summary, write_summary
 from experiments.common.training import ConfigError
 from experiments.common.training.config import METHODS, Rule
 from experiments.language_model import config as language_config
@@ -70,6 +68,12 @@ class Config:
     main: str = "darb"
     at: str = ""
     variant: str = ""
+
+    @property
+    def seed(self) -> int:
+        """The first seed of the headline's point, under which a summary of all stands."""
+        (head,) = [p for p in self.points if (p.curve, p.name) == (self.main, self.at)]
+        return (head.seeds or self.seeds)[0]
 
     def __post_init__(self) -> None:
         names = [(p.curve, p.name) for p in self.points]
@@ -262,32 +266,23 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
     words = {c: sign[how] + fmt.rate(rate) for c, (how, rate) in equal.items()}
     first, same = done[0][1], [row for row in rows if row["method"] == "dense"]
     one = [r for r in rows if r["method"] == "one_shot" and r["point"] == config.at and config.main in r["curve"]]
-    summary = make_summary(
-        driver="language_curves",
-        variant=config.variant,
-        seed=headline["seeds"][0],
+    told = runner.summary(
+        "language_curves",
+        config,
+        options,
         dataset=first["dataset"],
-        metric={
-            "name": "perplexity",
-            "higher_is_better": False,
-            "dense": float(np.mean(dense)),
-            "dense_same_budget": same[0]["mean"] if same else None,
-            "one_shot": one[0]["mean"] if one else None,
-            "hardened": float(np.mean(headline["hardened"])),
-            "compressed": headline["mean"],
-        },
-        rate={
-            "constrained_weights": headline["rate"],
-            "all_weights": headline["all_rate"],
-            "bytes": headline["bytes_rate"],
-        },
-        bytes=None,
-        residual=None,
-        violations=sum(s["violations"] or 0 for _, s in done),
+        metric=runner.metric(
+            "perplexity",
+            headline["mean"],
+            higher_is_better=False,
+            dense=float(np.mean(dense)),
+            dense_same_budget=same[0]["mean"] if same else None,
+            one_shot=one[0]["mean"] if one else None,
+            hardened=float(np.mean(headline["hardened"])),
+        ),
         latency_ms=times and {"dense": times["dense"], "compressed": times[config.main]},
         seconds=sum(s["seconds"] for _, s in done),
-        paper=None,
-        language_curves={
+        block={
             "rows": rows,
             "at": {_plain(r["curve"]): r["mean"] for r in rows if r["point"] == config.at},
             "equal_perplexity": {
@@ -297,24 +292,27 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
             "latency": facts,
             "references": first["language_model"]["references"],
             "observations": first["language_model"].get("observations"),
-            "run": run_record(options.command),
         },
     )
+    told["rate"] = {
+        "constrained_weights": headline["rate"],
+        "all_weights": headline["all_rate"],
+        "bytes": headline["bytes_rate"],
+    }
+    told["violations"] = sum(s["violations"] or 0 for _, s in done)
     equals = html.Table(("structure", "rate"), list(words.items()), (False, True))
     level = f"{config.main} at {fmt.rate(headline['rate'])} reaches a perplexity of {headline['mean']:.2f}."
-    page = html.Page(
-        summary=summary,
-        config=json.loads((workdir / "config.json").read_text()),
+    summary = runner.conclude(
+        told,
+        options,
         pictures=[html.Picture(path, "Perplexity against compression", text)],
         sections=[
             ("Runs", _html_table(rows)),
             ("Rate at equal perplexity", [level, equals]),
             (f"A word's time at {config.at}", language_page.word_times(facts)),
         ],
-        links=[*artifacts.links(workdir), *((r.name, f"runs/{r.name}/report.html") for r, _ in done)],
+        links=[(r.name, f"runs/{r.name}/report.html") for r, _ in done],
     )
-    html.write_report(workdir / "report.html", page)
-    write_summary(workdir / "summary.json", summary)
     print("\n".join(f"{r['curve']:<24}{fmt.rate(r['rate']):>8}  {_mean(r)}" for r in rows))
     print(f"Report: {workdir / 'report.html'}")
     return summary

@@ -7,22 +7,19 @@ the state carried on; the test text chooses nothing. `experiments.language_model
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.common import artifacts, driver, init_from, latency, training
+from experiments.common import artifacts, driver, init_from, latency, runner, training
 from experiments.common.data import ngrams, text
 from experiments.common.data.text import Corpus
 from experiments.common.driver import Options
 from experiments.common.models import lstm
-from experiments.common.report import console, html
-from experiments.common.report.environment import run_record
-from experiments.common.report.summary import make_summary, write_summary
-from experiments.common.training import ConfigError, Outcome, Phase, Weights, mesh, phases
+from experiments.common.report import html
+from experiments.common.training import ConfigError, Phase, Weights, mesh, phases
 from experiments.common.training.language import language, make_perplexity, sample
 from experiments.language_model import page as language_page
 from experiments.language_model.config import Config, Data, Model
@@ -104,6 +101,7 @@ def plan_phases(config: Config) -> tuple[Phase, ...]:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
 
@@ -113,25 +111,14 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir, written = options.workdir, dataclasses.asdict(config)
-    if (summary := driver.finished(workdir, written)) is not None:
-        return summary
     todo = plan_phases(config)
     job, corpus = make_job(config, options)
-    outcome = driver.train(workdir, written, job, todo)
-    return conclude(config, options, job, corpus, todo, outcome)
-
-
-def conclude(
-    config: Config, options: Options, job: training.Job, corpus: Corpus, todo: tuple[Phase, ...], outcome: Outcome
-) -> dict[str, Any]:
-    """Packs the result and writes everything else; the summary last, for it says that the run is finished."""
+    outcome = runner.train(config, options, job, todo)
     workdir, last = options.workdir, next(p for p in todo if p.name == phases.final(config.plan))
     model = build_model(config.model, len(corpus.words))
 
     def load(phase: Phase) -> Weights:
-        kept = outcome.checkpoints.load_weights(phase.name, training.like(job.first, phase, job.placement))
-        return mesh.host(kept._replace(batch_stats={}))  # what was carried is no part of the network
+        return outcome.weights(job, phase)._replace(batch_stats={})  # what was carried is no part of the network
 
     dense, result = load(todo[0]), load(last)
     if jax.process_index() != 0:
@@ -150,11 +137,53 @@ def conclude(
     times, found["latency"] = None, {"reason": "nothing is compressed"}
     if last.rules is not None:
         times, found["latency"] = latency.of_words(model, dense.params, {"compressed": stored.saved.packed})
-    summary = make_summary(**_summary(config, options, job, corpus, last, outcome, stored, exact, times, found))
+
+    def value(name: str) -> float | None:
+        return exact[name]["value"] if name in exact else None
+
+    words = len(corpus.words)
+    summary = runner.summary(
+        "language_model",
+        config,
+        options,
+        dataset=driver.dataset(corpus.info, len(corpus.train), len(corpus.test)),
+        metric=runner.metric(
+            "perplexity",
+            value(last.name) if last.rules else None,
+            higher_is_better=False,
+            dense=value(phases.DENSE),
+            dense_same_budget=value(phases.SAME_BUDGET),
+            one_shot=value(phases.ONE_SHOT),
+            hardened=value("hardened"),
+        ),
+        stored=stored,
+        residual=runner.residual(outcome.results.values()),
+        latency_ms=times,
+        seconds=outcome.seconds,
+        block={
+            "method": config.plan.method,
+            "selection": "the last epoch; the test text chooses nothing",
+            "words": words,
+            "unknown": dict(corpus.unknown),
+            "places": exact[phases.DENSE]["places"],
+            "gradual": value(f"{phases.GRADUAL}_retrain"),
+            "references": {
+                "unigram": ngrams.unigram_perplexity(corpus.train, corpus.test, words),
+                "bigram": ngrams.bigram_perplexity(corpus.train, corpus.test, words),
+                "source": corpus.best,
+            },
+            "init_from": config.init_from or None,
+            "mesh": options.mesh or None,
+            "processes": jax.process_count(),
+            "exact": exact,
+            "phases": outcome.results,
+            **found,
+        },
+    )
     texts = _texts(config, model, corpus, {"dense": dense.params, "compressed": result.params})
-    page = html.Page(
-        summary=summary,
-        config=json.loads((workdir / "config.json").read_text()),
+    return runner.conclude(
+        summary,
+        options,
         layers=stored.layers,
         pictures=language_page.pictures(scene),
         sections=[
@@ -162,12 +191,7 @@ def conclude(
             *language_page.sections(scene, found),
             ("Sample text", texts),
         ],
-        links=artifacts.links(workdir),
     )
-    html.write_report(workdir / "report.html", page)
-    write_summary(workdir / "summary.json", summary)
-    console.print_report(summary, stored.layers)
-    return summary
 
 
 def _texts(config: Config, model: Any, corpus: Corpus, networks: dict[str, Any]) -> html.Content:
@@ -185,69 +209,6 @@ def _texts(config: Config, model: Any, corpus: Corpus, networks: dict[str, Any])
     return [note, html.Table(("network", "goes on"), rows)]
 
 
-def _summary(
-    config: Config,
-    options: Options,
-    job: training.Job,
-    corpus: Corpus,
-    last: Phase,
-    outcome: Outcome,
-    stored: artifacts.Stored,
-    exact: dict[str, dict[str, Any]],
-    times: dict[str, float] | None,
-    found: dict[str, Any],
-) -> dict[str, Any]:
-    results = outcome.results
-
-    def value(name: str) -> float | None:
-        return exact[name]["value"] if name in exact else None
-
-    residuals = [r for r in results.values() if r.get("primal")]  # of the last ADMM phase: the largest over its leaves
-    words = len(corpus.words)
-    return {
-        "driver": "language_model",
-        "variant": config.variant,
-        "seed": config.seed,
-        "dataset": driver.dataset(corpus.info, len(corpus.train), len(corpus.test)),
-        "metric": {
-            "name": "perplexity",
-            "higher_is_better": False,
-            "dense": value(phases.DENSE),
-            "dense_same_budget": value(phases.SAME_BUDGET),
-            "one_shot": value(phases.ONE_SHOT),
-            "hardened": value("hardened"),
-            "compressed": value(last.name) if last.rules else None,
-        },
-        "rate": stored.rate,
-        "bytes": stored.size,
-        "residual": {k: max(residuals[-1][k].values()) if residuals else None for k in ("primal", "dual")},
-        "violations": stored.violations,
-        "latency_ms": times,
-        "seconds": outcome.seconds,
-        "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
-        "language_model": {
-            "method": config.plan.method,
-            "selection": "the last epoch; the test text chooses nothing",
-            "words": words,
-            "unknown": dict(corpus.unknown),
-            "places": exact[phases.DENSE]["places"],
-            "gradual": value(f"{phases.GRADUAL}_retrain"),
-            "references": {
-                "unigram": ngrams.unigram_perplexity(corpus.train, corpus.test, words),
-                "bigram": ngrams.bigram_perplexity(corpus.train, corpus.test, words),
-                "source": corpus.best,
-            },
-            "init_from": config.init_from or None,
-            "mesh": options.mesh or None,
-            "processes": jax.process_count(),
-            "exact": exact,
-            "phases": results,
-            **found,
-            "run": run_record(options.command),
-        },
-    }
-
-
 # -- evaluation of a finished run --------------------------------------------------------------------------------------
 
 
@@ -259,54 +220,25 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       ConfigError: the run is not finished, or the file is not of this driver.
     """
-    path = options.workdir / artifacts.MODEL
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; finish the run first (--mode=run)")
+    stored = runner.model_of(options.workdir)
     if options.split not in text.PARTS:
         raise ConfigError(f"--split={options.split} is impossible; a text has {', '.join(text.PARTS)}")
-    stored = artifacts.read(path)
-    settings, words = _described(path, stored)
+    settings, words = _described(options.workdir / artifacts.MODEL, stored)
     corpus = load_corpus(config.data, options.data_dir, words)
     model = build_model(settings, len(words))
-    variables = jax.tree.map(jnp.asarray, stored.saved.params)
     wanted = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, variables):
-        raise ConfigError(f"the weights in {path} do not fit a network of {settings} and {len(words)} words")
+    variables = runner.fitting(stored, wanted, f"a network of {settings} and {len(words)} words")
     ids = corpus.part(options.split)
     exact = make_perplexity(model)(variables, ids)
-    folder = options.workdir / "eval" / f"{config.data.name}-{options.split}"
-    info = corpus.info
-    summary = make_summary(
-        driver="language_model",
-        variant=config.variant,
-        seed=config.seed,
-        dataset=driver.dataset(info, None, len(ids)),
-        metric={
-            "name": "perplexity",
-            "higher_is_better": False,
-            **dict.fromkeys(("dense", "dense_same_budget", "one_shot", "hardened")),
-            "compressed": exact.value,
-        },
-        rate=stored.rate,
-        bytes=stored.size,
-        residual=None,
-        violations=stored.violations,
-        latency_ms=None,
-        seconds=None,
-        paper=None,
-        language_model={
-            "mode": "eval",
-            "split": options.split,
-            "unknown": corpus.unknown[options.split],
-            "exact": exact._asdict(),
-            "model": str(path),
-            "run": run_record(options.command),
-        },
+    return runner.evaluated(
+        "language_model",
+        config,
+        options,
+        dataset=driver.dataset(corpus.info, None, len(ids)),
+        metric=runner.metric("perplexity", exact.value, higher_is_better=False),
+        stored=stored,
+        block={"unknown": corpus.unknown[options.split], "exact": exact._asdict()},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder / "summary.json", summary)
-    print(f"{config.data.name} {options.split}: perplexity {exact.value:.3f}; written to {folder / 'summary.json'}")
-    return summary
 
 
 def _described(path: Path, stored: artifacts.Stored) -> tuple[Model, tuple[str, ...]]:

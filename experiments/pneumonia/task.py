@@ -9,20 +9,15 @@ validation images; the test images choose nothing. `pneumonia_data` reads the im
 """
 
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from compressx import compaction
-from experiments.common import artifacts, driver, models, training
+from experiments.common import artifacts, driver, models, runner, training
 from experiments.common.driver import Options
 from experiments.common.models import darknet, initial, yolov3
-from experiments.common.report import console, html
-from experiments.common.report.environment import run_record
-from experiments.common.report.summary import make_summary, write_summary
 from experiments.common.training import ConfigError, Outcome, Phase, Weights, mesh, phases
 from experiments.pneumonia import data as pneumonia_data
 from experiments.pneumonia import measures as pneumonia_score
@@ -142,6 +137,7 @@ def make_job(config: Config, task: Task, plan: Plan, options: Options) -> traini
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
 
@@ -151,13 +147,10 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`.
     """
-    workdir, written = options.workdir, dataclasses.asdict(config)
-    if (summary := driver.finished(workdir, written)) is not None:
-        return summary
     task = pneumonia_data.load(config.data, options.data_dir)
     plan = make_plan(config, task, options.data_dir)
     job = make_job(config, task, plan, options)
-    outcome = driver.train(workdir, written, job, plan.phases)
+    outcome = runner.train(config, options, job, plan.phases)
     return conclude(config, options, task, plan, job, outcome)
 
 
@@ -168,7 +161,7 @@ def conclude(
     by_name = {p.name: p for p in plan.phases}
 
     def weights(name: str) -> Weights:
-        return mesh.host(outcome.checkpoints.load_weights(name, training.like(job.first, by_name[name], job.placement)))
+        return outcome.weights(job, by_name[name])
 
     judge = pneumonia_score.Judge(task, plan.model, config.eval_batch)
     networks = {"dense": weights(phases.DENSE)}
@@ -225,64 +218,39 @@ def conclude(
         "latency": times.facts if times else None,
         "selection": "the last epoch; confidences are chosen on validation images",
         "phases": outcome.results,
-        "run": run_record(options.command),
     }
     block["rows"] = pneumonia_score.rows(block, task.metric, config.seed)
-    summary = make_summary(**_summary(config, task, stored, outcome, scores, block, times))
-    head_rules, before, after = last.rules, networks["dense"].params, networks[head.name].params
-    page = html.Page(
-        summary=summary,
-        config=json.loads((options.workdir / "config.json").read_text()),
-        layers=stored.layers,
-        pictures=artifacts.pictures(options.workdir, before, after, head_rules),
-        sections=pneumonia_page.sections(options.workdir, config.points, task, judge, networks, sizes, times, block),
-        links=artifacts.links(options.workdir),
-    )
-    html.write_report(options.workdir / "report.html", page)
-    write_summary(options.workdir / "summary.json", summary)
-    console.print_report(summary, stored.layers)
-    return summary
-
-
-def _summary(
-    config: Config,
-    task: Task,
-    stored: artifacts.Stored,
-    outcome: Outcome,
-    scores: dict[str, dict[str, Any]],
-    block: dict[str, Any],
-    times: "pneumonia_score.Times | None",
-) -> dict[str, Any]:
-    head, key = config.points[0], task.metric
 
     def value(name: str) -> float | None:
-        return scores[name][key] if name in scores else None
+        return scores[name][task.metric] if name in scores else None
 
-    twin = dataclasses.replace(head, method="one_shot").name
-    residual = outcome.results.get(f"admm_{head.name}", {})
-    return {
-        "driver": "pneumonia",
-        "variant": config.variant,
-        "seed": config.seed,
-        "dataset": driver.dataset(task.info, len(next(iter(task.train.values()))), len(next(iter(task.test.values())))),
-        "metric": {
-            "name": key,
-            "higher_is_better": True,
-            "dense": value("dense"),
-            "dense_same_budget": value("dense_same_budget"),
-            "one_shot": value(twin),
-            "hardened": value("hardened"),
-            "compressed": value(head.name),
-        },
-        "rate": {**stored.rate, "constrained_weights": block["points"][config.points[0].name]["rate_kept"]},
-        "bytes": stored.size,
-        "residual": {k: max(residual[k].values()) if residual.get(k) else None for k in ("primal", "dual")},
-        "violations": stored.violations,
-        "latency_ms": {"dense": times.dense, "compressed": times.points[head.name]} if times else None,
-        "seconds": outcome.seconds,
-        "paper": {"quantity": config.paper.quantity, "value": config.paper.value} if config.paper.quantity else None,
-        "pneumonia": block,
-    }
+    told = runner.summary(
+        "pneumonia",
+        config,
+        options,
+        dataset=driver.dataset(task.info, *(len(next(iter(part.values()))) for part in (task.train, task.test))),
+        metric=runner.metric(
+            task.metric,
+            value(head.name),
+            dense=value("dense"),
+            dense_same_budget=value("dense_same_budget"),
+            one_shot=value(dataclasses.replace(head, method="one_shot").name),
+            hardened=value("hardened"),
+        ),
+        stored=stored,
+        residual=runner.residual([outcome.results.get(f"admm_{head.name}", {})]),
+        latency_ms={"dense": times.dense, "compressed": times.points[head.name]} if times else None,
+        seconds=outcome.seconds,
+        block=block,
+    )
+    told["rate"]["constrained_weights"] = block["points"][head.name]["rate_kept"]
+    return runner.conclude(
+        told,
+        options,
+        layers=stored.layers,
+        pictures=artifacts.pictures(options.workdir, networks["dense"].params, networks[head.name].params, last.rules),
+        sections=pneumonia_page.sections(options.workdir, config.points, task, judge, networks, sizes, times, block),
+    )
 
 
 # -- evaluation of a finished run --------------------------------------------------------------------------------------
@@ -297,10 +265,7 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       ConfigError: the run is not finished, or the data do not fit the network.
     """
-    path = options.workdir / artifacts.MODEL
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; finish the run first (--mode=run)")
-    stored = artifacts.read(path)
+    path, stored = options.workdir / artifacts.MODEL, runner.model_of(options.workdir)
     named, facts = stored.saved.model, stored.saved.extra
     if named is None or not isinstance(facts, dict) or facts.get("driver") != "pneumonia":
         raise ConfigError(f"{path} was not written by this driver")
@@ -311,41 +276,15 @@ def evaluate(config: Config, options: Options) -> dict[str, Any]:
         wanted = jax.eval_shape(model.init, jax.random.key(0), x)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    variables = jax.tree.map(jnp.asarray, stored.saved.params)
-    if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, variables):
-        raise ConfigError(f"the weights in {path} do not fit {named['name']} on images {task.shape}")
+    variables = runner.fitting(stored, wanted, f"{named['name']} on images {task.shape}")
     judge = pneumonia_score.Judge(task, model, config.eval_batch)
     figures = judge.score(variables, threshold=float(facts["threshold"])).facts
-    summary = make_summary(
-        driver="pneumonia",
-        variant=config.variant,
-        seed=config.seed,
+    return runner.evaluated(
+        "pneumonia",
+        config,
+        options,
         dataset=driver.dataset(task.info, None, len(next(iter(task.test.values())))),
-        metric={
-            "name": task.metric,
-            "higher_is_better": True,
-            **dict.fromkeys(("dense", "dense_same_budget", "one_shot", "hardened")),
-            "compressed": figures[task.metric],
-        },
-        rate=stored.rate,
-        bytes=stored.size,
-        residual=None,
-        violations=stored.violations,
-        latency_ms=None,
-        seconds=None,
-        paper=None,
-        pneumonia={
-            "mode": "eval",
-            "split": options.split,
-            "scores": figures,
-            "data": task.report,
-            "model": str(path),
-            "run": run_record(options.command),
-        },
+        metric=runner.metric(task.metric, figures[task.metric]),
+        stored=stored,
+        block={"scores": figures, "data": task.report},
     )
-    folder = options.workdir / "eval" / f"{config.data.name}-{options.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_summary(folder / "summary.json", summary)
-    value = np.nan if figures[task.metric] is None else figures[task.metric]
-    print(f"{config.data.name} {options.split}: {task.metric} {value:.4f}; written to {folder / 'summary.json'}")
-    return summary

@@ -4,29 +4,25 @@
 
 Every point is a run of `experiments.cnn` in a folder of its own below `runs/`, resumable like any other; all methods
 and rates of a seed start from one dense network, which the first run of that seed trains. Every method gets the same
-number of epochs. On a GPU or TPU the seeds of a point are trained together, as one program; on CPU, where one run fills
-the cores already, one after the other.
+number of epochs.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments.cnn import config as cnn_config
 from experiments.cnn import task as cnn
-from experiments.common import artifacts, driver, training
+from experiments.common import driver, runner, training
 from experiments.common.driver import Options
 from experiments.common.report import format as fmt
 from experiments.common.report import html, plots
-from experiments.common.report.environment import run_record
 from experiments.common.report.metrics import MetricsWriter
-from experiments.common.report.summary import lookup, make_summary, write_summary
+from experiments.common.report.summary import lookup
 from experiments.common.training import ConfigError
 from experiments.common.training.config import METHODS, Rule, Stage
 
@@ -69,8 +65,6 @@ class Config:
       against: what compression is counted by: "weights" (constrained weights that are not zero), "bytes" (packed) or
         "multiplications" (of the whole network for one image).
       budgets: byte rates at which the page compares the families: every curve's accuracy there, see `at_bytes`.
-      together: "yes", the seeds of a point as one program (`training.train_together`), saved when they are finished;
-        "no", one after the other, each resumable at any step; "auto", together where the backend is not the CPU.
       variant: its name.
     """
 
@@ -80,8 +74,12 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     against: str = "weights"
     budgets: tuple[float, ...] = ()
-    together: str = "auto"
     variant: str = ""
+
+    @property
+    def seed(self) -> int:
+        """The first seed, under which a summary of all stands."""
+        return self.seeds[0]
 
     def __post_init__(self) -> None:
         names = [p.name for p in self.points]
@@ -95,8 +93,6 @@ class Config:
             raise ConfigError(f"against={self.against!r} is impossible; it must be {', '.join(_RATES)}")
         if any(b < 1 for b in self.budgets):
             raise ConfigError(f"budgets={self.budgets} is impossible; a budget is dense bytes over packed, at least 1")
-        if self.together not in ("yes", "no", "auto"):
-            raise ConfigError(f"together={self.together!r} is impossible; it must be yes, no or auto")
         if len(self.base.plan.stages) != 1 or self.base.plan.baselines:
             raise ConfigError(
                 "base.plan must have one stage and no baselines: the sweep's methods are compared instead"
@@ -155,6 +151,7 @@ def runs(config: Config, workdir: Path) -> list[Run]:
     return todo
 
 
+@runner.once
 def run(config: Config, options: Options) -> dict[str, Any]:
     """Runs what is left of the sweep, and draws it.
 
@@ -164,45 +161,18 @@ def run(config: Config, options: Options) -> dict[str, Any]:
     Raises:
       One of `driver.USER_ERRORS`; the runs done so far stay done.
     """
-    workdir = options.workdir
-    if (summary := driver.finished(workdir, dataclasses.asdict(config))) is not None:
-        return summary
-    todo = runs(config, workdir)
+    todo = runs(config, options.workdir)
     for r in todo:
         if r.seed == config.seeds[0]:  # every point's rules and data, before anything is trained
             job, _ = cnn.make_job(dataclasses.replace(r.config, init_from=""), options)
             training.check_phases(job, cnn.plan_phases(r.config))
-    driver.claim(workdir, dataclasses.asdict(config))
-    together = config.together == "yes" or (config.together == "auto" and jax.default_backend() != "cpu")
-    if together:
-        for point in dict.fromkeys((r.method, r.point) for r in todo):
-            _train_group([r for r in todo if (r.method, r.point) == point], options)
+    driver.claim(options.workdir, dataclasses.asdict(config))
     done = []
     for number, r in enumerate(todo):
         print(f"[{number + 1}/{len(todo)}] {r.name}", flush=True)
-        done.append((r, cnn.train_and_evaluate(r.config, _there(r, options))))
+        there = dataclasses.replace(options, workdir=options.workdir / "runs" / r.name)
+        done.append((r, cnn.train_and_evaluate(r.config, there)))
     return conclude(config, options, done)
-
-
-def _there(r: Run, options: Options) -> Options:
-    return dataclasses.replace(options, workdir=options.workdir / "runs" / r.name)
-
-
-def _train_group(group: list[Run], options: Options) -> None:
-    """Trains the runs of a point that are not finished, as one program, and finishes each."""
-    left = [r for r in group if not (_there(r, options).workdir / "summary.json").exists()]
-    if not left:
-        return
-    print(f"together: {', '.join(r.name for r in left)}", flush=True)
-    folders = [_there(r, options) for r in left]
-    made = [cnn.make_job(r.config, there) for r, there in zip(left, folders, strict=True)]
-    for r, there in zip(left, folders, strict=True):
-        driver.claim(there.workdir, dataclasses.asdict(r.config))
-    todo, jobs = cnn.plan_phases(left[0].config), [job for job, _ in made]
-    with training.Display(training.total_steps(jobs[0], todo)) as display:
-        outcomes = training.train_together(jobs, todo, [there.workdir for there in folders], display)
-    for r, there, (job, info), outcome in zip(left, folders, made, outcomes, strict=True):
-        cnn.conclude(r.config, there, job, info, todo, outcome)
 
 
 def evaluate(config: Config, options: Options) -> dict[str, Any]:
@@ -301,39 +271,30 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
         return next((row["mean"] for row in rows if (row["method"], row["point"]) == (method, point)), None)
 
     main = config.methods[0]
-    summary = make_summary(
-        driver="sweep",
-        variant=config.variant,
-        seed=config.seeds[0],
+    told = runner.summary(
+        "sweep",
+        config,
+        options,
         dataset=first["dataset"],
-        metric={
-            "name": "accuracy",
-            "higher_is_better": True,
-            "dense": float(np.mean(dense)),
-            "dense_same_budget": mean("dense"),
-            "one_shot": mean("one_shot"),
-            "hardened": None,
-            "compressed": mean(main) if main != "dense" else None,
-        },
-        rate={"constrained_weights": top["rate"] if top else None, "all_weights": None, "bytes": None},
-        bytes=None,
-        residual=None,
-        violations=sum(s["violations"] or 0 for _, s in done),
-        latency_ms=None,
+        metric=runner.metric(
+            "accuracy",
+            mean(main) if main != "dense" else None,
+            dense=float(np.mean(dense)),
+            dense_same_budget=mean("dense"),
+            one_shot=mean("one_shot"),
+        ),
         seconds=sum(s["seconds"] for _, s in done),
-        paper=None,
-        sweep={"seeds": list(config.seeds), "rows": rows, "at_bytes": equal, "run": run_record(options.command)},
+        block={"seeds": list(config.seeds), "rows": rows, "at_bytes": equal},
     )
-    settings = json.loads((workdir / "config.json").read_text())
-    page = html.Page(
-        summary=summary,
-        config=settings,
+    told["rate"]["constrained_weights"] = top["rate"] if top else None
+    told["violations"] = sum(s["violations"] or 0 for _, s in done)
+    summary = runner.conclude(
+        told,
+        options,
         pictures=pictures,
         sections=[("Runs", _html_table(config, rows)), *([("At equal bytes", _equal(config, equal))] if equal else [])],
-        links=[*artifacts.links(workdir), *((r.name, f"runs/{r.name}/report.html") for r, _ in done)],
+        links=[(r.name, f"runs/{r.name}/report.html") for r, _ in done],
     )
-    html.write_report(workdir / "report.html", page)
-    write_summary(workdir / "summary.json", summary)
     print("\n".join(map(_line, rows)))
     print(f"Report: {workdir / 'report.html'}")
     return summary

@@ -9,7 +9,6 @@ gradual      gradual magnitude pruning, for comparison
 libraries    the pattern libraries of a run, and what is logged of them
 language     the task of language models: carried state, exact perplexity, sampling
 loop         `train`: epochs, records, checkpoints, resuming
-together     `train_together`: several seeds as one program
 checkpoint   orbax checkpoints, atomic and checked
 mesh         layouts over devices and hosts
 progress     the bar
@@ -39,4 +38,3 @@ from experiments.common.training.progress import Display as Display
 from experiments.common.training.state import Task as Task
 from experiments.common.training.state import TrainState as TrainState
 from experiments.common.training.state import classification as classification
-from experiments.common.training.together import train_together as train_together

@@ -18,7 +18,7 @@ from compressx.rules import Rules
 from compressx.tree import check_finite
 from experiments.common.data import batches
 from experiments.common.report.metrics import MetricsWriter
-from experiments.common.training import gradual, optimizers
+from experiments.common.training import gradual, mesh, optimizers
 from experiments.common.training.checkpoint import CheckpointError, Checkpoints
 from experiments.common.training.config import Admm
 from experiments.common.training.job import Job, check_phases, epoch_order, like, phase_key, size
@@ -55,6 +55,10 @@ class Outcome(NamedTuple):
     seconds: float
     checkpoints: Checkpoints
     resumed: int | None
+
+    def weights(self, job: Job, phase: Phase) -> Weights:
+        """What a phase left, on the host; every process calls it."""
+        return mesh.host(self.checkpoints.load_weights(phase.name, like(job.first, phase, job.placement)))
 
 
 class _Begun(NamedTuple):

@@ -14,6 +14,7 @@ from compressx import kernels
 from compressx.constraints import from_spec
 from configs import language_curves as configs
 from configs import language_model as models
+from experiments.common import runner
 from experiments.common.driver import Options
 from experiments.common.training import ConfigError
 from experiments.language_model import curves as language_curves
@@ -146,13 +147,13 @@ def test_a_tiny_comparison_from_end_to_end(tmp_path, monkeypatch) -> None:
 
     # another seed of one point: what was run is reused, the table has both
     made = []
-    conclude = language_model.conclude
-    monkeypatch.setattr(language_model, "conclude", lambda *a: made.append(a[1].workdir.name) or conclude(*a))
+    conclude = runner.conclude
+    monkeypatch.setattr(runner, "conclude", lambda *a, **k: made.append(a[1].workdir.name) or conclude(*a, **k))
     points = tuple(
         dataclasses.replace(p, seeds=(0, 1)) if (p.curve, p.name) == ("row", "16x") else p for p in config.points
     )
     more = language_curves.run(dataclasses.replace(config, points=points), Options(tmp_path / "c"))
-    assert made == ["dense-s1", "row-16x-s1"]
+    assert made == ["dense-s1", "row-16x-s1", "c"]
     row = next(r for r in more["language_curves"]["rows"] if (r["curve"], r["point"]) == ("row", "16x"))
     assert row["perplexity"][0] == rows["row", "16x"]["mean"] and row["spread"] == np.std(row["perplexity"], ddof=1)
     assert more["metric"]["compressed"] == s["metric"]["compressed"]

@@ -235,14 +235,3 @@ def test_a_sweep_runs_and_goes_on(tmp_path, monkeypatch) -> None:
     one = json.loads((tmp_path / "runs" / "admm-20x-s0" / "summary.json").read_text())
     assert summary["metric"]["compressed"] == one["metric"]["compressed"]
     assert one["cnn"]["init_from"] == str(tmp_path / "runs" / "dense-s0")
-
-
-@pytest.mark.slow
-def test_seeds_trained_together_leave_whole_runs(tmp_path) -> None:
-    config = _config(methods=("one_shot",), points=_config().points[:1], together="yes")
-    summary = sweep.run(config, Options(tmp_path))
-    (row,) = summary["sweep"]["rows"]
-    for seed, accuracy in enumerate(row["accuracy"]):
-        folder = tmp_path / "runs" / f"one_shot-20x-s{seed}"
-        assert read_summary(folder / "summary.json")["metric"]["compressed"] == accuracy
-        assert all((folder / n).exists() for n in ("report.html", "metrics.jsonl", "compressed.safetensors"))

@@ -12,11 +12,10 @@ from experiments.common import training
 from experiments.common.data import batches, text
 from experiments.common.models.lstm import LanguageModel
 from experiments.common.training import Fit, Weights, phases
-from experiments.common.training.config import Admm, ConfigError, Plan, Stage
+from experiments.common.training.config import Admm, Plan, Stage
 from experiments.common.training.job import epoch_order
 from experiments.common.training.language import cross_entropy, language, make_perplexity, sample
 from experiments.common.training.state import Sums, TrainState, make_evaluate, make_step
-from experiments.common.training.together import train_together
 
 V, H = 13, 8
 NET = LanguageModel(classes=V, hidden=H, dropout=0.3)
@@ -176,11 +175,6 @@ def test_the_gradient_of_the_loss_is_clipped_and_the_pull_is_not(params) -> None
     bias = update["params"]["softmax"]["bias"]
     size = sum(w.size for w in jax.tree.leaves(params))
     np.testing.assert_allclose(bias, -phase.fit.lr * 2.0 / np.sqrt(size), rtol=1e-4)
-
-
-def test_seeds_of_a_text_are_not_trained_together(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="one seed after the other"):
-        train_together([_job()], phases.plan(PLAN), [tmp_path], training.Display(1, quiet=True))
 
 
 def test_a_sample_is_drawn_from_the_models_own_distribution(params) -> None:
