@@ -155,7 +155,9 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     workdir, results = options.workdir, outcome.results
     model = {"name": config.model.name, "options": dict(config.model.options)}
     stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, model, facts)
-    times, latencies, measured, sections = None, {"reason": "nothing is compressed"}, {}, []
+    times, latencies = None, {"reason": "nothing is compressed"}
+    measured: dict[str, Any] = {}
+    sections: list[tuple[str, Any]] = []
     if last.rules:
         network = build_model(config.model.name, config.model.options, info.classes)
         dense_variables = {**dense.params, **dense.batch_stats}

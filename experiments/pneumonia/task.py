@@ -190,7 +190,7 @@ def conclude(
     facts["threshold"] = scores[head.name]["threshold"]
     model = {"name": config.model.name, "options": dict(config.model.options)}
     stored = artifacts.save(options.workdir / artifacts.MODEL, networks[head.name], last.rules, model, facts)
-    block = {
+    block: dict[str, Any] = {
         "points": {
             p.name: {
                 "kind": p.kind,
