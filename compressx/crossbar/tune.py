@@ -1,8 +1,7 @@
 """Which formulation of the product is fastest on the device at hand: each is timed on a layer of middling size."""
 
 import statistics
-import time
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 from compressx.crossbar.arrays import lay_out, paths_for
 from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
+from compressx.timing import interleaved
 
 
 def pick_path(design: Design) -> str:
@@ -42,12 +42,5 @@ def measure_paths(design: Design, rows: int, filters: int, batch: int, rounds: i
     x = jnp.asarray(rng.integers(0, design.input_range[1] + 1, (batch, rows)), jnp.float32)
     run = jax.jit(crossbar_matmul)
     arrays = {path: lay_out(w, design, np.arange(rows), path, False, "weights") for path in paths_for(design)}
-    times: dict[str, list[float]] = {path: [] for path in arrays}
-    for programmed in arrays.values():
-        run(x, programmed).block_until_ready()
-    for _ in range(rounds):
-        for path, programmed in arrays.items():
-            start = time.perf_counter()
-            run(x, programmed).block_until_ready()
-            times[path].append(time.perf_counter() - start)
-    return {path: statistics.median(spent) for path, spent in times.items()}
+    calls = {path: partial(run, x, programmed) for path, programmed in arrays.items()}
+    return {path: statistics.median(spent) for path, spent in interleaved(calls, rounds).items()}

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from compressx.kernels.grid import Grid
 from compressx.kernels.plans import candidates, cores, predict
 from compressx.kernels.schedule import Geometry, Plan, Sparse
 from compressx.native import build as compiled
+from compressx.timing import interleaved
 
 
 class Result(NamedTuple):
@@ -42,19 +42,7 @@ def _runner(s: Sparse, geometry: Geometry, g: Grid, plan: Plan, x: jax.Array, th
     ready = pattern_conv.layer(s, geometry, g, plan, activation="relu")
     arrays = jax.tree.map(jnp.asarray, ready.arrays)
     f = jax.jit(lambda arrays, x: pattern_conv.run(ready.fixed, arrays, x, None, threads))
-    f(arrays, x).block_until_ready()
-    return lambda: f(arrays, x).block_until_ready()
-
-
-def _measure(runs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Best sample of each, candidates interleaved."""
-    best = [float("inf")] * len(runs)
-    for _ in range(rounds):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
+    return lambda: f(arrays, x)
 
 
 def compare(
@@ -63,7 +51,8 @@ def compare(
     """Seconds of a layer by each plan, best of the rounds, interleaved."""
     shape = (s.shape[2] * geometry.groups * len(geometry.phases()), g.plane, g.lanes)
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
-    return _measure([_runner(s, geometry, g, plan, x, threads) for plan in plans], rounds)
+    calls = {number: _runner(s, geometry, g, plan, x, threads) for number, plan in enumerate(plans)}
+    return [min(spent) for spent in interleaved(calls, rounds).values()]
 
 
 def _neighbours(plan: Plan, pool: Sequence[Plan]) -> list[Plan]:

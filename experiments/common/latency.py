@@ -5,8 +5,8 @@ stands in place of figures: on the fallback a compressed network is the dense on
 """
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jax import lax
 
 from compressx import formats, kernels
 from compressx.formats import Packed
+from compressx.timing import interleaved
 from compressx.tree import paths
 from experiments.common import models
 from experiments.common.models.lstm import LanguageModel
@@ -52,7 +53,7 @@ def of_images(
         if not compressed.layers(x):
             return None, {"reason": "the network has no convolution"}
         runs = {"dense": kernels.compile(model, dense, path="xla"), "compressed": compressed}
-        taken = _interleaved(runs, x, budget)
+        taken = interleaved({name: partial(run, x) for name, run in runs.items()}, seconds=budget)
     except (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         # a finished training is not lost for this
         return None, {"reason": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -86,7 +87,8 @@ def of_words(
         steps[name] = packed_step(network, model.layers)
     runs = {name: _read(step, model.begin(1)) for name, step in steps.items()}
     words = jnp.arange(WORDS, dtype=jnp.int32) % model.classes
-    taken = {name: [t / WORDS for t in times] for name, times in _interleaved(runs, words, budget).items()}
+    calls = {name: partial(run, words) for name, run in runs.items()}
+    taken = {name: [t / WORDS for t in times] for name, times in interleaved(calls, seconds=budget).items()}
     medians, facts = _quartiles(taken)
     medians["dense"] = min(medians.pop("dense_xla"), medians.pop("dense_kernels"))
     path = f"native/{kernels.native.isa()}"
@@ -147,21 +149,7 @@ def _read(step: Step, carry: Any) -> Callable[[Any], Any]:
 
 
 def _quartiles(taken: Mapping[str, list[float]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Medians by name, and quartiles by `name_ms`."""
-    found = {name: statistics.quantiles(values, n=4) for name, values in taken.items()}
+    """Medians in milliseconds by name, and quartiles by `name_ms`; of times in seconds."""
+    found = {name: statistics.quantiles([1e3 * s for s in values], n=4) for name, values in taken.items()}
     facts = {f"{name}_ms": {"low": q[0], "median": q[1], "high": q[2]} for name, q in found.items()}
     return {name: q[1] for name, q in found.items()}, facts
-
-
-def _interleaved(runs: Mapping[str, Callable[[Any], Any]], x: Any, budget: float) -> dict[str, list[float]]:
-    """Milliseconds of each in every round, after two of warming up."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready([run(x), run(x)])
-    start = time.perf_counter()
-    while len(next(iter(taken.values()))) < 5 or time.perf_counter() - start < budget:
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(run(x))
-            taken[name].append(1e3 * (time.perf_counter() - begin))
-    return taken

@@ -11,6 +11,7 @@ import numpy as np
 
 from compressx import constraints, formats
 from compressx.rules import Rules, resolve
+from compressx.timing import interleaved
 from compressx.tree import paths
 from experiments.common.data.batches import cover
 from experiments.common.report import format as fmt
@@ -205,7 +206,7 @@ def times(config: Any, nets: Mapping[str, tuple[Mapping[str, formats.Packed], st
         network = streaming.prepare(packed, way, config.model.layers)
         step = jax.jit(streaming.make_step(way, config.model.reset))
         runs[name] = lambda step=step, network=network: step(network, state, x)
-    return {name: t._asdict() for name, t in streaming.interleaved(runs, config.timing_rounds).items()}
+    return {name: streaming.quartiles(t)._asdict() for name, t in interleaved(runs, config.timing_rounds).items()}
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

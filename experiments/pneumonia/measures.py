@@ -2,7 +2,6 @@
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from compressx.compaction.device import estimate
 from compressx.formats.base import index_dtype
 from compressx.kernels import native
 from compressx.native.convolve import convolve
+from compressx.timing import interleaved
 from experiments.common.data import batches
 from experiments.pneumonia import detection
 from experiments.pneumonia.data import Task
@@ -248,17 +248,9 @@ class Times(NamedTuple):
     facts: dict[str, Any]
 
 
-def interleaved(calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
-    """Median milliseconds of each call; a round makes each once, so that other work on the machine meets all alike."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    spent: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            spent[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in spent.items()}
+def _medians(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+    """Median milliseconds of each call."""
+    return {name: 1e3 * statistics.median(spent) for name, spent in interleaved(calls, rounds).items()}
 
 
 def times(model: Any, dense: Any, sizes: Mapping[str, Size], task: Task, rounds: int) -> Times:
@@ -286,7 +278,7 @@ def times(model: Any, dense: Any, sizes: Mapping[str, Size], task: Task, rounds:
             if used:
                 f = jax.jit(compaction.smaller(model, dense, size.small.dead, positions=used))
                 calls[name, way] = functools.partial(f, variables, x)
-    got = interleaved(calls, rounds)
+    got = _medians(calls, rounds)
     facts: dict[str, Any] = {}
     for name in ("dense", *sizes):
         mine = {way: value for (network, way), value in got.items() if network == name}
@@ -346,5 +338,5 @@ def _layer(layer: LayerCost, used: np.ndarray | None, rounds: int, cache: dict[A
             w = jnp.asarray(rng.standard_normal((len(used), layer.shape[3]), np.float32))
             window = layer.shape[:3]
             run = jax.jit(lambda x, w: gathered.gathered_conv(x, w, used, window, stride, pads))
-    cache[key] = interleaved({"it": lambda: run(x, w)}, rounds)["it"]
+    cache[key] = _medians({"it": lambda: run(x, w)}, rounds)["it"]
     return cache[key]

@@ -7,7 +7,7 @@ pair of functions. "bspc_native" is that of `compressx.kernels`: all gates in on
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -276,24 +276,11 @@ class Timing(NamedTuple):
     high: float
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int = 15) -> dict[str, Timing]:
-    """Wall times of several functions, one call of each in turn, so that other work on the machine meets all alike.
-
-    Each is called once before, to compile; results are waited for.
-    """
-    spent: dict[str, list[float]] = {name: [] for name in runs}
-    for name in runs:
-        jax.block_until_ready(runs[name]())
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            spent[name].append(1e3 * (time.perf_counter() - began))
-    out = {}
-    for name, times in spent.items():
-        low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-        out[name] = Timing(middle, low, high)
-    return out
+def quartiles(seconds: Sequence[float]) -> Timing:
+    """The median and the quartiles of measured seconds, in milliseconds."""
+    times = [1e3 * s for s in seconds]
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return Timing(middle, low, high)
 
 
 def cores() -> int:
