@@ -6,61 +6,107 @@ Formats         `save_model`, `load_model`; `compressx.formats` for single leave
 Execution       `compile`; `compressx.kernels`, `compressx.compaction`, `compressx.crossbar`, `compressx.export`
 """
 
-from compressx import constraints, schedules, views
-from compressx._admm import AdmmState, admm
-from compressx._admm import find_state as find_admm_state
-from compressx._admm import metrics as admm_metrics
-from compressx._harden import ConstraintViolation, check, count_violations, harden, structures
-from compressx._retrain import RetrainState, retract, retrain
-from compressx._retrain import find_state as find_retrain_state
-from compressx.constraints import (
-    LEVEL,
-    SIGN,
-    SUPPORT,
-    TIE,
-    Constraint,
-    balanced_block_max,
-    bank_balanced,
-    block,
-    block_max,
-    bsp,
-    bsp_columns,
-    bsp_rows,
-    channels,
-    columns,
-    connectivity,
-    count,
-    coupled_filters,
-    crossbar_aware,
-    darb,
-    filters,
-    filters_and_columns,
-    from_spec,
-    intersection,
-    n_of_m,
-    network_structure,
-    on_leaf,
-    pattern,
-    pattern_connectivity,
-    polarize,
-    prune_blocks,
-    quantize,
-    quantize_activations,
-    select_library,
-    support,
-    top_k_mask,
-    top_k_masks,
-    unify,
-    unify_and_prune,
-    unstructured,
-    violations,
-)
-from compressx.formats import load_model, save_model
-from compressx.kernels import Compiled, compile
-from compressx.native.memory import keep_memory
-from compressx.rules import Bound, resolve
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
+
+# Names are imported when they are first asked for: what runs inside an enclave is a part of this package, and must not
+# load JAX. Type checkers read the imports below; a test holds the two and `__all__` together.
+if TYPE_CHECKING:
+    from compressx import constraints, schedules, views
+    from compressx._admm import AdmmState, admm
+    from compressx._admm import find_state as find_admm_state
+    from compressx._admm import metrics as admm_metrics
+    from compressx._harden import ConstraintViolation, check, count_violations, harden, structures
+    from compressx._retrain import RetrainState, retract, retrain
+    from compressx._retrain import find_state as find_retrain_state
+    from compressx.constraints import (
+        LEVEL,
+        SIGN,
+        SUPPORT,
+        TIE,
+        Constraint,
+        balanced_block_max,
+        bank_balanced,
+        block,
+        block_max,
+        bsp,
+        bsp_columns,
+        bsp_rows,
+        channels,
+        columns,
+        connectivity,
+        count,
+        coupled_filters,
+        crossbar_aware,
+        darb,
+        filters,
+        filters_and_columns,
+        from_spec,
+        intersection,
+        n_of_m,
+        network_structure,
+        on_leaf,
+        pattern,
+        pattern_connectivity,
+        polarize,
+        prune_blocks,
+        quantize,
+        quantize_activations,
+        select_library,
+        support,
+        top_k_mask,
+        top_k_masks,
+        unify,
+        unify_and_prune,
+        unstructured,
+        violations,
+    )
+    from compressx.formats import load_model, save_model
+    from compressx.kernels import Compiled, compile
+    from compressx.native.memory import keep_memory
+    from compressx.rules import Bound, resolve
+
+_MODULES = ("budget", "compaction", "constraints", "crossbar", "export", "formats", "kernels", "schedules", "views")
+_HOMES = {
+    "AdmmState": "compressx._admm.AdmmState",
+    "admm": "compressx._admm.admm",
+    "find_admm_state": "compressx._admm.find_state",
+    "admm_metrics": "compressx._admm.metrics",
+    "ConstraintViolation": "compressx._harden.ConstraintViolation",
+    "check": "compressx._harden.check",
+    "count_violations": "compressx._harden.count_violations",
+    "harden": "compressx._harden.harden",
+    "structures": "compressx._harden.structures",
+    "RetrainState": "compressx._retrain.RetrainState",
+    "retract": "compressx._retrain.retract",
+    "retrain": "compressx._retrain.retrain",
+    "find_retrain_state": "compressx._retrain.find_state",
+    "load_model": "compressx.formats.load_model",
+    "save_model": "compressx.formats.save_model",
+    "Compiled": "compressx.kernels.Compiled",
+    "compile": "compressx.kernels.compile",
+    "keep_memory": "compressx.native.memory.keep_memory",
+    "Bound": "compressx.rules.Bound",
+    "resolve": "compressx.rules.resolve",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"compressx.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'compressx' has no attribute {name!r}")
+    module, _, attribute = _HOMES.get(name, f"compressx.constraints.{name}").rpartition(".")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
 
 # A literal list, so that type checkers read it.
 __all__ = [

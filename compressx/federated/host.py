@@ -5,6 +5,7 @@ same bytes; a network engine replaces only the carrying.
 """
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -69,10 +70,14 @@ class Enclave:
         flags += [f"--state={folder / 'sealed'}", f"--counter={folder / 'counter'}"]
         flags += [f"--simulated={self.machine}"] if simulated else []
         if command is None:
-            command = (sys.executable, "-E", str(Path(process.__file__)))
+            command = (sys.executable, "-m", process.__name__)
         self._log = open(folder / "enclave.log", "ab")
         self._process = subprocess.Popen(
-            [*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log
+            [*command, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "PYTHONPATH": str(Path(process.__file__).parents[3])},
         )
         self._lock = threading.Lock()
 

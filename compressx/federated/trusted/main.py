@@ -1,12 +1,12 @@
 """The aggregator's process: requests on standard input, replies on standard output, both framed and bounded.
 
-    python compressx/federated/trusted/main.py --plan=plan.json --initial=initial.bin --state=DIR --counter=FILE
+    python -m compressx.federated.trusted.main --plan=plan.json --initial=initial.bin --state=DIR --counter=FILE
     ... --simulated=FILE      without SGX; FILE holds the SIMULATED machine's secret and keys, made if it is missing
     ... --doctor              say where this runs, and what it has loaded
 
     request   length u32 | operation u8 | payload          reply   length u32 | 0 ok, 1 refused | payload
 
-Run by its path, not as a module: the package around this folder loads JAX, which has no place in an enclave.
+Nothing that it imports loads JAX, which has no place in an enclave.
 """
 
 import argparse
@@ -14,21 +14,11 @@ import fcntl
 import os
 import struct
 import sys
-import types
 from pathlib import Path
 from typing import IO
 
 HELLO, MODEL, UPDATE, CLOSE, STATUS, RELEASE, LOADED = range(7)
 MAX_REQUEST = 2**30
-
-
-def bare_packages() -> None:
-    """Puts the packages around this folder in place without running their __init__ files."""
-    here = Path(__file__).resolve().parent
-    for name, folder in (("compressx", here.parent.parent), ("compressx.federated", here.parent)):
-        module = types.ModuleType(name)
-        module.__path__ = [str(folder)]
-        sys.modules.setdefault(name, module)
 
 
 def read_frame(stream: IO[bytes]) -> tuple[int, bytes] | None:
@@ -69,7 +59,6 @@ def main() -> None:
     parser.add_argument("--doctor", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # every thread of NumPy's takes enclave memory
-    bare_packages()
 
     import json
 
