@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--compact", action="store_true", help="leave out the channels that pruning made useless")
     doctor = command("doctor", _doctor, "versions, devices, compiler, data; and how to get what is missing")
     doctor.add_argument("--data_dir", metavar="DIR", help="look for data here first, then in $COMPRESSX_DATA")
+    doctor.add_argument("--build", action="store_true", help="compile the kernels that are not built yet")
     return parser
 
 
@@ -305,7 +306,7 @@ def _export(arguments: argparse.Namespace) -> Answer:
 def _doctor(arguments: argparse.Namespace) -> Answer:
     from compressx import doctor  # looks at compilers and data, which no other command needs
 
-    checks = doctor.examine(arguments.data_dir)
+    checks = doctor.examine(arguments.data_dir, arguments.build)
     missing = [c for c in checks if not c.ok and c.needed]
     lines = []
     for c in checks:
