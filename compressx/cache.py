@@ -74,7 +74,8 @@ def obstacle(folder: Path, space: int) -> str | None:
             return "no program runs from there, it is mounted noexec"
         if system.f_blocks and free < space:
             return f"{free / 2**20:.1f} MiB are free there, {space / 2**20:.0f} are needed"
-        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder, ignore_cleanup_errors=True).cleanup()
+        with scratch(folder):
+            pass  # the truth, whatever modes and mounts say
     except OSError as error:
         return f"{error.strerror}: {error.filename}"
     return None
@@ -120,6 +121,13 @@ def _locked(file: int, patience: float, waiting: Callable[[], None]) -> bool:
             waiting()
             told = True
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder inside another for what is unfinished, removed at the end; `sweep` removes it after a killed process."""
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder, ignore_cleanup_errors=True) as made:
+        yield Path(made)
 
 
 def sweep(folder: Path, alone: bool) -> None:

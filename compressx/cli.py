@@ -4,7 +4,7 @@
     compressx verify FILE     every constraint, checked on the stored weights
     compressx diff A B        what differs between two files
     compressx export FILE OUT --to onnx --shape 32x32x3     the network for other runtimes; --compact for the small one
-    compressx doctor          versions, devices, compiler, data; and how to get what is missing
+    compressx doctor          versions, devices, compiler, data; and how to get what is missing; --build compiles ahead
 
 Exit codes: 0 all is well; 1 a finding (a violated constraint, a difference, something missing); 2 an error (bad usage,
 a file that cannot be read). `--json` prints one JSON object instead of tables.

@@ -234,7 +234,7 @@ def _build(library: Library, command: list[str], maker: str, path: Path, old: ca
     Raises:
       UnavailableError: the compiler failed.
     """
-    folder, source = path.parent, str(library.source)
+    folder = path.parent
     waiting = lambda: log.warning("compressx: waiting for another process that builds libraries in %s", folder)
     try:
         with cache.alone(folder, _LONGEST, waiting) as alone:
@@ -243,13 +243,10 @@ def _build(library: Library, command: list[str], maker: str, path: Path, old: ca
             cache.sweep(folder, alone)
             about = "compressx: compiling %s for this machine, about %d s, once; it is kept in %s"
             log.warning(about, library.source.name, library.seconds, folder)
-            with tempfile.TemporaryDirectory(
-                prefix=cache.UNFINISHED, dir=folder, ignore_cleanup_errors=True
-            ) as scratch:
-                made = Path(scratch) / "library"  # without a suffix: nothing takes it for one that is finished
-                _compile([*command, "-I", jax.ffi.include_dir(), "-I", str(_ROOT), source, "-o", str(made)], scratch)
-                if not made.is_file():
-                    raise UnavailableError(f"{shlex.join(command)} wrote no library of {source}: correct $CXX")
+            with cache.scratch(folder) as scratch:
+                made = scratch / "library"  # without a suffix: nothing takes it for one that is finished
+                includes = ("-I", jax.ffi.include_dir(), "-I", str(_ROOT))
+                _compile([*command, *includes, str(library.source)], made)
                 cache.seal(made, path.name, maker)
                 cache.publish(made, path)
         return _look(path)[1]  # a full disk does not always raise while writing
@@ -257,31 +254,37 @@ def _build(library: Library, command: list[str], maker: str, path: Path, old: ca
         return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
 
 
-def _compile(command: list[str], scratch: str) -> None:
-    """Runs a compiler that leaves what it writes on the way in `scratch`, too; stops all of it when interrupted."""
+def _compile(command: list[str], made: Path) -> None:
+    """Runs a compiler, which leaves beside `made` what it writes on the way; stops all of it when interrupted."""
+    about = shlex.join(command)  # a command that can be repeated, without the folder that is then gone
     try:
         process = subprocess.Popen(
-            command,
+            [*command, "-o", str(made)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"TMPDIR": scratch},
+            env=os.environ | {"TMPDIR": str(made.parent)},
             start_new_session=True,
         )
     except OSError as error:
-        raise UnavailableError(f"{shlex.join(command)} cannot be run ({error.strerror}): correct $CXX") from error
+        raise UnavailableError(f"{about} cannot be run ({error.strerror}): correct $CXX") from error
     try:
         said = process.communicate(timeout=_LONGEST)[0].decode(errors="replace")
     except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)  # the driver, and the compiler and linker that it started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the driver, and the compiler and linker that it started
         process.communicate()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise UnavailableError(f"{shlex.join(command)} ran longer than {_LONGEST} s") from error
+            raise UnavailableError(f"{about} ran longer than {_LONGEST} s") from error
         raise
     if process.returncode != 0:
         lines = [line.strip()[:200] for line in said.splitlines() if line.strip()]
         reason = " | ".join(lines[:_LINES]) or "it said nothing"
-        raise UnavailableError(f"{shlex.join(command)} ended with exit code {process.returncode}: {reason}")
+        raise UnavailableError(
+            f"{about} ended with exit code {process.returncode}, writing to {made.parent.parent}: {reason}"
+        )
+    if not made.is_file():
+        raise UnavailableError(f"{about} wrote no library: correct $CXX")
 
 
 @functools.cache

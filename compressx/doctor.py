@@ -122,10 +122,10 @@ def cache() -> Check:
 
 
 def kernels(build: bool) -> Check:
-    """The compiled kernels: where they lie, and what is not built."""
+    """The compiled kernels: where they lie, and what is not built; needed where building them was asked for."""
     name = "compiled kernels"
     if os.environ.get("COMPRESSX_NATIVE", "on") == "off":
-        return Check(name, False, False, "turned off by COMPRESSX_NATIVE=off", "unset it; XLA runs all kernels")
+        return Check(name, False, build, "turned off by COMPRESSX_NATIVE=off", "unset it; XLA runs all kernels")
     faults: list[str] = []
     folders: list[str] = []
     wait = 0
@@ -147,7 +147,7 @@ def kernels(build: bool) -> Check:
     fix = f"compressx doctor --build (about {wait} s); else each is built on its first use"
     if build:
         fix = "mend what is named here; until then XLA runs in place of those that are missing"
-    return Check(name, not wait, False, " ".join("; ".join(lines).split()), fix if wait else "")
+    return Check(name, not wait, build, " ".join("; ".join(lines).split()), fix if wait else "")
 
 
 def data_set(name: str, data_dir: str | None) -> Check:

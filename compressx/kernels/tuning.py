@@ -9,7 +9,6 @@ Measurements interleave their candidates and compare best samples, since other p
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,8 +240,8 @@ def _write(key: str, plan: Plan) -> None:
         path = _plans()
         path.parent.mkdir(parents=True, exist_ok=True)
         cache.sweep(path.parent, alone=False)
-        with tempfile.TemporaryDirectory(prefix=cache.UNFINISHED, dir=path.parent) as scratch:
-            made = Path(scratch) / "plans"
+        with cache.scratch(path.parent) as scratch:
+            made = scratch / "plans"
             made.write_text(json.dumps(_read() | {key: list(plan)}))
             cache.publish(made, path)
     except OSError:
