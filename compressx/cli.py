@@ -4,7 +4,7 @@
     compressx verify FILE     every constraint, checked on the stored weights
     compressx diff A B        what differs between two files
     compressx export FILE OUT --to onnx --shape 32x32x3     the network for other runtimes; --compact for the small one
-    compressx doctor          versions, devices, compiler, data; and how to get what is missing
+    compressx doctor          versions, devices, compiler, data; and how to get what is missing; --build compiles ahead
 
 Exit codes: 0 all is well; 1 a finding (a violated constraint, a difference, something missing); 2 an error (bad usage,
 a file that cannot be read). `--json` prints one JSON object instead of tables.
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--compact", action="store_true", help="leave out the channels that pruning made useless")
     doctor = command("doctor", _doctor, "versions, devices, compiler, data; and how to get what is missing")
     doctor.add_argument("--data_dir", metavar="DIR", help="look for data here first, then in $COMPRESSX_DATA")
+    doctor.add_argument("--build", action="store_true", help="compile the kernels that are not built yet")
     return parser
 
 
@@ -305,7 +306,7 @@ def _export(arguments: argparse.Namespace) -> Answer:
 def _doctor(arguments: argparse.Namespace) -> Answer:
     from compressx import doctor  # looks at compilers and data, which no other command needs
 
-    checks = doctor.examine(arguments.data_dir)
+    checks = doctor.examine(arguments.data_dir, arguments.build)
     missing = [c for c in checks if not c.ok and c.needed]
     lines = []
     for c in checks:

@@ -1,8 +1,12 @@
-"""What this machine has of what the toolkit can use, and one line on how to get what is missing."""
+"""What this machine has of what the toolkit can use, and one line on how to get what is missing.
+
+With `build`, the compiled kernels that are missing are built: ahead of their first use, or into an image's cache.
+"""
 
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +15,13 @@ from typing import NamedTuple
 import jax
 
 import compressx
-from compressx import data
+from compressx import compiled, data
+from compressx.cache import cache_folder
+from compressx.kernels import native, recurrent
+from compressx.models import native as conv
+from compressx.models import native_depthwise as depthwise
+
+LIBRARIES = (native.LIBRARY, recurrent.LIBRARY, conv.LIBRARY, depthwise.LIBRARY)
 
 # distribution -> the extra of setup.cfg that brings it; None: the base install
 PACKAGES: dict[str, str | None] = {
@@ -42,8 +52,13 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-def examine(data_dir: str | None = None) -> list[Check]:
-    """Looks at everything: Python, packages, devices, compiler, cache folder and data sets; changes nothing."""
+def examine(data_dir: str | None = None, build: bool = False) -> list[Check]:
+    """Looks at everything: Python, packages, devices, compiler, cache, compiled kernels and data sets.
+
+    Args:
+      data_dir: folder of data sets that is searched first.
+      build: whether kernels are compiled that are not yet; else nothing is changed.
+    """
     return [
         Check("python", True, True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Check("compressx", True, True, compressx.__version__),
@@ -51,6 +66,7 @@ def examine(data_dir: str | None = None) -> list[Check]:
         devices(),
         compiler(),
         cache(),
+        kernels(build),
         *(data_set(name, data_dir) for name in data.DATASETS),
     ]
 
@@ -79,26 +95,59 @@ def devices() -> Check:
 def compiler() -> Check:
     """A C++17 compiler for the native CPU kernels; without one XLA's formulations run."""
     fix = "install g++ or clang++ (Debian: apt-get install g++), or set $CXX; without one XLA runs all kernels"
-    wanted = os.environ.get("CXX")
-    path = shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("clang++")
-    if path is None:
-        return Check("C++ compiler", False, False, f"$CXX={wanted!r} not found" if wanted else "none found", fix)
     try:
-        run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)
+        words = compiled.compiler()
+    except compiled.UnavailableError as error:
+        return Check("C++ compiler", False, False, str(error), fix)
+    command = shlex.join(words)
+    try:
+        run = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        return Check("C++ compiler", False, False, f"{path} does not run: {error}", fix)
-    return Check("C++ compiler", True, False, f"{path}: {(run.stdout.splitlines() or ['no version'])[0]}")
+        return Check("C++ compiler", False, False, f"{command} does not run: {error}", fix)
+    return Check("C++ compiler", True, False, f"{command}: {(run.stdout.splitlines() or ['no version'])[0]}")
 
 
 def cache() -> Check:
-    """The folder for prepared data and downloads, which is made on first use."""
-    folder = data.cache_dir()
+    """The folder for compiled kernels, tuned plans, prepared data and downloads, which is made on first use."""
+    try:
+        folder = cache_folder()
+    except FileNotFoundError as error:
+        return Check("cache folder", False, False, str(error.strerror), "set $COMPRESSX_CACHE to a folder")
     above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         return Check("cache folder", False, False, f"{folder} cannot be written", "set $COMPRESSX_CACHE to a folder")
     free = shutil.disk_usage(above).free / 1e9
     state = "exists" if folder.exists() else "made on first use"
     return Check("cache folder", True, False, f"{folder} ({state}), {free:.1f} GB free")
+
+
+def kernels(build: bool) -> Check:
+    """The compiled kernels: where they lie, and what is not built; needed where building them was asked for."""
+    name = "compiled kernels"
+    if os.environ.get("COMPRESSX_NATIVE", "on") == "off":
+        return Check(name, False, build, "turned off by COMPRESSX_NATIVE=off", "unset it; XLA runs all kernels")
+    faults: list[str] = []
+    folders: list[str] = []
+    wait = 0
+    for library in LIBRARIES:
+        path = None
+        try:
+            if build:
+                compiled.obtain(library, faults.append)
+            path, found = compiled.find(library)
+            faults += found
+        except compiled.UnavailableError as error:
+            faults.append(str(error))
+        if path is None:
+            wait += library.seconds
+        else:
+            folders.append(str(path.parent))
+    lines = [f"{len(folders)} of {len(LIBRARIES)} are built"]
+    lines += [f"in {folder}" for folder in dict.fromkeys(folders)] + list(dict.fromkeys(faults))
+    fix = f"compressx doctor --build (about {wait} s); else each is built on its first use"
+    if build:
+        fix = "mend what is named here; until then XLA runs in place of those that are missing"
+    return Check(name, not wait, build, " ".join("; ".join(lines).split()), fix if wait else "")
 
 
 def data_set(name: str, data_dir: str | None) -> Check:

@@ -4,7 +4,7 @@ The environment is changed before jax is imported, and processes that tests star
 
     COMPRESSX_TEST_PLATFORM   where jax runs ('cpu' unless set; 'cuda' or 'tpu' to test a device)
     COMPRESSX_DATA            folder of data sets; tests that need it skip with a reason where it is absent
-    COMPRESSX_CACHE           folder of compiled programs, '.pytest_cache/xla' unless set; empty: keep none
+    COMPRESSX_TEST_CACHE      folder of compiled programs, '.pytest_cache/xla' unless set; empty: keep none
     COMPRESSX_TEST_OPTIMIZE   1: programs are compiled as for users, as `make test-all` does; else quickly
 """
 
@@ -48,7 +48,7 @@ def _set_environment() -> None:
     os.environ["JAX_PLATFORMS"] = os.environ.get("COMPRESSX_TEST_PLATFORM", "cpu")
     os.environ.setdefault("MPLBACKEND", "Agg")
     # A cached program gives the same bits as a fresh one.
-    cache = os.environ.get("COMPRESSX_CACHE", str(_ROOT / ".pytest_cache" / "xla"))
+    cache = os.environ.get("COMPRESSX_TEST_CACHE", str(_ROOT / ".pytest_cache" / "xla"))
     if cache:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache).resolve() / _machine())
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

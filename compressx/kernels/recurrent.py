@@ -32,13 +32,14 @@ _SCATTERED, _CONTIGUOUS = 1, 2
 _MOST_VECTORS = 4
 _MOST_INPUTS = 1 << 16
 _TARGETS = {"compressx_sparse_product": "CompressxSparseProduct", "compressx_recurrent": "CompressxRecurrent"}
+LIBRARY = compiled.Library(Path(__file__).with_name("recurrent.cc"), _TARGETS, seconds=6)
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # outputs [r], inputs [c], weights [r, c]
 
 
 @functools.cache
 def _library() -> Any:
-    return compiled.load(Path(__file__).with_name("recurrent.cc"), _TARGETS)
+    return compiled.load(LIBRARY)
 
 
 def available() -> bool:
