@@ -388,7 +388,7 @@ def quantize_activations(x: Array, bits: int, scale: Array | float, signed: bool
       signed: symmetric range with a sign, for inputs that are not behind a ReLU.
 
     Returns:
-      An array like x; exactly `scale * activation_codes(...)`. Ties are rounded towards 0.
+      An array like x; exactly `scale * activation_codes(...)`, and NaN where x is. Ties are rounded towards 0.
 
     Source: Y. Bengio, N. Leonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013;
     gradient of the clipping bound as in J. Choi et al., "PACT", 2018.
@@ -398,7 +398,10 @@ def quantize_activations(x: Array, bits: int, scale: Array | float, signed: bool
 
 
 def activation_codes(x: Array, bits: int, scale: Array | float, signed: bool = False) -> Array:
-    """The integers (int32) that `quantize_activations` multiplies with its scale: what a crossbar is fed with."""
+    """The integers (int32) that `quantize_activations` multiplies with its scale: what a crossbar is fed with.
+
+    NaN has no integer: its code is 0.
+    """
     low, high = _check_activation(bits, signed)
     ratio = jnp.clip(x / _spread(jnp.asarray(scale, x.dtype), x.ndim), low, high)
     k = jnp.ceil(jnp.abs(ratio) - 0.5).astype(jnp.int32)
@@ -413,7 +416,8 @@ def _check_activation(bits: int, signed: bool) -> tuple[int, int]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _activations(x: Array, scale: Array, bits: int, signed: bool) -> Array:
-    return activation_codes(x, bits, scale, signed).astype(x.dtype) * _spread(scale, x.ndim)
+    y = activation_codes(x, bits, scale, signed).astype(x.dtype) * _spread(scale, x.ndim)
+    return jnp.where(jnp.isnan(x), x, y)
 
 
 @_activations.defjvp

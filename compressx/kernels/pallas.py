@@ -13,6 +13,7 @@ its own. Both are lowered in tests, which no device has compiled or run. Neither
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
+from compressx.kernels import exact
 from compressx.kernels.schedule import Geometry
 
 BACKENDS = ("gpu", "tpu")  # as `jax.default_backend` names them
@@ -63,6 +65,17 @@ def blocks(w: np.ndarray, block: tuple[int, int]) -> Blocks:
     weight = np.take_along_axis(cut, order[:, :, None, None], axis=1)
     count = live.sum(axis=1, keepdims=True)
     return Blocks(*map(jnp.asarray, (count.astype(np.int32), order.astype(np.int32), weight)))
+
+
+def _dense(w: Blocks, inputs: int, geometry: Geometry) -> Array:
+    """The weight `[kh, kw, inputs, F]` again."""
+    groups, most, bk, bf = w.weight.shape
+    live = jnp.arange(most)[None] < w.live
+    # what is not live lies behind the last block, which is cut off
+    place = jnp.where(live, w.places, math.prod(geometry.size) * inputs // bk)
+    cut = jnp.zeros((groups, math.prod(geometry.size) * inputs // bk + 1, bk, bf), w.weight.dtype)
+    cut = cut.at[jnp.arange(groups)[:, None], place].set(w.weight)[:, :-1]
+    return cut.reshape(groups, *geometry.size, inputs, bf).transpose(1, 2, 3, 0, 4).reshape(*geometry.size, inputs, -1)
 
 
 def block_for(shape: tuple[int, ...], backend: str) -> tuple[int, int] | None:
@@ -243,7 +256,8 @@ def block_sparse_conv(x: Array, w: Blocks, *, geometry: Geometry, backend: str, 
         interpret=interpret,
     )(*tables, w.weight, planes)
     oh, ow = geometry.out(h, wide)
-    return y[:, :oh, :ow]
+    multiply = exact.dense_conv(geometry, lax.Precision.HIGHEST)
+    return exact.checked(y[:, :oh, :ow], multiply, x, lambda: _dense(w, cin, geometry))
 
 
 def block_sparse_matmul(x: Array, w: Blocks, *, backend: str, rows: int = 128, interpret: bool = False) -> Array:
