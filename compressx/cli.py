@@ -25,7 +25,7 @@ from flax.errors import FlaxError
 import compressx
 from compressx import formats
 from compressx.formats import CompressedFileError, SavedModel
-from compressx.harden import count_violations
+from compressx.harden import outside
 from compressx.rules import paths, resolve
 
 OK, FINDING, ERROR = 0, 1, 2
@@ -189,7 +189,7 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
 def _verify(arguments: argparse.Namespace) -> Answer:
     model = formats.load_model(arguments.FILE, arguments.max_bytes)
     bound = resolve(model.rules, model.params) if model.rules else ()
-    counts = _violations(model) if bound else {}
+    counts = outside(model.params, model.rules, model.structures) if bound else {}
     checked: list[dict[str, Any]] = [
         {"paths": list(b.paths), "constraint": str(b.constraint), "violations": counts[b.name]} for b in bound
     ]
@@ -202,16 +202,6 @@ def _verify(arguments: argparse.Namespace) -> Answer:
     lines.append(f"{arguments.FILE}: {len(checked)} constraints checked, {len(bad)} violated")
     data = {"file": arguments.FILE, "constraints": checked, "violated": len(bad)}
     return Answer(FINDING if bad else OK, data, list(map(_clean, lines)))
-
-
-def _violations(model: SavedModel) -> dict[str, int]:
-    """`count_violations`, compiled as one program."""
-
-    def count(params: Any, structures: Any) -> dict[str, jax.Array]:
-        return count_violations(params, model.rules, structures)
-
-    counts = jax.device_get(jax.jit(count)(model.params, model.structures))
-    return {name: int(n) for name, n in counts.items()}
 
 
 # --- diff

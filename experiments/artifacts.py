@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from compressx import formats
-from compressx.harden import count_violations
+from compressx.harden import outside
 from compressx.report import html, metrics, run
 from compressx.report.layers import Layer
 from compressx.rules import Rules, paths, resolve
@@ -79,8 +79,7 @@ def read(path: Path) -> Stored:
     trained = [row for row in layers if row.path.startswith("params/")]
     violations = None
     if bound:
-        counts = jax.device_get(count_violations(saved.params, saved.rules, saved.structures))
-        violations = sum(int(n) for n in counts.values())
+        violations = sum(outside(saved.params, saved.rules, saved.structures).values())
     return Stored(
         saved=saved,
         layers=layers,
