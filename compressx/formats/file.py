@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from compressx import formats
@@ -301,7 +302,7 @@ def _check_cost(entry: str, constraint: Constraint, w: Any, max_bytes: int) -> N
         sizes = [0]
         for equation in jaxpr.eqns:
             avals = [v.aval for v in equation.outvars]
-            sizes += [a.size * a.dtype.itemsize for a in avals if isinstance(a, jax.core.ShapedArray)]
+            sizes += [a.size * a.dtype.itemsize for a in avals if isinstance(a, ShapedArray)]
             for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, _JAXPRS)):
                 if isinstance(inner, _JAXPRS):
                     sizes.append(largest(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner))
