@@ -1,6 +1,10 @@
-# One command each for a person with Python 3.11 and make, and nothing else. `make` lists them.
+# One command each for a person with Python 3.11 to 3.13 and make, and nothing else. `make` lists them.
 
-PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+# The newest supported Python that runs and can make environments: one that is found may do neither (pyenv's shims of
+# versions that are not active end with an error, Debian keeps ensurepip in a package of its own).
+PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && \
+  command -v $$p && break; done)
 VENV    ?= .venv
 EXTRAS  ?= test,lint
 WORKERS ?= 2
@@ -29,11 +33,12 @@ help:  ## list these commands
 	@echo "  Variables: PYTHON, VENV, EXTRAS ($(EXTRAS)), WORKERS ($(WORKERS)), WORKDIR ($(WORKDIR)), ARGS (for pytest and demo), COMPRESSX_DATA"
 
 env: $(STAMP)  ## make the pinned environment in .venv, where it is missing or out of date
+	@test "$(origin PYTHON)" = file || test "$$("$(PYTHON)" --version)" = "$$($(BIN)/python --version)" || { echo "$(VENV) holds $$($(BIN)/python --version), and PYTHON=$(PYTHON) is $$("$(PYTHON)" --version). Remove it, or name another folder: make PYTHON=$(PYTHON) VENV=.venv-other" >&2; exit 1; }
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 found. Install Python 3.11, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "$(PYTHON) is older than Python 3.11. Name a newer one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 was found that runs and has venv and ensurepip (python3.11-venv on Debian). Install one, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "$(PYTHON) does not run, or is not Python 3.11 to 3.13. Name another: make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) \
 	  || { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment: its venv and ensurepip modules are needed (python3.11-venv on Debian)." >&2; exit 1; }
 	@echo "Installing the pinned environment into $(VENV): a minute or two."

@@ -17,6 +17,7 @@ Sources: S. Boyd et al., "Distributed Optimization and Statistical Learning via 
 Multipliers", 2011 (scaled form, 3.1.1); W. Niu et al., "PatDNN", 2020 (several sets, each with Z and U).
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from jax import Array, lax
 
 from compressx import schedules as rho_schedules
 from compressx.constraints.base import TIE, Constraint
+from compressx.constraints.floats import exponent, lift, nonzero, scale
 from compressx.rules import Bound, Rules, resolve
 from compressx.schedules import RhoSchedule
 
@@ -70,9 +72,18 @@ def _like(params: Any, tree: Any) -> list[Any]:
     return jax.tree.structure(params).flatten_up_to(tree)  # type: ignore[attr-defined]
 
 
-def _norm(x: Any) -> Array:
-    parts = [jnp.sum(jnp.square(v.astype(jnp.float32))) for v in jax.tree.leaves(x)]
+def _norm(x: Any, top: Array | None = None) -> Array:
+    """||x|| over a leaf or a tuple of leaves, in units of 2**top, so that no square leaves the range (None: of 1)."""
+    leaves = jax.tree.leaves(x)
+    if top is not None:
+        leaves = [lift(v, -top) for v in leaves]
+    parts = [jnp.sum(jnp.square(v.astype(jnp.float32))) for v in leaves]
     return jnp.sqrt(sum(parts, jnp.zeros((), jnp.float32)))
+
+
+def _in_range(x: Array) -> Array:
+    """An infinity as the largest number: what is out of range stays comparable."""
+    return jnp.minimum(x, float(jnp.finfo(x.dtype).max))
 
 
 def _sets(b: Bound) -> tuple[Constraint, ...]:
@@ -83,7 +94,7 @@ def _kept(part: Constraint, v: Any, earlier: Sequence[Any]) -> Any:
     """What a set is projected from: for ties and levels, v with zeros where an earlier set's Z has them."""
     if part.stage >= TIE:
         for z in earlier:
-            v = jax.tree.map(lambda v, z: jnp.where(z == 0, jnp.zeros((), v.dtype), v), v, z)
+            v = jax.tree.map(lambda v, z: jnp.where(nonzero(z), v, jnp.zeros((), v.dtype)), v, z)
     return v
 
 
@@ -211,7 +222,7 @@ def _dual_step(
     structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
     for b in bound:
         w = b.take(leaves)
-        residuals, moves = [], []
+        residuals, moves, top = [], [], None
         chosen: list[Any] = []
         done: list[Any] = []
         duals: list[Any] = []
@@ -232,18 +243,23 @@ def _dual_step(
             duals.append(jax.tree.map(jnp.subtract, v, z))
             b.put(trees_z[k], z)
             residual = jax.tree.map(jnp.subtract, w, z)
-            residuals.append(_norm(residual))
-            moves.append(_norm(jax.tree.map(jnp.subtract, z, before)))
+            # ||W||, written so that it depends on Z: as a loop invariant XLA would compute it at every step
+            again = jax.tree.map(jnp.add, residual, z)
+            if top is None:
+                top = functools.reduce(jnp.maximum, map(exponent, jax.tree.leaves((again, z))))
+            residuals.append(_norm(residual, top))
+            moves.append(_norm(jax.tree.map(jnp.subtract, z, before), top))
             chosen.append(s)
         structure[b.name] = tuple(chosen)
-        # ||W||, written so that it depends on Z: as a loop invariant XLA would compute it at every step
-        size = jnp.maximum(_norm(jax.tree.map(jnp.add, residual, z)), jnp.finfo(jnp.float32).tiny)
-        primal[b.name], dual[b.name] = jnp.stack(residuals) / size, jnp.stack(moves) / size
+        assert top is not None
+        size = jnp.maximum(_norm(again, top), jnp.finfo(jnp.float32).tiny)
+        primal[b.name], dual[b.name] = (_in_range(jnp.stack(n) / size) for n in (residuals, moves))
         old = rho[b.name]
-        rho[b.name] = schedules[b.name].update(old, _norm(residuals), _norm(moves), number)
-        scale = old / rho[b.name] if rescale_dual else jnp.ones((), jnp.float32)
+        lengths = [_in_range(scale(_norm(n), top)) for n in (residuals, moves)]
+        rho[b.name] = schedules[b.name].update(old, *lengths, number)
+        ratio = old / rho[b.name] if rescale_dual else jnp.ones((), jnp.float32)
         for k, (z, u) in enumerate(zip(done, duals, strict=True)):
-            b.put(pulls[k], jax.tree.map(lambda z, u, s=scale: z - u * s.astype(u.dtype), z, u))
+            b.put(pulls[k], jax.tree.map(lambda z, u, s=ratio: z - u * s.astype(u.dtype), z, u))
     return state._replace(
         updates=number,
         z=tuple(jax.tree.unflatten(treedef, t) for t in trees_z),

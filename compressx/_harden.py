@@ -1,13 +1,16 @@
 """Hardening: the weights are projected once onto their sets, and the result is checked against every one of them."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from compressx._admm import AdmmState
 from compressx.constraints.base import Constraint, violations
+from compressx.constraints.floats import nonzero
 from compressx.rules import Bound, Rules, resolve
 from compressx.tree import check_finite
 
@@ -21,6 +24,10 @@ def structures(params: Any, rules: Rules, state: AdmmState | None = None) -> dic
 
     What in ADMM's state follows from the zeros of other sets (the order of the rows in polarized fragments) is formed
     anew where these zeros are others by now.
+
+    Take them before hardening, for the weights that are hardened, and hand them to every later phase: hardened weights
+    do not always tell with which library, order or scale they were hardened. Chosen for weights that lie in their sets
+    already, they are such that the weights stay where they are, wherever those can be found; `check` tells.
     """
     leaves = jax.tree.leaves(params)
     out = {}
@@ -81,17 +88,47 @@ def harden(params: Any, rules: Rules, state: AdmmState | None = None) -> Any:
     return hard
 
 
-def check(params: Any, rules: Rules, structure: dict[str, Any]) -> None:
-    """Raises `ConstraintViolation` unless every constrained leaf lies in its sets exactly."""
-    counts = jax.device_get(jax.jit(lambda p, s: count_violations(p, rules, s))(params, structure))
-    bad = [(b, int(counts[b.name])) for b in resolve(rules, params) if counts[b.name]]
-    if bad:
-        lines = "\n  ".join(f"{b.name}: {n} entries outside {b.constraint}" for b, n in bad)
-        raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}")
+def check(params: Any, rules: Rules, structure: dict[str, Any] | None = None) -> None:
+    """Raises `ConstraintViolation` unless every constrained leaf lies in its sets exactly, to the bit.
+
+    Args:
+      params: any pytree of concrete arrays.
+      rules: pairs (pattern, constraint).
+      structure: what the sets leave open, as `structures` returned it before hardening; None: chosen anew for params.
+    """
+    prove(params, rules, structures(params, rules) if structure is None else structure, structure is None)
+
+
+def prove(params: Any, rules: Rules, structure: dict[str, Any], chosen: bool) -> None:
+    """`check`, where the structure may just have been `chosen` for the weights: the error then says what to do."""
+    counts = outside(params, rules, structure)
+    bad = [(b, counts[b.name]) for b in resolve(rules, params) if counts[b.name]]
+    if not bad:
+        return
+    lines = "\n  ".join(f"{b.name}: {n} entries outside {b.constraint}" for b, n in bad)
+    advice = "were they hardened with these rules, and moved inside their sets since (retrain, retract)?"
+    if chosen:
+        advice += (
+            " What the sets leave open (libraries, orders, sizes, scales) was chosen anew for these weights. If hardening"
+            " chose otherwise, pass its choice on: structures(params, rules, state) of the weights before"
+            " harden(params, rules, state) is what retrain, check and save_model take"
+        )
+    raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}\n{advice}")
+
+
+def outside(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, int]:
+    """`count_violations` of concrete arrays, compiled, of the numbers as they are: no float64 is cut to float32."""
+    bound, leaves = resolve(rules, params), jax.tree.leaves(params)
+    held = {b.name: b.take(leaves) for b in bound}
+    cut = any(x.dtype == np.float64 for x in jax.tree.leaves(held)) and not jax.config.jax_enable_x64
+    with jax.enable_x64(True) if cut else nullcontext():
+        count = jax.jit(lambda w, s: {b.name: violations(b.constraint, w[b.name], s[b.name]) for b in bound})
+        counts = jax.device_get(count(held, {b.name: structure[b.name] for b in bound}))
+    return {name: int(n) for name, n in counts.items()}
 
 
 def kept(params: Any, bound: tuple[Bound, ...]) -> dict[str, tuple[int, int]]:
     """`path -> (non-zero weights, all weights)` of every constrained leaf."""
     leaves = jax.tree.leaves(params)
     pairs = [(p, leaves[i]) for b in bound for p, i in zip(b.paths, b.indices, strict=True)]
-    return {p: (int(jnp.count_nonzero(w)), w.size) for p, w in pairs}
+    return {p: (int(jnp.sum(nonzero(w))), w.size) for p, w in pairs}

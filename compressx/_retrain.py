@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from compressx._harden import prove, structures
 from compressx.rules import Bound, Rules, resolve
 
 
@@ -27,19 +28,27 @@ def retrain(rules: Rules, structure: dict[str, Any] | None = None) -> optax.Grad
 
     Args:
       rules: the rules the weights were hardened with.
-      structure: what the sets left open, from `harden.structures`; by default chosen anew from the hardened weights.
+      structure: what the sets left open, from `harden.structures` of the weights before hardening; by default chosen
+        anew from the hardened weights, which do not always tell.
 
     Returns:
       A transform with a `RetrainState`; `update` needs `params`. Its updates land in the piece up to one rounding of
       the addition `params + update` (masks, signs and ties exactly); `retract` makes levels exact as well.
+
+    Raises:
+      ConstraintViolation: at `init`, the weights do not lie in their sets with that structure, so that the first step
+        would take kept weights away. Where `init` is traced (under jit, vmap, eval_shape) there are no weights to look
+        at and nothing is raised: call `harden.check(params, rules, structure)` before.
     """
 
     def init_fn(params: Any) -> RetrainState:
+        given = structures(params, rules) if structure is None else structure
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, given))):
+            prove(params, rules, given, chosen=structure is None)
         leaves = jax.tree.leaves(params)
         piece = {}
         for b in resolve(rules, params):
-            w = b.take(leaves)
-            piece[b.name] = b.constraint.freeze(w, b.constraint.init(w) if structure is None else structure[b.name])
+            piece[b.name] = b.constraint.freeze(b.take(leaves), given[b.name])
         return RetrainState(piece)
 
     def update_fn(updates: Any, state: RetrainState, params: Any = None, **extra_args: Any) -> tuple[Any, RetrainState]:

@@ -5,7 +5,7 @@
     compressx diff A B        what differs between two files
     compressx export FILE OUT --to onnx --shape 32x32x3 --model package.module:Class [--options JSON] [--compact]
                               the network for other runtimes; --compact for the small one
-    compressx doctor          versions, devices, compiler, data; and how to get what is missing
+    compressx doctor          versions, devices, compiler; and how to get what is missing; --build compiles ahead
 
 Exit codes: 0 all is well; 1 a finding (a violated constraint, a difference, something missing); 2 an error (bad usage,
 a file that cannot be read). `--json` prints one JSON object instead of tables.
@@ -27,7 +27,7 @@ from flax.errors import FlaxError
 
 import compressx
 from compressx import formats
-from compressx._harden import count_violations
+from compressx._harden import outside
 from compressx.formats import CompressedFileError, SavedModel
 from compressx.rules import resolve
 from compressx.tree import paths
@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     options = "its arguments as a JSON object, such as '{\"classes\": 10}'"
     export.add_argument("--options", type=_options, default={}, metavar="JSON", help=options)
     export.add_argument("--compact", action="store_true", help="leave out the channels that pruning made useless")
-    doctor = command("doctor", _doctor, "versions, devices, compiler, data; and how to get what is missing")
-    doctor.add_argument("--data_dir", metavar="DIR", help="look for data here first, then in $COMPRESSX_DATA")
+    doctor = command("doctor", _doctor, "versions, devices, compiler; and how to get what is missing")
+    doctor.add_argument("--build", action="store_true", help="compile the kernels that are not built yet")
     return parser
 
 
@@ -206,7 +206,7 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
 def _verify(arguments: argparse.Namespace) -> Answer:
     model = formats.load_model(arguments.FILE, arguments.max_bytes)
     bound = resolve(model.rules, model.params) if model.rules else ()
-    counts = _violations(model) if bound else {}
+    counts = outside(model.params, model.rules, model.structures) if bound else {}
     checked: list[dict[str, Any]] = [
         {"paths": list(b.paths), "constraint": str(b.constraint), "violations": counts[b.name]} for b in bound
     ]
@@ -219,16 +219,6 @@ def _verify(arguments: argparse.Namespace) -> Answer:
     lines.append(f"{arguments.FILE}: {len(checked)} constraints checked, {len(bad)} violated")
     data = {"file": arguments.FILE, "constraints": checked, "violated": len(bad)}
     return Answer(FINDING if bad else OK, data, list(map(_clean, lines)))
-
-
-def _violations(model: SavedModel) -> dict[str, int]:
-    """`count_violations`, compiled as one program."""
-
-    def count(params: Any, structures: Any) -> dict[str, jax.Array]:
-        return count_violations(params, model.rules, structures)
-
-    counts = jax.device_get(jax.jit(count)(model.params, model.structures))
-    return {name: int(n) for name, n in counts.items()}
 
 
 # --- diff
@@ -338,7 +328,7 @@ def _network(name: str) -> Any:
 def _doctor(arguments: argparse.Namespace) -> Answer:
     from compressx import doctor  # looks at compilers and data, which no other command needs
 
-    checks = doctor.examine(arguments.data_dir)
+    checks = doctor.examine(arguments.build)
     missing = [c for c in checks if not c.ok and c.needed]
     lines = []
     for c in checks:

@@ -1,22 +1,32 @@
-"""What this machine has of what the toolkit can use, and one line on how to get what is missing."""
+"""What this machine has of what the toolkit can use, and one line on how to get what is missing.
+
+With `build`, the compiled kernels that are missing are built: ahead of their first use, or into an image's cache.
+"""
 
 import importlib.metadata
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 import compressx
-from experiments.common import data
+from compressx.cache import cache_folder
+from compressx.kernels import native, recurrent
+from compressx.native import build as compiled
+from compressx.native import conv, depthwise
+
+LIBRARIES = (native.LIBRARY, recurrent.LIBRARY, conv.LIBRARY, depthwise.LIBRARY)
 
 # distribution -> the extra of setup.cfg that brings it; None: the base install
 PACKAGES: dict[str, str | None] = {
-    **dict.fromkeys(("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "absl-py", "ml_collections")),
-    **dict.fromkeys(("tensorflow-datasets", "array_record", "scikit-learn", "safetensors", "matplotlib", "rich")),
+    **dict.fromkeys(("jax", "jaxlib", "flax", "optax", "numpy", "safetensors")),
+    **dict.fromkeys(("absl-py", "ml_collections", "orbax-checkpoint", "tensorflow-datasets"), "experiments"),
+    **dict.fromkeys(("array_record", "scikit-learn", "matplotlib", "rich"), "experiments"),
     **dict.fromkeys(("flatbuffers", "onnx", "onnxruntime"), "export"),
     "pillow": "images",
     **dict.fromkeys(("flwr", "cryptography"), "federated"),
@@ -42,8 +52,12 @@ class Check(NamedTuple):
     fix: str = ""
 
 
-def examine(data_dir: str | None = None) -> list[Check]:
-    """Looks at everything: Python, packages, devices, compiler, cache folder and data sets; changes nothing."""
+def examine(build: bool = False) -> list[Check]:
+    """Looks at everything: Python, packages, devices, compiler, cache and compiled kernels.
+
+    Args:
+      build: whether kernels are compiled that are not yet; else nothing is changed.
+    """
     return [
         Check("python", True, True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Check("compressx", True, True, compressx.__version__),
@@ -51,18 +65,28 @@ def examine(data_dir: str | None = None) -> list[Check]:
         devices(),
         compiler(),
         cache(),
-        *(data_set(name, data_dir) for name in data.DATASETS),
+        kernels(build),
     ]
 
 
 def package(name: str) -> Check:
-    """A Python distribution, and the extra that installs it."""
+    """A Python distribution; where it is missing, the command that installs it as setup.cfg asks for it."""
     extra = PACKAGES[name]
     try:
         return Check(name, True, extra is None, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        target = "compressx" if extra is None else f"compressx[{extra}]"
-        return Check(name, False, extra is None, "not installed", f"pip install '{target}'")
+        why = "not installed" if extra is None else f"not installed; belongs to the extra {extra}"
+        return Check(name, False, extra is None, why, f"pip install '{_requirement(name)}'")
+
+
+def _requirement(name: str) -> str:
+    """The distribution with the bounds that this project sets, as pip takes it."""
+    try:
+        listed = importlib.metadata.requires("compressx") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a folder, not installed
+        listed = []
+    wanted = [line.partition(";")[0].strip() for line in listed]
+    return next((w for w in wanted if re.match(rf"{re.escape(name)}\b(?![-.])", w, re.IGNORECASE)), name)
 
 
 def devices() -> Check:
@@ -79,20 +103,24 @@ def devices() -> Check:
 def compiler() -> Check:
     """A C++17 compiler for the native CPU kernels; without one XLA's formulations run."""
     fix = "install g++ or clang++ (Debian: apt-get install g++), or set $CXX; without one XLA runs all kernels"
-    wanted = os.environ.get("CXX")
-    path = shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("clang++")
-    if path is None:
-        return Check("C++ compiler", False, False, f"$CXX={wanted!r} not found" if wanted else "none found", fix)
     try:
-        run = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)
+        words = compiled.compiler()
+    except compiled.UnavailableError as error:
+        return Check("C++ compiler", False, False, str(error), fix)
+    command = shlex.join(words)
+    try:
+        run = subprocess.run([*words, "--version"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        return Check("C++ compiler", False, False, f"{path} does not run: {error}", fix)
-    return Check("C++ compiler", True, False, f"{path}: {(run.stdout.splitlines() or ['no version'])[0]}")
+        return Check("C++ compiler", False, False, f"{command} does not run: {error}", fix)
+    return Check("C++ compiler", True, False, f"{command}: {(run.stdout.splitlines() or ['no version'])[0]}")
 
 
 def cache() -> Check:
-    """The folder for prepared data and downloads, which is made on first use."""
-    folder = data.cache_dir()
+    """The folder for compiled kernels and tuned plans, which is made on first use."""
+    try:
+        folder = cache_folder()
+    except FileNotFoundError as error:
+        return Check("cache folder", False, False, str(error.strerror), "set $COMPRESSX_CACHE to a folder")
     above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         return Check("cache folder", False, False, f"{folder} cannot be written", "set $COMPRESSX_CACHE to a folder")
@@ -101,18 +129,30 @@ def cache() -> Check:
     return Check("cache folder", True, False, f"{folder} ({state}), {free:.1f} GB free")
 
 
-def data_set(name: str, data_dir: str | None) -> Check:
-    """A data set, by the same search as training's; nothing is downloaded."""
-    label, source = f"data {name}", data.DATASETS[name]
-    found: list[Path] = []
-    try:
-        for split in source.splits:
-            found += data.find_files(source, split, data_dir, download=False)
-    except data.DataNotFoundError as error:
-        url = all(f.url for files in source.splits.values() for f in files)
-        how = "downloaded on first use" if url else f"{source.obtain}; then set --data_dir or $COMPRESSX_DATA"
-        missing = str(error).split(". ")[0]
-        return Check(label, False, False, missing, how if "not found" in missing else str(error))
-    where = str(Path(os.path.commonpath(found)) if len(found) > 1 else found[0]) if found else "embedded"
-    stand_in = " (a stand-in)" if source.info.stand_in else ""
-    return Check(label, True, False, where + stand_in)
+def kernels(build: bool) -> Check:
+    """The compiled kernels: where they lie, and what is not built; needed where building them was asked for."""
+    name = "compiled kernels"
+    if os.environ.get("COMPRESSX_NATIVE", "on") == "off":
+        return Check(name, False, build, "turned off by COMPRESSX_NATIVE=off", "unset it; XLA runs all kernels")
+    faults: list[str] = []
+    folders: list[str] = []
+    wait = 0
+    for library in LIBRARIES:
+        path = None
+        try:
+            if build:
+                compiled.obtain(library, faults.append)
+            path, found = compiled.find(library)
+            faults += found
+        except compiled.UnavailableError as error:
+            faults.append(str(error))
+        if path is None:
+            wait += library.seconds
+        else:
+            folders.append(str(path.parent))
+    lines = [f"{len(folders)} of {len(LIBRARIES)} are built"]
+    lines += [f"in {folder}" for folder in dict.fromkeys(folders)] + list(dict.fromkeys(faults))
+    fix = f"compressx doctor --build (about {wait} s); else each is built on its first use"
+    if build:
+        fix = "mend what is named here; until then XLA runs in place of those that are missing"
+    return Check(name, not wait, build, " ".join("; ".join(lines).split()), fix if wait else "")

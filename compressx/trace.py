@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
-from jax import extend
+from jax.extend.core import ClosedJaxpr, Literal
 
 from compressx.native.convolve import lax_only
 from compressx.tree import paths
@@ -97,13 +97,13 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
         known |= {v: constant(c, v.aval) for v, c in zip(jaxpr.constvars, consts, strict=True)}
 
         def read(v: Any) -> int:
-            return constant(v.val, v.aval) if isinstance(v, extend.core.Literal) else known[v]
+            return constant(v.val, v.aval) if isinstance(v, Literal) else known[v]
 
         for equation in jaxpr.eqns:
             values = [read(v) for v in equation.invars]
             inner = next((equation.params[k] for k in ("jaxpr", "call_jaxpr") if k in equation.params), None)
             if equation.primitive.name in _CALLS and inner is not None:
-                closed = isinstance(inner, extend.core.ClosedJaxpr)
+                closed = isinstance(inner, ClosedJaxpr)
                 results = run(inner.jaxpr if closed else inner, inner.consts if closed else (), values)
             else:
                 results = [new(v.aval) for v in equation.outvars]

@@ -14,7 +14,7 @@ import pytest
 
 import compressx as cx
 from compressx import cli, compaction, doctor, formats
-from experiments.common import data, models
+from experiments.common import models
 
 RULES = [("a/kernel", cx.unstructured(keep=12)), ("b/kernel", cx.filters(0.5) & cx.columns(0.5))]
 
@@ -264,9 +264,8 @@ def test_doctor_finds_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(out)
     checks = {c["name"]: c for c in told["checks"]}
     assert code == 0 and told["missing"] == 0
-    assert checks["jax"]["found"] == jax.__version__ and checks["data digits"]["ok"]
+    assert checks["jax"]["found"] == jax.__version__
     assert checks["devices"]["found"].startswith(f"{jax.device_count()} x {jax.devices()[0].platform}")
-    assert {f"data {name}" for name in data.DATASETS} <= checks.keys()
     assert all(c["fix"] for c in checks.values() if not c["ok"])
     assert "everything needed is here" in _run(capsys, "doctor")[1]
 
@@ -274,35 +273,20 @@ def test_doctor_finds_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_says_how_to_get_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("COMPRESSX_DATA", raising=False)
     monkeypatch.setenv("COMPRESSX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setitem(doctor.PACKAGES, "no-such-package", None)
+    monkeypatch.setitem(doctor.PACKAGES, "No_Such.one", "export")
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["no-such-package>=2,<3", "No_Such.one>=1; x"])
     code, out, _ = _run(capsys, "doctor", "--json")
     told = json.loads(out)
     checks = {c["name"]: c for c in told["checks"]}
     assert code == 1 and told["missing"] == 1
-    assert checks["no-such-package"]["fix"] == "pip install 'compressx'"
+    assert checks["no-such-package"]["fix"] == "pip install 'no-such-package>=2,<3'"
+    assert checks["No_Such.one"]["fix"] == "pip install 'No_Such.one>=1'" and "export" in checks["No_Such.one"]["found"]
     assert not checks["C++ compiler"]["ok"] and "no-such-compiler" in checks["C++ compiler"]["found"]
-    assert not checks["data mnist"]["ok"] and checks["data mnist"]["fix"]
     assert str(tmp_path / "cache") in checks["cache folder"]["found"]
     assert not (tmp_path / "cache").exists()
-
-
-def test_doctor_finds_data_in_the_given_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("COMPRESSX_DATA", raising=False)
-    for files in data.DATASETS["mnist"].splits.values():
-        for f in files:
-            (tmp_path / f.path).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / f.path).write_bytes(b"")
-    checks = {
-        c["name"]: c for c in json.loads(_run(capsys, "doctor", "--json", "--data_dir", str(tmp_path))[1])["checks"]
-    }
-    assert checks["data mnist"]["ok"] and str(tmp_path) in checks["data mnist"]["found"]
-    checks = {c["name"]: c for c in json.loads(_run(capsys, "doctor", "--json", "--data_dir", "/no/such")[1])["checks"]}
-    assert not checks["data mnist"]["ok"] and "/no/such" in checks["data mnist"]["fix"] + checks["data mnist"]["found"]
 
 
 def test_the_module_runs_as_a_command(file: str) -> None:

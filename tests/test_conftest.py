@@ -1,6 +1,10 @@
 """The settings of conftest.py hold: a suite that silently lost them would pass too easily."""
 
+import os
+import subprocess
+import sys
 import warnings
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,25 @@ import pytest
 
 def test_two_devices_are_forced() -> None:
     assert jax.device_count() >= 2 or jax.default_backend() != "cpu"
+
+
+@pytest.mark.skipif(os.environ.get("COMPRESSX_TEST_OPTIMIZE") == "1", reason="programs are compiled as for users")
+def test_programs_are_compiled_quickly() -> None:
+    flags = os.environ["XLA_FLAGS"]
+    assert "--xla_backend_optimization_level=" in flags
+    assert ("xla_cpu_use_fusion_emitters" in flags) == (version("jaxlib") < "0.11")  # the two stacks that are pinned
+
+
+def test_a_flag_that_xla_does_not_know_is_left_out(pytestconfig: pytest.Config) -> None:
+    """Which flags those are is told by XLA itself: it ends the process."""
+    (settings,) = (p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "_known"))
+    for flag in ("xla_cpu_use_fusion_emitters", "xla_no_such_flag"):
+        environment = os.environ | {"XLA_FLAGS": f"--{flag}=false", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert settings._known(flag) == (ended.returncode == 0), ended.stderr
+        assert ended.returncode == 0 or "Unknown flag" in ended.stderr
+    assert settings._known("xla_backend_optimization_level") and not settings._known("xla_no_such_flag")
 
 
 def test_our_promotions_are_strict_in_eager_and_traced_code() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from compressx.constraints.base import check_density, count
-from compressx.constraints.select import squares
+from compressx.constraints.select import energy, squares
 from compressx.tree import path_name
 
 Scores = Callable[[Array], Array]
@@ -51,7 +51,7 @@ def _energy(*axes: int) -> Scores:
 
 # the groups that go together -> energy of each, with the leaf's axes (1 where a group spans the axis)
 STRUCTURES: dict[str, Scores] = {
-    "weights": lambda w: jnp.square(w),
+    "weights": energy,
     "filters": _energy(-1),
     "channels": _energy(-2),
     "columns": lambda w: _energy(*range(w.ndim - 1))(w),

@@ -4,13 +4,16 @@ A method of this toolkit is "train a network whose weights lie in a set". A `Con
 functions, as an optax transform is. `a & b` is the intersection; ADMM gives each of its parts a Z and a U of its own.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from compressx.constraints.floats import differ, nonzero
 
 # The order in which the parts of an intersection are projected. Every set keeps its points when weights are zeroed
 # (SUPPORT), then when wrong signs are zeroed (SIGN), then when live magnitudes are tied (TIE) or put on levels (LEVEL):
@@ -104,7 +107,7 @@ def support(
     Returns:
       The constraint; its piece is the mask, kept exactly by retraining.
     """
-    keep = alive or (lambda w: jax.tree.map(lambda x: x != 0, w))
+    keep = alive or (lambda w: jax.tree.map(nonzero, w))
     return Constraint(
         spec=spec,
         init=lambda w: (),
@@ -222,12 +225,44 @@ def _each(sets: Sequence[Constraint], w: Any, choose: Callable[[Constraint, Any,
     return tuple(structure)
 
 
+def first_that_holds(
+    project: Callable[[Any, Any], Any], w: Any, choice: Any, *others: Callable[[], Any]
+) -> Any:
+    """Of some structures the first with which w lies in the set; `choice` where there is none.
+
+    A weight that was hardened lies in a set for some structure; chosen by its energies alone another one may be found,
+    whose projection would take kept weights away.
+
+    Args:
+      project: `project(w, structure)`, as in `Constraint`.
+      w: a weight, or a tuple of them.
+      choice: the structure for weights that lie in no such set.
+      others: functions that make further ones; each is called where all before it fail.
+    """
+    found, held = choice, _holds(project, w, choice)
+    for other in others:
+
+        def attempt(other: Callable[[], Any] = other, found: Any = found) -> tuple[Any, Array]:
+            structure = other()
+            fits = _holds(project, w, structure)
+            return jax.tree.map(lambda a, b: jnp.where(fits, a, b), structure, found), fits
+
+        found, held = lax.cond(held, lambda found=found, held=held: (found, held), attempt)
+    return found
+
+
+def _holds(project: Callable[[Any, Any], Any], w: Any, structure: Any) -> Array:
+    """Whether w lies in the set with this structure."""
+    changed = jax.tree.map(lambda a, b: jnp.any(differ(a, b)), project(w, structure), w)
+    return ~functools.reduce(jnp.logical_or, jax.tree.leaves(changed))
+
+
 def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
     """How many entries of w a projection would change: 0 exactly where w lies in every set (int32)."""
     total = jnp.zeros((), jnp.int32)
     structures = structure if constraint.parts else (structure,)
     for part, s in zip(constraint.sets, structures, strict=True):
-        changed = jax.tree.map(lambda a, b: jnp.sum(a != b, dtype=jnp.int32), part.project(w, s), w)
+        changed = jax.tree.map(lambda a, b: jnp.sum(differ(a, b), dtype=jnp.int32), part.project(w, s), w)
         total = total + sum(jax.tree.leaves(changed), jnp.zeros((), jnp.int32))
     return total
 

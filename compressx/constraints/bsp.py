@@ -17,9 +17,9 @@ import numpy as np
 from jax import Array
 
 from compressx.constraints.base import Constraint, check_density, count
+from compressx.constraints.floats import nonzero
 from compressx.constraints.gates import matrix_set
-from compressx.constraints.library import energy
-from compressx.constraints.select import top_k_mask
+from compressx.constraints.select import energy, top_k_mask
 
 
 def bsp_columns(
@@ -89,7 +89,7 @@ def bsp_rows(
         rows = _spread(_energy(t, strips) > 0, t).T
         return rows & mask if chained else rows
 
-    return matrix_set(spec | {"chained": chained}, lambda m: m != 0 if chained else (), select, alive)
+    return matrix_set(spec | {"chained": chained}, lambda m: nonzero(m) if chained else (), select, alive)
 
 
 def bsp(

@@ -7,7 +7,8 @@ import numpy as np
 from jax import Array, ops
 
 from compressx.constraints.base import Constraint, check_density, count, support
-from compressx.constraints.select import squares, top_k_mask
+from compressx.constraints.floats import nonzero
+from compressx.constraints.select import energies, squares, top_k_mask
 
 Run = Sequence[int]
 
@@ -73,8 +74,8 @@ def coupled_filters(
     def energy(leaves: tuple[Array, ...]) -> Array:
         check(leaves)
         total = jnp.zeros(size + 1, jnp.float32)  # the last one collects what is outside the group
-        for w, (axis, _), units in zip(leaves, plain, index, strict=True):
-            e = squares(w, tuple(a for a in range(w.ndim) if a != axis)).astype(jnp.float32)
+        for each, (axis, _), units in zip(energies(leaves), plain, index, strict=True):
+            e = jnp.sum(each, tuple(a for a in range(each.ndim) if a != axis)).astype(jnp.float32)
             total = total + ops.segment_sum(e, np.where(units < 0, size, units), size + 1)
         return total[:size]
 
@@ -89,11 +90,10 @@ def coupled_filters(
         return tuple(by_column(w, axis, m) for w, (axis, _), m in zip(leaves, plain, masks, strict=True))
 
     def alive(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
-        # by count, not by energy: the squares of tiny weights underflow to 0
-        masks = spread(energy(tuple((w != 0).astype(jnp.float32) for w in leaves)) > 0, leaves)
+        masks = spread(energy(leaves) > 0, leaves)
         if column_density is None:
             return masks
-        columns = [jnp.any(w != 0, axis=axis, keepdims=True) for w, (axis, _) in zip(leaves, plain, strict=True)]
+        columns = [jnp.any(nonzero(w), axis=axis, keepdims=True) for w, (axis, _) in zip(leaves, plain, strict=True)]
         return tuple(m & c for m, c in zip(masks, columns, strict=True))
 
     spec = {

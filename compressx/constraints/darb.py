@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compressx.constraints.base import Constraint, check_density, count
+from compressx.constraints.base import Constraint, check_density, count, first_that_holds, tree_where
+from compressx.constraints.floats import bits, nonzero
 from compressx.constraints.gates import join, matrix_set, split
 from compressx.constraints.select import top_k_mask
 
@@ -66,9 +67,11 @@ def darb(
 
     The sizes are the structure, int32 `[R]`, places in `allowed`. `init` and `refresh` choose them: the weights are
     pruned by magnitude to `density`, which leaves row r a share d_r (`row_density`); B_r is the allowed size nearest to
-    c / d_r in ratio; the common scale c is the one that brings sum_r ceil(L / B_r) nearest to density * R * L (found
-    exactly, by sorting the scales at which rows switch; rows that switch at the same one do so by index). The grain of
-    the total is one row's step to the next size: with some hundred rows it is within 1 % of its target.
+    c / d_r in ratio, for a common scale c that brings sum_r ceil(L / B_r) to the target density * R * L. As c grows, rows
+    step to the next size (sorted by the c at which they do; equal ones by index). A step that would pass the target is
+    left out, and later ones that still fit are made: dense rows step by many weights, sparse rows by few. Or all is
+    stepped past the target, and the last steps are taken back that fit; whichever ends nearer. With a hundred rows the
+    total is within 1 % of its target. Weights that were hardened get sizes under which they stay as they are.
 
     Args:
       density: share of weights kept in all.
@@ -76,7 +79,8 @@ def darb(
       axis: "outputs" or "inputs", along which blocks run.
       gates: "apart" or "together".
       assignment: "adaptive"; or a control with as many weights: "permuted" (the same sizes, dealt to rows by chance),
-        "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row order).
+        "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row order, with
+        the total nearest to its target).
       seed: of "permuted".
 
     Raises:
@@ -92,12 +96,12 @@ def darb(
     if assignment not in ("adaptive", "permuted", "inverse", "uniform"):
         raise ValueError(f'assignment must be "adaptive", "permuted", "inverse" or "uniform", got {assignment!r}')
 
-    def init(m: Array) -> Array:
+    def choose(m: Array) -> Array:
         x = _orient(m, axis)
         kept = jnp.sum(top_k_mask(jnp.abs(x), count(density, x.size)), axis=1, dtype=jnp.int32)
         if assignment == "uniform":
             kept = jnp.ones_like(kept)
-        places = _solve(kept, x.shape[1], sizes, count(density, x.size))
+        places = _solve(kept, x.shape[1], sizes, count(density, x.size), mixed=assignment != "uniform")
         if assignment == "permuted":
             return jax.random.permutation(jax.random.key(seed), places)
         if assignment == "inverse":
@@ -111,6 +115,13 @@ def darb(
         for place, size in enumerate(sizes):
             mask = jnp.where((places == place)[:, None], _largest(x, size), mask)
         return _orient(mask, axis)
+
+    def init(m: Array) -> Array:
+        def again() -> Array:
+            return _fitting(_orient(m, axis), sizes, count(density, m.size), chosen)
+
+        chosen = choose(m)
+        return first_that_holds(lambda m, s: tree_where(select(m, s), m), m, chosen, again)
 
     spec = {"kind": "darb", "density": density, "allowed": sizes, "axis": axis, "gates": gates}
     spec |= {"assignment": assignment, "seed": seed}
@@ -149,7 +160,7 @@ def balanced_block_max(density: float, size: int = 8, axis: str = "outputs", *, 
         return _orient(_greedy(x, size, room), axis)
 
     spec = {"kind": "balanced_block_max", "density": density, "size": size, "axis": axis, "gates": gates}
-    return matrix_set(spec, lambda m: (), select, lambda m, _: m != 0)
+    return matrix_set(spec, lambda m: (), select, lambda m, _: nonzero(m))
 
 
 def bank_balanced(density: float, bank: int, axis: str = "outputs", *, gates: str = "apart") -> Constraint:
@@ -181,7 +192,7 @@ def bank_balanced(density: float, bank: int, axis: str = "outputs", *, gates: st
         return _orient(jnp.concatenate(parts, axis=1), axis)
 
     spec = {"kind": "bank_balanced", "density": density, "bank": bank, "axis": axis, "gates": gates}
-    return matrix_set(spec, lambda m: (), select, lambda m, _: m != 0)
+    return matrix_set(spec, lambda m: (), select, lambda m, _: nonzero(m))
 
 
 def row_density(w: Any, density: float, axis: str = "outputs") -> Array:
@@ -255,14 +266,17 @@ def _largest(x: Array, size: int) -> Array:
     rows, length = x.shape
     size = min(size, length)
     blocks = -(-length // size)
-    a = jnp.pad(jnp.abs(x), ((0, 0), (0, blocks * size - length)), constant_values=-1)
-    best = jnp.argmax(a.reshape(rows, blocks, size), axis=2)
+    magnitude = jnp.pad(bits(x), ((0, 0), (0, blocks * size - length)))  # a block begins with a weight
+    best = jnp.argmax(magnitude.reshape(rows, blocks, size), axis=2)
     mask = best[..., None] == jnp.arange(size)[None, None]
     return mask.reshape(rows, blocks * size)[:, :length]
 
 
-def _solve(kept: Array, length: int, sizes: Sequence[int], target: int) -> Array:
-    """Places in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target."""
+def _solve(kept: Array, length: int, sizes: Sequence[int], target: int, mixed: bool) -> Array:
+    """Places in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target.
+
+    With `mixed` steps that pass the target are left out or taken back, see `darb`; else the order of steps is kept.
+    """
     rows = kept.shape[0]
     weights = np.array([-(-length // s) for s in sizes], np.int32)
     if not rows * weights[-1] <= target <= rows * weights[0]:
@@ -270,26 +284,80 @@ def _solve(kept: Array, length: int, sizes: Sequence[int], target: int) -> Array
             f"{target} of {rows * length} weights cannot be kept with block sizes {list(sizes)}: they keep between "
             f"{rows * weights[-1]} and {rows * weights[0]}; add larger or smaller sizes, or change the density"
         )
-    # As c grows, row r goes from size s to the next where c / d_r passes their geometric mean. These switches are
-    # finitely many: in the order of their c, each saves some weights, and those up to the target are made.
+    # As c grows, row r goes from size s to the next where c / d_r passes their geometric mean. These steps are finitely
+    # many: in the order of their c, each saves some weights, and those up to the target are made.
     steps = np.sqrt(np.array(sizes[:-1], np.float64) * np.array(sizes[1:], np.float64)).astype(np.float32)
     scale = (
         jnp.maximum(kept.astype(jnp.float32), 0.5)[:, None] * jnp.asarray(steps)[None]
     )  # an empty row: half a weight
     order = jnp.argsort(scale.reshape(-1), stable=True)
-    saved = jnp.cumsum(jnp.asarray(weights[:-1] - weights[1:])[order % max(1, len(steps))], dtype=jnp.int32)
+    grain = jnp.asarray(weights[:-1] - weights[1:])
+    saved = jnp.cumsum(grain[order % max(1, len(steps))], dtype=jnp.int32)
     after = rows * int(weights[0]) - jnp.concatenate([jnp.zeros(1, jnp.int32), saved])
-    made = jnp.argmin(jnp.abs(after - target))
-    done = jnp.zeros(order.shape, jnp.int32).at[order].set((jnp.arange(order.size) < made).astype(jnp.int32))
-    return jnp.sum(done.reshape(scale.shape), axis=1, dtype=jnp.int32)
+    place = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    place = place.reshape(scale.shape)
+    if not mixed or not len(steps):
+        made = place < jnp.argmin(jnp.abs(after - target))
+        return jnp.sum(made, axis=1, dtype=jnp.int32)
+    most = jnp.sum(after >= target, dtype=jnp.int32) - 1  # as many steps can be made before the total is too small
+    down, over = _fill(place, place < most, grain, after[most] - target)
+    past = jnp.minimum(most + 1, order.size)
+    left, under = _fill(-place[:, ::-1], place[:, ::-1] >= past, grain[::-1], target - after[past])
+    return jnp.sum(jnp.where(over <= under, down, ~left[:, ::-1]), axis=1, dtype=jnp.int32)
+
+
+def _fill(place: Array, made: Array, grain: Array, room: Array) -> tuple[Array, Array]:
+    """Makes more steps, each in its place in the order, where it saves no more than the room that is then left.
+
+    Args:
+      place: int32 `[R, S]`, places in the order of the S steps of each row, which rise within a row.
+      made: bool `[R, S]`, which are made; in each row those before others.
+      grain: int32 `[S]`, what a step saves.
+      room: int32 [], what may be saved.
+
+    Returns:
+      Which steps are made, and the room that is left.
+    """
+    order = jnp.argsort(place.reshape(-1))
+
+    def round(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        # all that fit are made in turn, up to the first for which too little is left: it does not fit from then on, so
+        # there are no more rounds than there are kinds of steps
+        made, room = state
+        able = made | ((grain <= room)[None] & (room > 0))
+        able = ~made & (lax.cummin(able.astype(jnp.int32), axis=1) > 0)
+        saved = jnp.cumsum(jnp.where(able, grain[None], 0).reshape(-1)[order], dtype=jnp.int32)
+        taken = able.reshape(-1)[order] & (saved <= room)
+        room = room - jnp.max(jnp.where(taken, saved, 0))
+        return made | jnp.zeros_like(taken).at[order].set(taken).reshape(made.shape), room
+
+    return lax.fori_loop(0, grain.size, round, (made, room))
+
+
+def _fitting(x: Array, sizes: Sequence[int], target: int, choice: Array) -> Array:
+    """Places of the largest sizes under which the rows of x stay as they are, where no more stays than `_solve` aims at.
+
+    It ends above its target only by less than any step could have saved. `choice` where more would stay.
+    """
+    live, (rows, length) = nonzero(x), x.shape
+    places = jnp.full(rows, -1, jnp.int32)
+    for place, size in enumerate(sizes):
+        parts = jnp.pad(live, ((0, 0), (0, -length % size))).reshape(rows, -1, size)
+        fits = jnp.all(jnp.sum(parts, axis=2, dtype=jnp.int32) <= 1, axis=1)
+        places = jnp.where(fits, place, places)
+    weights = np.array([-(-length // s) for s in sizes], np.int32)
+    spared = np.append(weights[:-1] - weights[1:], 0)
+    spared = jnp.asarray(np.where(spared > 0, spared, np.iinfo(np.int32).max))[places]
+    held = jnp.all(places >= 0) & (jnp.sum(jnp.asarray(weights)[places]) - target < jnp.min(spared))
+    return jnp.where(held, places, choice)
 
 
 def _greedy(x: Array, size: int, room: int) -> Array:
     """Weights by falling magnitude, while their block is free and fewer than `room` of the row are at their place."""
     rows, length = x.shape
     line = jnp.arange(rows)
-    magnitude = jnp.abs(x)
-    order = jnp.argsort(-magnitude, axis=1, stable=True)
+    magnitude = bits(x)
+    order = jnp.argsort(magnitude, axis=1, stable=True, descending=True)
 
     def step(state: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], Array]:
         free, used = state

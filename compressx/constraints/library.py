@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from compressx import views
+from compressx.constraints.select import energies
 from compressx.tree import paths
 
 Taps = Sequence[Sequence[int]]  # a library as lists of kept taps
@@ -118,15 +119,6 @@ def to_taps(masks: np.ndarray) -> list[list[int]]:
     return [np.flatnonzero(row).tolist() for row in np.asarray(masks)]
 
 
-def energy(x: Array) -> Array:
-    """Squares in float32 (float64 for float64), at least the smallest normal number where x is not 0.
-
-    So that a sum of them is 0 exactly where every x is 0, however small the weights are.
-    """
-    x = x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-    return jnp.where(x != 0, jnp.maximum(jnp.square(x), jnp.finfo(x.dtype).tiny), 0)
-
-
 def nearest(energies: Array, masks: Array, live: Array) -> Array:
     """The pattern of every kernel: the p with the least energy outside it, argmax_p ||W o p||; ties to the lower id.
 
@@ -175,7 +167,8 @@ def histogram(w: Any, masks: np.ndarray, kernel: tuple[int, int] = (3, 3)) -> Ar
     view = views.kernels()
     for leaf in jax.tree.leaves(w):
         check_leaf(leaf.shape, kernel)
-    return use([energy(view.to(leaf)) for leaf in jax.tree.leaves(w)], jnp.asarray(masks), jnp.ones(len(masks), bool))
+    each = energies([view.to(leaf) for leaf in jax.tree.leaves(w)])
+    return use(each, jnp.asarray(masks), jnp.ones(len(masks), bool))
 
 
 def check_leaf(shape: tuple[int, ...], kernel: tuple[int, int]) -> None:

@@ -9,7 +9,8 @@ from jax import Array, ops
 
 from compressx.constraints.base import Constraint, support
 from compressx.constraints.coupled import expand
-from compressx.constraints.select import squares, top_k_mask
+from compressx.constraints.floats import nonzero
+from compressx.constraints.select import energies, squares, top_k_mask
 
 _NUMBERS = ("makes", "reads", "columns")
 SELECTIONS = ("energy", "random")
@@ -80,10 +81,10 @@ def network_structure(
 
     def energy(leaves: tuple[Array, ...]) -> Array:
         check(leaves)
+        makers = [(w, m["makes"]) for w, m in zip(leaves, plain, strict=True) if m["makes"] is not None]
         parts = [jnp.zeros(0, jnp.float32)]
-        for w, m in zip(leaves, plain, strict=True):
-            if m["makes"] is not None:
-                parts.append(squares(w, tuple(a for a in range(w.ndim) if a != m["makes"])).astype(jnp.float32))
+        for e, (w, makes) in zip(energies([w for w, _ in makers]) if makers else [], makers, strict=True):
+            parts.append(jnp.sum(e, tuple(a for a in range(w.ndim) if a != makes)).astype(jnp.float32))
         where = np.where(made < 0, total, made)  # the last one collects what is in no group
         return ops.segment_sum(jnp.concatenate(parts), where, total + 1)[:total]
 
@@ -141,11 +142,9 @@ def network_structure(
         return tuple(by_position(leaves, lines(jnp.concatenate(chosen), leaves)))
 
     def alive(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
-        # by count, not by energy: the squares of tiny weights underflow to 0
-        there = tuple((w != 0).astype(jnp.float32) for w in leaves)
-        masks = lines(energy(there) > 0, leaves)
+        masks = lines(energy(leaves) > 0, leaves)
         return tuple(
-            mask if m["columns"] is None else mask & jnp.any(w != 0, axis=-1, keepdims=True)
+            mask if m["columns"] is None else mask & jnp.any(nonzero(w), axis=-1, keepdims=True)
             for w, m, mask in zip(leaves, plain, masks, strict=True)
         )
 

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from compressx import views
-from compressx.constraints.base import SIGN, Constraint
+from compressx.constraints.base import SIGN, Constraint, first_that_holds
+from compressx.constraints.floats import exponent, lift, negative, nonzero
+from compressx.constraints.select import PEAK
 
 
 class Polarity(NamedTuple):
@@ -68,19 +70,24 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
     def choose(w: Array) -> Polarity:
         return polarity(w, fragment, order, rule)
 
+    def init(w: Array) -> Polarity:
+        def again() -> Polarity:
+            return polarity(w, fragment, order, rule, gaps_closed(w, fragment, order))
+
+        return first_that_holds(project, w, choose(w), again)
+
     def settle(w: Array, structure: Polarity) -> Polarity:
-        anew = choose(w)
+        anew = init(w)
         moved = jnp.any(anew.order != structure.order)
         return jax.tree.map(lambda a, b: jnp.where(moved, a, b), anew, structure)
 
     def project(w: Array, structure: Polarity) -> Array:
-        negative = required(structure, fragment).reshape(w.shape)
-        wrong = jnp.where(negative, w > 0, w < 0)
+        wrong = nonzero(w) & (negative(w) != required(structure, fragment).reshape(w.shape))
         return jnp.where(wrong, jnp.zeros((), w.dtype), w)
 
     return Constraint(
         spec={"kind": "polarize", "fragment": fragment, "order": order, "rule": rule},
-        init=choose,
+        init=init,
         project=project,
         refresh=lambda w, _: choose(w),
         freeze=lambda w, structure: structure,
@@ -91,17 +98,74 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
     )
 
 
-def polarity(w: Array, fragment: int, order: str = "W", rule: str = "sum") -> Polarity:
-    """Row order and fragment signs chosen for a weight, see `polarize`."""
+def polarity(
+    w: Array, fragment: int, order: str = "W", rule: str = "sum", pruned: Array | None = None
+) -> Polarity:
+    """Row order and fragment signs chosen for a weight, see `polarize`.
+
+    Args:
+      w: the weight.
+      fragment, order, rule: of `polarize`.
+      pruned: bool `[P]`, the rows (in the order of fragments) that come last; None: all that are zero.
+    """
     nested = jnp.asarray(views.position_order(w.shape, order))
     m = views.gemm().to(w)
-    m = m if m.dtype == jnp.float64 else m.astype(jnp.float32)
-    pruned = jnp.all(m == 0, axis=1)[nested]
+    if pruned is None:
+        pruned = ~jnp.any(nonzero(m), axis=1)[nested]
     rows = nested[jnp.argsort(pruned, stable=True)]
     pieces = _cut(m[rows], fragment)
+    below = jnp.any(negative(pieces), axis=1)
+    mixed = below & jnp.any(nonzero(pieces) & ~negative(pieces), axis=1)
+    x = lift(pieces, PEAK - exponent(m))  # so that neither a sum nor a square leaves the range
     if rule == "energy":
-        pieces = jnp.sign(pieces) * jnp.square(pieces)
-    return Polarity(rows, jnp.sum(pieces, axis=1) < 0)
+        x = jnp.sign(x) * jnp.square(x)
+    return Polarity(rows, jnp.where(mixed, jnp.sum(x, axis=1) < 0, below))
+
+
+def gaps_closed(w: Array, fragment: int, order: str = "W") -> Array:
+    """Which zero rows of a polarized weight to leave out of its fragments: bool `[P]`, rows in the order of fragments.
+
+    Polarizing may empty a row that was kept; where it is left out, later rows move up and meet others. So rows are
+    dealt to fragments such that each has a single sign in every filter: each fragment takes `fragment` rows, and what
+    lies between them and was left out must be zero. Of the rows p at which a fragment may begin, the last one before q
+    reaches farthest; so whether one may begin at q follows from that p alone. Of no use where there is no such deal.
+    """
+    m = views.gemm().to(w)[jnp.asarray(views.position_order(w.shape, order))]
+    rows = m.shape[0]
+    index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], m.shape)
+
+    def following(flags: Array) -> Array:
+        """The first row from each one on where a flag is set, in every filter; `rows` where there is none."""
+        return lax.cummin(jnp.where(flags, index, rows), axis=0, reverse=True)
+
+    live = jnp.any(nonzero(m), axis=1)
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(live, dtype=jnp.int32)])  # live rows before each
+    both = jnp.maximum(following(nonzero(m) & ~negative(m)), following(negative(m)))
+    full = jnp.searchsorted(before, before[:-1] + fragment, side="right").astype(jnp.int32) - 1
+    # a fragment that begins at p may end before any row up to reach[p]
+    reach = jnp.concatenate([jnp.minimum(jnp.min(both, axis=1, initial=rows), full), jnp.full(1, rows, jnp.int32)])
+
+    def step(last: Array, q: Array) -> tuple[Array, Array]:
+        """`last[q]` is the last row up to q at which a fragment may begin; given out is where the one before began."""
+        p = jnp.where(q >= fragment, last[jnp.maximum(q - fragment, 0)], -1)
+        begins = (p >= 0) & (reach[jnp.maximum(p, 0)] >= q)
+        return last.at[q].set(jnp.where(begins, q, last[q - 1])), p
+
+    q = jnp.arange(1, rows + 1, dtype=jnp.int32)
+    last, earlier = lax.scan(step, jnp.zeros(rows + 1, jnp.int32), q)
+    earlier = jnp.concatenate([jnp.full(1, -1, jnp.int32), earlier])
+
+    def back(at: Array, _: None) -> tuple[Array, Array]:
+        return jnp.where(at > 0, earlier[at], -1), at
+
+    _, begun = lax.scan(back, last[rows], None, length=rows // fragment + 1)
+    first = jnp.zeros(rows + 1, jnp.int32).at[begun].set(1, mode="drop", wrap_negative_indices=False)[:rows]
+    number = jnp.cumsum(first) - 1
+    kept = jax.ops.segment_sum(live.astype(jnp.int32), number, rows // fragment + 1)
+    dead = jnp.cumsum(~live, dtype=jnp.int32)
+    begin = jax.ops.segment_min(jnp.arange(rows, dtype=jnp.int32), number, rows // fragment + 1)
+    place = dead - jnp.concatenate([jnp.zeros(1, jnp.int32), dead])[begin[number]]  # among the zero rows of its fragment
+    return ~live & (place > fragment - kept[number])
 
 
 def required(structure: Polarity, fragment: int) -> Array:
@@ -125,14 +189,16 @@ def sign_flips(before: Polarity, after: Polarity, fragment: int) -> Array:
 def flipped_share(w: Array, before: Polarity, after: Polarity, fragment: int) -> Array:
     """`sign_flips` over the fragments that hold a non-zero weight: float32 [], in 0..1."""
     flipped = jnp.any(_cut((required(before, fragment) != required(after, fragment))[after.order], fragment), axis=1)
-    kept = jnp.any(compact(w, after, fragment) != 0, axis=1)
+    kept = jnp.any(nonzero(compact(w, after, fragment)), axis=1)
     return jnp.sum(flipped & kept, dtype=jnp.float32) / jnp.maximum(jnp.sum(kept, dtype=jnp.float32), 1)
 
 
 def mixed_fragments(w: Array, structure: Polarity, fragment: int) -> Array:
     """How many fragments hold both signs: int32 [], 0 in a polarized weight."""
     pieces = compact(w, structure, fragment)
-    return jnp.sum(jnp.any(pieces > 0, axis=1) & jnp.any(pieces < 0, axis=1), dtype=jnp.int32)
+    below = negative(pieces)
+    mixed = jnp.any(nonzero(pieces) & ~below, axis=1) & jnp.any(below, axis=1)
+    return jnp.sum(mixed, dtype=jnp.int32)
 
 
 def _cut(m: Array, fragment: int) -> Array:

@@ -20,6 +20,8 @@ import numpy as np
 from jax import Array, lax
 
 from compressx.constraints.base import LEVEL, Constraint
+from compressx.constraints.floats import bits as bits_of
+from compressx.constraints.floats import exponent, least, lift, negative, nonzero, scale, smallest, wide
 
 _GRIDS = ("uniform", "power_of_two", "cells", "codebook")
 _ITERATIONS = 10  # of alternating least squares, on all weights
@@ -151,14 +153,17 @@ def encode(w: Array, structure: Array, levels: Levels) -> Array:
 
     For the grids "uniform" and "cells" a weight on a level is exactly `scale * index`.
     """
-    magnitude = jnp.abs(_wide(w))
     if levels.grid == "codebook":
-        k = _codebook_index(magnitude, _wide(structure), levels.zero_level)
+        k = _codebook_index(w, structure.astype(wide(w).dtype), levels.zero_level)
     else:
-        k = _index(magnitude / _spread(structure.astype(magnitude.dtype), w.ndim), levels)
-    return jnp.where(w == 0, 0, jnp.where(w < 0, -k, k))
+        # both lifted to where the scale is about 1: neither may be a denormal in the division
+        step = structure.astype(wide(w).dtype)
+        top = exponent(step, ())
+        k = _index(jnp.abs(lift(w, -_spread(top, w.ndim))) / _spread(lift(step, -top), w.ndim), levels)
+    return jnp.where(nonzero(w), jnp.where(negative(w), -k, k), 0)
 
 
+@partial(jax.jit, static_argnames=("levels", "dtype"))
 def decode(codes: Array, structure: Array, levels: Levels, dtype: Any = jnp.float32) -> Array:
     """The weights that signed indices stand for; inverse of `encode` on levels. Index 0 gives exactly +0."""
     codes = codes.astype(jnp.int32)
@@ -171,7 +176,9 @@ def decode(codes: Array, structure: Array, levels: Levels, dtype: Any = jnp.floa
             flat = jnp.take_along_axis(structure, at.reshape(-1, at.shape[-1]), axis=0)
             magnitude = flat.reshape(codes.shape)
     else:
-        magnitude = _level(k, levels, structure.dtype) * _spread(structure, codes.ndim)
+        top = exponent(structure, ())
+        magnitude = _level(k, levels, structure.dtype) * _spread(lift(structure, -top), codes.ndim)
+        magnitude = scale(magnitude, _spread(top, codes.ndim))
     signed = jnp.where(codes < 0, -magnitude, magnitude)
     return jnp.where(codes == 0, jnp.zeros((), dtype), signed.astype(dtype))
 
@@ -180,11 +187,10 @@ def decode(codes: Array, structure: Array, levels: Levels, dtype: Any = jnp.floa
 def fit(w: Array, levels: Levels) -> Array:
     """The scale or codebook chosen for w, see `quantize`; 1 where w is all zero."""
     _check_dtype(w, levels)
-    magnitude = jnp.abs(_wide(w)).reshape(-1, w.shape[-1] if w.ndim else 1)
+    magnitude = jnp.abs(wide(w)).reshape(-1, w.shape[-1] if w.ndim else 1)
     if levels.grid == "codebook":
         groups = magnitude.reshape(-1, 1) if levels.per == "tensor" else magnitude
-        found = jax.vmap(partial(_k_means, count=levels.top), in_axes=1, out_axes=1)(groups)
-        found = jnp.maximum(found, float(jnp.finfo(w.dtype).tiny)).astype(w.dtype)
+        found = _positive(jax.vmap(partial(_k_means, count=levels.top), in_axes=1, out_axes=1)(groups), w.dtype)
         return found[..., 0] if levels.per == "tensor" else found
     return _least_squares(magnitude, levels, w.dtype).reshape(_scale_shape(w, levels))
 
@@ -193,20 +199,30 @@ def fit(w: Array, levels: Levels) -> Array:
 def refit(w: Array, piece: FixedLevels, levels: Levels) -> Array:
     """The scale or codebook nearest to w for fixed indices: least squares for a scale, means for a codebook."""
     codes = piece.codes.astype(jnp.int32).reshape(-1, w.shape[-1] if w.ndim else 1)
-    x = _wide(w).reshape(codes.shape) * jnp.sign(codes).astype(_wide(w).dtype)
+    x = wide(w).reshape(codes.shape)
+    x = jnp.where(codes < 0, -x, x)
     k = jnp.abs(codes)
     before = piece.structure
     if levels.grid == "codebook":
         if levels.per == "tensor":
-            means = _means(x.reshape(-1), k.reshape(-1) - 1, _wide(before))
+            means = _means(x.reshape(-1), k.reshape(-1) - 1, wide(before))
         else:
-            means = jax.vmap(_means, in_axes=(1, 1, 1), out_axes=1)(x, k - 1, _wide(before))
-        return jnp.maximum(means, float(jnp.finfo(w.dtype).tiny)).astype(before.dtype)
+            means = jax.vmap(_means, in_axes=(1, 1, 1), out_axes=1)(x, k - 1, wide(before))
+        return _positive(means, before.dtype)
     level, axes = _level(k, levels, x.dtype), _axes(levels)
-    s = _improve(x, level, before.reshape(1, -1), axes)
-    # once more from the rounded value, so that weights already on a line return their scale exactly
-    s = _improve(x, level, _exact(s, levels, w.dtype), axes)
-    return _exact(s, levels, w.dtype).reshape(before.shape)
+    s = before.reshape(1, -1)
+    top = exponent(s, 0, keepdims=True)
+    x = lift(x, -top)  # to where the scale is about 1
+    # twice, the second time from the rounded value: weights already on a line return their scale exactly
+    for _ in range(2):
+        s = _exact(_improve(x, level, lift(s, -top), axes), top, levels, w.dtype)
+    return s.reshape(before.shape)
+
+
+def _positive(codebook: Array, dtype: Any) -> Array:
+    """A codebook in the leaf's dtype, with the smallest number in place of entries that are not above 0 there."""
+    held = codebook.astype(dtype)
+    return jnp.where(nonzero(held) & ~negative(held), held, jnp.asarray(smallest(dtype), dtype))
 
 
 def _axes(levels: Levels) -> tuple[int, ...]:
@@ -216,10 +232,6 @@ def _axes(levels: Levels) -> tuple[int, ...]:
 
 def _scale_shape(w: Array, levels: Levels) -> tuple[int, ...]:
     return () if levels.per == "tensor" else (w.shape[-1],)
-
-
-def _wide(w: Array) -> Array:
-    return w if w.dtype == jnp.float64 else w.astype(jnp.float32)
 
 
 def _spread(scale: Array, ndim: int) -> Array:
@@ -239,8 +251,8 @@ def _check_dtype(w: Array, levels: Levels) -> None:
 def _index(x: Array, levels: Levels) -> Array:
     """Index of the level nearest to x = |w| / scale >= 0, int32; ties go to the smaller magnitude."""
     if levels.grid == "power_of_two":
-        fraction, exponent = jnp.frexp(x)  # x = fraction * 2**exponent, fraction in [1/2, 1)
-        k = jnp.maximum(exponent + (fraction > 0.75).astype(jnp.int32), (x > 0.5).astype(jnp.int32))
+        fraction, power = jnp.frexp(jnp.minimum(x, 2.0**levels.top))  # x = fraction * 2**power, fraction in [1/2, 1)
+        k = jnp.maximum(power + (fraction > 0.75).astype(jnp.int32), (x > 0.5).astype(jnp.int32))
     else:
         k = jnp.ceil(jnp.minimum(x, float(levels.top)) - 0.5).astype(jnp.int32)
     return jnp.clip(k, 0 if levels.zero_level else 1, levels.top)
@@ -258,11 +270,17 @@ def _table(levels: Levels) -> np.ndarray:
     return np.asarray(2.0 ** (k - 1) if levels.grid == "power_of_two" else k, np.float64)
 
 
-def _exact(s: Array, levels: Levels, dtype: Any) -> Array:
-    """The scale rounded so that its products with all levels are exact in the leaf's dtype, clear of its limits."""
-    leaf = jnp.finfo(dtype)
+def _exact(s: Array, top: Array, levels: Levels, dtype: Any) -> Array:
+    """The scale s * 2**top, rounded so that its products with all levels are exact in the leaf's dtype.
+
+    Its mantissa is short, it is a positive multiple of the leaf's smallest number, and its largest product is finite.
+    """
     s = lax.reduce_precision(s, jnp.finfo(s.dtype).nexp, _scale_bits(levels, dtype))
-    return jnp.clip(s, float(leaf.tiny), float(2.0 ** np.floor(np.log2(float(leaf.max) / _table(levels)[-1]) - 1)))
+    above = jnp.minimum(top - least(dtype), 100)  # 2**above of the smallest numbers are 2**top, or a mantissa holds all
+    times = jnp.maximum(jnp.rint(lift(s, above)), 1.0)
+    whole = scale(jnp.where(times < 2.0 ** (jnp.finfo(s.dtype).nmant + 1), lift(times, -above), s), top)
+    largest = float(2.0 ** np.floor(np.log2(float(jnp.finfo(dtype).max) / _table(levels)[-1]) - 1))
+    return jnp.where(s > 0, jnp.where(whole > largest, largest, whole), smallest(dtype))
 
 
 def _scale_bits(levels: Levels, dtype: Any) -> int:
@@ -283,11 +301,9 @@ def _improve(x: Array, level: Array, s: Array, axes: tuple[int, ...]) -> Array:
 def _least_squares(magnitude: Array, levels: Levels, dtype: Any) -> Array:
     """The scale of magnitudes `[n, cout]`, `[1, 1]` or `[1, cout]`: the best of many starts, then least squares."""
     axes = _axes(levels)
-    top = jnp.max(magnitude, axis=axes, keepdims=True, initial=0.0)
-    # exact rescaling to about 1, so that no square under- or overflows
-    exponent = jnp.clip(jnp.frexp(top)[1], -100, 100)
-    x = magnitude * jnp.ldexp(jnp.ones((), magnitude.dtype), -exponent)
-    top = jnp.ldexp(top, -exponent)
+    power = exponent(magnitude, axes, keepdims=True)
+    x = lift(magnitude, -power)  # about 1, so that no square leaves the range
+    top = jnp.max(x, axis=axes, keepdims=True, initial=0.0)
 
     # The largest weight may lie on any level or beyond the last. For weights that lie on levels already, one is exact.
     table = _table(levels)
@@ -314,43 +330,59 @@ def _least_squares(magnitude: Array, levels: Levels, dtype: Any) -> Array:
     if spare < 8:  # the rounding of the scale is coarse: whether up or down is better depends on the weights
         widths = jnp.asarray([1, 1 - 2.0 ** -(spare + 1), 1 + 2.0 ** -(spare + 1)], s.dtype)
         s = best(lax.reduce_precision(s[None] * widths[:, None, None], jnp.finfo(s.dtype).nexp, spare), x)
-    return jnp.where(top > 0, _exact(jnp.ldexp(s, exponent), levels, dtype), 1.0)
+    return jnp.where(top > 0, _exact(s, power, levels, dtype), 1.0)
 
 
 def _codebook_index(x: Array, codebook: Array, zero_level: bool) -> Array:
-    """1 + how many midpoints of the ascending codebook lie below x: the nearest entry, ties to the smaller."""
-    low, high = codebook[:-1], codebook[1:]
+    """1 + how many midpoints of the ascending codebook lie below |x|: the nearest entry, ties to the smaller."""
+
+    def half_way(low: Array, high: Array) -> Array:
+        top = exponent(high, ())
+        low, high = lift(low, -top), lift(high, -top)
+        return bits_of(scale(low + (high - low) / 2, top))
+
+    magnitude = bits_of(x)
     # between neighbouring floats the midpoint may round up to the higher entry
-    middle = jnp.minimum(low + (high - low) / 2, jnp.nextafter(high, jnp.zeros_like(high)))
+    middle = jnp.minimum(half_way(codebook[:-1], codebook[1:]), jnp.maximum(bits_of(codebook[1:]), 1) - 1)
     k = jnp.ones(x.shape, jnp.int32)
     for m in middle:
-        k = k + (x > _spread(m, x.ndim)).astype(jnp.int32)
-    return jnp.where(x > _spread(codebook[0] / 2, x.ndim), k, 0) if zero_level else k
+        k = k + (magnitude > _spread(m, x.ndim)).astype(jnp.int32)
+    first = half_way(jnp.zeros_like(codebook[0]), codebook[0])
+    return jnp.where(magnitude > _spread(first, x.ndim), k, 0) if zero_level else k
 
 
 def _means(x: Array, at: Array, centres: Array) -> Array:
     """The mean of x over each cluster `at` (below 0: none), exact where all are equal; empty ones keep their centre."""
     size = centres.shape[0]
     at = jnp.where(at < 0, size, at)
-    peak = jax.ops.segment_max(x, at, size + 1)[:size]
     number = jax.ops.segment_sum(jnp.ones_like(x), at, size + 1)[:size]
-    peak = jnp.where(number > 0, peak, centres)
+    top = jax.ops.segment_max(exponent(x, ()), at, size + 1)
+    top = jnp.where(number > 0, top[:size], 0)
+    x = lift(x, -top[jnp.minimum(at, size - 1)])  # to about 1 in each cluster
+    peak = jnp.where(number > 0, jax.ops.segment_max(x, at, size + 1)[:size], 0.0)
     below = jax.ops.segment_sum(x - peak[jnp.minimum(at, size - 1)], at, size + 1)[:size]
-    return peak + jnp.where(number > 0, below / jnp.maximum(number, 1.0), 0.0)
+    return jnp.where(number > 0, scale(peak + below / jnp.maximum(number, 1.0), top), centres)
 
 
 def _k_means(x: Array, count: int) -> Array:
     """`count` ascending centres of the magnitudes x `[n]`, zeros left out; all that occur, where they are that few."""
 
+    whole = bits_of(x)
+    none = jnp.asarray(jnp.iinfo(whole.dtype).max, whole.dtype)
+
     def next_distinct(last: Array, _: None) -> tuple[Array, Array]:
-        last = jnp.min(jnp.where(x > last, x, jnp.inf), initial=jnp.inf)
+        last = jnp.min(jnp.where(whole > last, whole, none), initial=none)
         return last, last
 
-    top = jnp.max(x, initial=0.0)
-    last, distinct = lax.scan(next_distinct, jnp.zeros((), x.dtype), None, length=count)
-    distinct = jnp.where(jnp.isinf(distinct), jnp.where(top > 0, top, 1.0), distinct)
+    last, distinct = lax.scan(next_distinct, jnp.zeros((), whole.dtype), None, length=count)
+    distinct = jnp.where(distinct == none, jnp.max(whole, initial=0), distinct)
+    distinct = jnp.where(distinct > 0, lax.bitcast_convert_type(distinct, x.dtype), 1.0)
 
     def cluster() -> Array:
+        power = exponent(x)
+        return scale(around(lift(x, -power), lift(distinct[0], -power)), power)
+
+    def around(x: Array, lowest: Array) -> Array:
         stride = max(1, x.size // _SAMPLE) | 1
         y = jnp.sort(x[::stride] if x.size > _SAMPLE else x)
         number = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum((y > 0).astype(jnp.int32))])
@@ -364,7 +396,7 @@ def _k_means(x: Array, count: int) -> Array:
             mean = jnp.diff(total[cut]) / jnp.maximum(members, 1).astype(y.dtype)
             return jnp.sort(jnp.where(members > 0, mean, c))
 
-        c = distinct[0] + (top - distinct[0]) * (jnp.arange(count, dtype=x.dtype) + 0.5) / count
+        c = lowest + (jnp.max(x) - lowest) * (jnp.arange(count, dtype=x.dtype) + 0.5) / count
         c = lax.fori_loop(0, _LLOYD, lloyd, c)
         for _ in range(2):
             at = jnp.where(x > 0, _codebook_index(x, c, False) - 1, -1)
@@ -372,7 +404,7 @@ def _k_means(x: Array, count: int) -> Array:
         # the last bits of a mean depend on the order of summation; nothing else should
         return lax.reduce_precision(c, jnp.finfo(c.dtype).nexp, jnp.finfo(c.dtype).nmant - 7)
 
-    return lax.cond(jnp.any(x > last), cluster, lambda: distinct)
+    return lax.cond(jnp.any(whole > last), cluster, lambda: distinct)
 
 
 def quantize_activations(x: Array, bits: int, scale: Array | float, signed: bool = False) -> Array:
@@ -388,7 +420,7 @@ def quantize_activations(x: Array, bits: int, scale: Array | float, signed: bool
       signed: symmetric range with a sign, for inputs that are not behind a ReLU.
 
     Returns:
-      An array like x; exactly `scale * activation_codes(...)`. Ties are rounded towards 0.
+      An array like x; exactly `scale * activation_codes(...)`, and NaN where x is. Ties are rounded towards 0.
 
     Source: Y. Bengio, N. Leonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013;
     gradient of the clipping bound as in J. Choi et al., "PACT", 2018.
@@ -398,7 +430,10 @@ def quantize_activations(x: Array, bits: int, scale: Array | float, signed: bool
 
 
 def activation_codes(x: Array, bits: int, scale: Array | float, signed: bool = False) -> Array:
-    """The integers (int32) that `quantize_activations` multiplies with its scale: what a crossbar is fed with."""
+    """The integers (int32) that `quantize_activations` multiplies with its scale: what a crossbar is fed with.
+
+    NaN has no integer: its code is 0.
+    """
     low, high = _check_activation(bits, signed)
     ratio = jnp.clip(x / _spread(jnp.asarray(scale, x.dtype), x.ndim), low, high)
     k = jnp.ceil(jnp.abs(ratio) - 0.5).astype(jnp.int32)
@@ -413,7 +448,8 @@ def _check_activation(bits: int, signed: bool) -> tuple[int, int]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _activations(x: Array, scale: Array, bits: int, signed: bool) -> Array:
-    return activation_codes(x, bits, scale, signed).astype(x.dtype) * _spread(scale, x.ndim)
+    y = activation_codes(x, bits, scale, signed).astype(x.dtype) * _spread(scale, x.ndim)
+    return jnp.where(jnp.isnan(x), x, y)
 
 
 @_activations.defjvp

@@ -6,21 +6,18 @@ Counting shards (all-reduces of single integers; no score leaves its device), ne
 Ties go to the lower index.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from compressx.constraints import floats
+
 _UNROLL = 2**20  # elements from which the passes are unrolled
+PEAK = 40  # energies are those of weights whose largest lies below 2**PEAK: 2**47 squares of them can be added
 _WIDE = 16  # counts are compared in two limbs of this many bits, so that their total may pass 2**31
-
-
-def _ordered_bits(scores: Array) -> Array:
-    """Unsigned integers ordered as the non-negative scores are (NaN above all)."""
-    wide = scores.dtype == jnp.float64
-    scores = jnp.abs(scores if wide else scores.astype(jnp.float32))
-    return lax.bitcast_convert_type(scores, jnp.uint64 if wide else jnp.uint32)
 
 
 def _reaches(counts: Sequence[Array], k: int) -> Array:
@@ -127,7 +124,7 @@ def top_k_masks(scores: Sequence[Array], k: int) -> list[Array]:
     if k == 0 or k == total:
         return [jnp.full(s.shape, k > 0) for s in scores]
     live = [s for s in scores if s.size]
-    bits = [_ordered_bits(s) for s in live]
+    bits = [floats.bits(s) for s in live]
     t = _threshold(bits, k, None)
     above = [jnp.sum(b > t, dtype=jnp.int32) for b in bits]
     level = [jnp.sum(b == t, dtype=jnp.int32) for b in bits]
@@ -174,7 +171,7 @@ def top_k_mask(scores: Array, k: int | Array, axis: int | None = None) -> Array:
             return jnp.full(scores.shape, k > 0)
     if length <= 8:
         return _rank(scores, axis) < k
-    bits = _ordered_bits(scores)
+    bits = floats.bits(scores)
     t = _threshold([bits], k, axis)
     above, tied = bits > t, bits == t
     need = k - jnp.sum(above, axis=axis, keepdims=True, dtype=jnp.int32)
@@ -185,7 +182,7 @@ def top_k_mask(scores: Array, k: int | Array, axis: int | None = None) -> Array:
 
 def _rank(scores: Array, axis: int) -> Array:
     """Rank of every score in its line (0 the largest), ties by index: all pairs compared, for short lines."""
-    bits = jnp.moveaxis(_ordered_bits(scores), axis, -1)
+    bits = jnp.moveaxis(floats.bits(scores), axis, -1)
     n = bits.shape[-1]
     rank = []
     for i in range(n):
@@ -194,10 +191,33 @@ def _rank(scores: Array, axis: int) -> Array:
     return jnp.moveaxis(jnp.stack(rank, -1), -1, axis)
 
 
+def energies(leaves: Sequence[Array]) -> list[Array]:
+    """Squares of the weights of several leaves, all times one power of two: what groups of weights are ranked by.
+
+    The factor makes the largest weight of all about 2**40, so that no square leaves the range; it changes no order and
+    no ratio. A weight other than 0 has at least the smallest normal number for its square, so that a sum of them is 0
+    exactly where every weight is, however small they are.
+
+    Returns:
+      float32 arrays (float64 for float64 leaves) of the leaves' shapes.
+    """
+    top = functools.reduce(jnp.maximum, [floats.exponent(w) for w in leaves])
+
+    def of(w: Array) -> Array:
+        square = jnp.square(floats.lift(w, PEAK - top))
+        return jnp.where(floats.nonzero(w), jnp.maximum(square, float(jnp.finfo(square.dtype).tiny)), 0.0)
+
+    return [of(w) for w in leaves]
+
+
+def energy(w: Array) -> Array:
+    """`energies` of one leaf."""
+    return energies([w])[0]
+
+
 def squares(w: Array, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Array:
-    """Sums of squares in float32 (float64 for float64 leaves): the energy by which groups are ranked."""
-    w = w if w.dtype == jnp.float64 else w.astype(jnp.float32)
-    return jnp.sum(jnp.square(w), axis=axis, keepdims=keepdims)
+    """Sums of `energy`: what the groups of one leaf are ranked by."""
+    return jnp.sum(energy(w), axis=axis, keepdims=keepdims)
 
 
-__all__ = ["squares", "top_k_mask", "top_k_masks"]
+__all__ = ["energies", "energy", "squares", "top_k_mask", "top_k_masks"]

@@ -94,8 +94,7 @@ def _groups(
         energy = score(w)
         return spread(top_k_mask(energy, count(density, energy.size, keep, what)), w)
 
-    # by count, not by energy: the squares of tiny weights underflow to 0
-    return support(spec, select, lambda w: spread(score((w != 0).astype(jnp.float32)) > 0, w))
+    return support(spec, select, lambda w: spread(score(w) > 0, w))
 
 
 def block(block: tuple[int, int], density: float | None = None, *, keep: int | None = None) -> Constraint:

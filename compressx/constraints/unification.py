@@ -24,7 +24,8 @@ from jax import Array
 
 from compressx import views
 from compressx.constraints.base import LEVEL, SIGN, SUPPORT, TIE, Constraint, support
-from compressx.constraints.select import squares, top_k_mask
+from compressx.constraints.floats import bits, exponent, lift, negative, nonzero, scale, wide
+from compressx.constraints.select import PEAK, squares, top_k_mask
 
 FREE, UNIFIED, PRUNED = range(3)
 
@@ -146,7 +147,7 @@ def _tied(
 
     def live(x: Array, shape: tuple[int, ...]) -> Array:
         inside = jnp.broadcast_to(views.in_tiles(shape, extents), x.shape)
-        return inside & (x != 0) if zeros == "keep" else inside
+        return inside & nonzero(x) if zeros == "keep" else inside
 
     def kinds(w: Array) -> Array:
         x = view.to(w)
@@ -160,21 +161,22 @@ def _tied(
     def project(w: Array, _: tuple[()]) -> Array:
         x = view.to(w)
         kind, members = _per_block(kinds(w)), live(x, w.shape)
-        a = _mean(jnp.abs(_wide(x)), members, axes).astype(w.dtype)
-        tied = jnp.where(members, jnp.where(x < 0, -a, a), jnp.zeros((), w.dtype))
+        a = _mean(jnp.abs(x), members, axes).astype(w.dtype)
+        tied = jnp.where(members, jnp.where(negative(x), -a, a), jnp.zeros((), w.dtype))
         return view.back(jnp.where(kind == FREE, x, jnp.where(kind == UNIFIED, tied, jnp.zeros((), w.dtype))), w.shape)
 
     def freeze(w: Array, _: tuple[()]) -> Ties:
         x, kind = view.to(w), kinds(w)
-        sign = jnp.where(x < 0, -1, 1).astype(jnp.int8)
+        sign = jnp.where(negative(x), -1, 1).astype(jnp.int8)
         stays = (_per_block(kind) != PRUNED) & live(x, w.shape)
         return Ties(kind != FREE, view.back(jnp.where(stays, sign, jnp.int8(0)), w.shape))
 
     def retract(w: Array, piece: Ties) -> Array:
         x, sign = view.to(w), view.to(piece.sign)
-        signed = _wide(x) * sign.astype(_wide(x).dtype)
-        a = jnp.maximum(_mean(signed, sign != 0, axes), 0.0).astype(w.dtype)
-        return view.back(jnp.where(_per_block(piece.tied), a * sign.astype(w.dtype), x), w.shape)
+        mean = _mean(jnp.where(sign < 0, -x, x), sign != 0, axes)
+        a = jnp.where(jnp.signbit(mean), 0.0, mean).astype(w.dtype)
+        tied = jnp.where(sign == 0, jnp.zeros((), w.dtype), jnp.where(sign < 0, -a, a))
+        return view.back(jnp.where(_per_block(piece.tied), tied, x), w.shape)
 
     def refuses(other: Constraint) -> str | None:
         if other.stage in (SUPPORT, SIGN) and zeros == "tie":
@@ -221,30 +223,31 @@ def _share(fraction: float, number: int) -> int:
     return math.floor(fraction * number + 0.5)
 
 
-def _wide(x: Array) -> Array:
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
 def _mean(x: Array, members: Array, axes: tuple[int, ...]) -> Array:
-    """The mean of every block's members, dims kept, 0 for none; summed below the peak, so exact where all are equal."""
+    """The mean of every block's members, dims kept, 0 for none; summed below the peak, so exact where all are equal.
+
+    Of weights brought to about 1 by a power of two for each block: their sum stays in range, and so does what is lost.
+    """
+    zero = jnp.zeros((), wide(x).dtype)
+    top = exponent(jnp.where(members, x, jnp.zeros((), x.dtype)), axes, keepdims=True)
+    x = lift(x, -top)
     peak = jnp.max(jnp.where(members, x, -jnp.inf), axis=axes, keepdims=True)
     number = jnp.sum(members, axis=axes, keepdims=True, dtype=jnp.int32)
-    peak = jnp.where(number > 0, peak, jnp.zeros((), x.dtype))
-    below = jnp.sum(jnp.where(members, x - peak, jnp.zeros((), x.dtype)), axis=axes, keepdims=True)
-    return peak + below / jnp.maximum(number, 1).astype(x.dtype)
+    peak = jnp.where(number > 0, peak, zero)
+    below = jnp.sum(jnp.where(members, x - peak, zero), axis=axes, keepdims=True)
+    return scale(peak + below / jnp.maximum(number, 1).astype(x.dtype), top)
 
 
 def _costs(x: Array, members: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """What unifying and pruning every block would cost; exactly 0 where, and only where, it would change nothing."""
-    magnitude = jnp.abs(_wide(x))
-    mean = _mean(magnitude, members, axes)
-    peak = jnp.max(magnitude, axis=axes)
-    uneven = jnp.any(members & (magnitude != _per_block(peak)), axis=axes)
-    unify = jnp.sum(jnp.where(members, jnp.square(magnitude - mean), jnp.zeros((), mean.dtype)), axis=axes)
-    # squares of tiny weights underflow, but only a feasible block may cost 0
-    info, zero = jnp.finfo(mean.dtype), jnp.zeros((), mean.dtype)
-    unify, prune = (jnp.clip(c, float(info.tiny), float(info.max)) for c in (unify, squares(x, axes)))
-    return jnp.where(uneven, unify, zero), jnp.where(peak > 0, prune, zero)
+    peak = jnp.max(bits(x), axis=axes)
+    uneven = jnp.any(members & (bits(x) != _per_block(peak)), axis=axes)
+    magnitude = jnp.abs(lift(x, PEAK - exponent(x)))  # on the scale of `squares`
+    mean, zero = _mean(magnitude, members, axes), jnp.zeros((), magnitude.dtype)
+    unify = jnp.sum(jnp.where(members, jnp.square(magnitude - mean), zero), axis=axes)
+    # what is left of a difference may be nothing, but only a feasible block may cost 0
+    unify = jnp.maximum(unify, float(jnp.finfo(unify.dtype).tiny))
+    return jnp.where(uneven, unify, zero), squares(x, axes)
 
 
 def _choose(unify: Array, prune: Array, to_unify: int, to_prune: int, selection: str) -> Array:

@@ -25,7 +25,8 @@ def crossbar_matmul(x: Array, programmed: Programmed, key: Array | None = None) 
 
     Integers in, integers out: int32 in units of 1/den of the ADC's lsb (the product itself where the lsb is an
     integer). Floats in, which must hold integers: float32 in units of 1, each part of the result rounded once, with
-    the gradient of `x @ w` (straight-through). Inputs outside `design.input_range` lose their upper bits, as on the
+    the gradient of `x @ w` (straight-through); a NaN or infinity, which no converter takes, makes every filter of its
+    product NaN. Inputs outside `design.input_range` lose their upper bits, as on the
     hardware; `quantize_inputs` clips.
 
     Args:
@@ -153,7 +154,10 @@ def _straight_through(x: Array, programmed: Programmed, key: Array | None) -> Ar
     whole = jnp.round(x.astype(jnp.float32)).astype(jnp.int32)
     den = programmed.design.adc.lsb.denominator
     parts = crossbar_parts(whole, programmed, key)
-    return sum((y.astype(jnp.float32) * (2.0**shift / den) for shift, y in parts[1:]), _first(parts, den))
+    y = sum((y.astype(jnp.float32) * (2.0**shift / den) for shift, y in parts[1:]), _first(parts, den))
+    kept = programmed.place < programmed.proven.shape[0] + programmed.simulated.shape[0]
+    number = jnp.isfinite(programmed.drive(x)).all(axis=-1, keepdims=True)
+    return jnp.where(number | ~kept.reshape((1,) * (y.ndim - 1) + (-1,)), y, jnp.nan)
 
 
 def _first(parts: list[tuple[int, Array]], den: int) -> Array:

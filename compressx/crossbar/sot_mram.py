@@ -98,7 +98,10 @@ class Planes:
     design: Operands
 
     def matmul(self, x: Array) -> Array:
-        """`[..., k] -> [..., F]` by bit planes; x holds integers, the result is float32 (int32 for int32)."""
+        """`[..., k] -> [..., F]` by bit planes; x holds integers, the result is float32 (int32 for int32).
+
+        A NaN or infinity, which has no bits, makes its row of the result NaN.
+        """
         d, flat = self.design, jnp.round(x).reshape(-1, x.shape[-1]).astype(jnp.int32)
         run = lambda part: and_popcount_matmul(part, self.w, d.x_bits, d.w_bits, d.x_signed, d.w_signed)
         size = max(1, _CHUNK_VALUES // (d.x_bits * d.w_bits * self.w.shape[1]))
@@ -108,7 +111,10 @@ class Planes:
             y = lax.map(run, padded).reshape(count * size, -1)[: len(flat)]
         else:
             y = run(flat)
-        return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+        y = y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return y
+        return jnp.where(jnp.isfinite(x).all(axis=-1, keepdims=True), y, jnp.nan)
 
 
 @dataclass(frozen=True)

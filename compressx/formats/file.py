@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from compressx import formats
+from compressx._harden import prove
 from compressx._harden import structures as initial_structures
 from compressx.constraints import Constraint, from_spec, on_leaf
 from compressx.formats import container
@@ -85,7 +87,8 @@ def save_model(
       params: any pytree of concrete arrays; give all of a model's variables (`{"params": ..., "batch_stats": ...}`) to
         keep them all. Empty containers are not kept.
       rules: pairs (pattern, constraint); None as a constraint leaves a leaf free.
-      structures: what the constraints leave open, as `harden.structures` returns it; None: `init`'s choice for params.
+      structures: what the constraints leave open, as `harden.structures` returned it before hardening; None: chosen for
+        params.
       model: `{"name": ..., "options": {...}}`, so that the network can be built again.
       extra: JSON-able facts to keep (accuracy, data set, seed).
       layout: pairs (pattern, format) that fix the format of leaves; all others take the smallest.
@@ -95,6 +98,7 @@ def save_model(
       The bytes before and after.
 
     Raises:
+      ConstraintViolation: weights that do not lie in their sets with that structure, to the bit: verify would refuse it.
       ValueError: a name, format, structure or header that could not be read back.
       OSError: the file cannot be written.
     """
@@ -106,6 +110,8 @@ def save_model(
     if given.keys() != {b.name for b in bound}:
         odd = sorted(given.keys() ^ {b.name for b in bound})[0]
         raise ValueError(f"structures and rules disagree on {odd!r}; take them from harden.structures")
+    if bound:
+        prove(jax.tree.unflatten(jax.tree.structure(params), leaves), rules, given, chosen=structures is None)
     fixed = _layout(layout, names)
     arrays: dict[str, np.ndarray] = {}
     entries, described = [], []
@@ -297,7 +303,7 @@ def _check_cost(entry: str, constraint: Constraint, w: Any, max_bytes: int) -> N
         sizes = [0]
         for equation in jaxpr.eqns:
             avals = [v.aval for v in equation.outvars]
-            sizes += [a.size * a.dtype.itemsize for a in avals if isinstance(a, jax.core.ShapedArray)]
+            sizes += [a.size * a.dtype.itemsize for a in avals if isinstance(a, ShapedArray)]
             for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, _JAXPRS)):
                 if isinstance(inner, _JAXPRS):
                     sizes.append(largest(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner))

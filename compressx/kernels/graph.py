@@ -169,6 +169,8 @@ def _pool(op: Op, nonnegative: set[int]) -> Pool | None:
     padded = any(pads[1]) or any(pads[2])
     if padded and op.inputs[0] not in nonnegative or any(v < 0 for pair in pads for v in pair):
         return None
+    if any(max(pad) >= size for pad, size in zip(pads, window, strict=True)):
+        return None  # a window may lie beyond the image
     sides = ((int(pads[1][0]), int(pads[1][1])), (int(pads[2][0]), int(pads[2][1])))
     return Pool(
         op.inputs[0], op.outputs[0], (int(window[1]), int(window[2])), (int(strides[1]), int(strides[2])), sides
@@ -245,8 +247,12 @@ def _join(
         if conv.activation != "none" or name in ("sub", "div") and side == 1:
             continue
         if name in ("add", "add_any", "sub"):
-            return value, conv._replace(bias=conv.bias - v if name == "sub" else conv.bias + v)
+            with np.errstate(invalid="ignore", over="ignore"):
+                return value, conv._replace(bias=conv.bias - v if name == "sub" else conv.bias + v)
         if conv.residual < 0:
-            factor = v if name == "mul" else 1 / v
-            return value, conv._replace(scale=conv.scale * factor, bias=conv.bias * factor)
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                factor = v if name == "mul" else 1 / v
+                if not np.isfinite(factor).all():
+                    continue  # an infinite one times the bias 0 is NaN
+                return value, conv._replace(scale=conv.scale * factor, bias=conv.bias * factor)
     return None

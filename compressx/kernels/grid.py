@@ -75,11 +75,20 @@ def cell(g: Grid, b: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=256)
 def valid(g: Grid) -> np.ndarray:
     """uint16 `[segment]`, bit l of vector j: an image has an element there."""
-    flat = np.arange(g.lanes)[None, :] * g.segment + np.arange(g.segment)[:, None]
+    return elements(g._replace(margin=0), (g.h, g.w))[0]
+
+
+@functools.lru_cache(maxsize=256)
+def elements(
+    g: Grid, size: tuple[int, int], strides: tuple[int, int] = (1, 1), phases: tuple[tuple[int, int], ...] = ((0, 0),)
+) -> np.ndarray:
+    """uint16 `[phases, plane]`, bit l of vector j: that phase of images of `size` has an element there, margins too."""
+    flat = np.arange(g.lanes)[None, :] * g.segment + np.arange(-g.margin, g.segment + g.margin)[:, None]
     b, rest = flat // g.image, flat % g.image
     y, x = rest // g.row, rest % g.row
-    inside = (b < g.n) & (y < g.h) & (x < g.w)
-    return (inside << np.arange(g.lanes)[None, :]).sum(axis=1).astype(np.uint16)
+    cell = (flat >= 0) & (b < g.n) & (y < g.h) & (x < g.w)
+    inside = np.stack([cell & (y * strides[0] + i < size[0]) & (x * strides[1] + j < size[1]) for i, j in phases])
+    return (inside << np.arange(g.lanes)).sum(axis=2).astype(np.uint16)
 
 
 def to_planes(x: np.ndarray, g: Grid) -> np.ndarray:

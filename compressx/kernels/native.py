@@ -22,11 +22,12 @@ _TARGETS = {
     "compressx_from_planes": "CompressxFromPlanes",
     "compressx_resample": "CompressxResample",
 }
+LIBRARY = compiled.Library(Path(__file__).with_name("pattern_conv.cc"), _TARGETS, seconds=20)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return compiled.load(Path(__file__).with_name("pattern_conv.cc"), _TARGETS)
+    return compiled.load(LIBRARY)
 
 
 def available() -> bool:

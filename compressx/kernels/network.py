@@ -270,7 +270,8 @@ class _Builder:
         else:
             found = schedule.from_weight(s.w)
         scale = s.scale[found.order[found.place]].astype(np.float32)
-        return found._replace(weight=found.weight * scale[:, None])
+        with np.errstate(invalid="ignore", over="ignore"):
+            return found._replace(weight=found.weight * scale[:, None])
 
     def _conv(self, number: int, s: Conv) -> Callable[["_Values", dict[str, Any]], None]:
         n, h, w, cin = self._shape(s.x)
@@ -279,17 +280,18 @@ class _Builder:
         live = np.count_nonzero(s.w)
         report = LayerReport(s.path, s.w.shape, (n, h, w, cin), live / s.w.size, int(live) * oh * ow * n, None)
         if self.isa is None:
-            scaled = s.w * s.scale
-            found = "" if self.path == "xla" else pallas.prepared(scaled, geometry, (n, h, w, cin), self.most)
+            found = "" if self.path == "xla" else pallas.prepared(s.w, geometry, (n, h, w, cin), self.most)
             self.reports.append(report if isinstance(found, str) else report._replace(on=self.path))
-            self.arrays[name] = {"w": scaled if isinstance(found, str) else found, "bias": s.bias}
+            # a weight that a scale of 0 makes zero still takes part where its input is NaN: the sums are scaled
+            self.arrays[name] = {"w": s.w if isinstance(found, str) else found, "bias": s.bias, "scale": s.scale}
             multiply = pattern_conv.xla if isinstance(found, str) else pattern_conv.on_blocks
 
             def dense(env: "_Values", arrays: dict[str, Any]) -> None:
                 residual = env.images(s.residual) if s.residual >= 0 else None
                 a = arrays[name]
                 env.dense[s.y] = multiply(
-                    env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual, s.residual_after
+                    *(env.images(s.x), a["w"], geometry, a["bias"], s.activation, residual, s.residual_after),
+                    a["scale"],
                 )
 
             return dense
@@ -301,7 +303,7 @@ class _Builder:
             plan = tuning.tuned(sparse, geometry, g._replace(margin=inside.margin), threads=self.threads)
         else:
             plan = plans.guess(sparse, geometry, g, plans.cores(self.threads))
-        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside, s.residual_after)
+        ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside, s.residual_after, (h, w))
         loads = Loads(*(round(count * g.segment) for count in ready.loads))
         self.reports.append(report._replace(plan=plan, on=f"native/{self.isa}", loads=loads))
         arrays = dict(ready.arrays)

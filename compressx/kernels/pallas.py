@@ -13,6 +13,7 @@ its own. Both are lowered in tests, which no device has compiled or run. Neither
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +22,14 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton
 
+from compressx.kernels import exact
 from compressx.kernels.schedule import Geometry
+
+try:  # jax 0.12 deprecates it; the rest of the package does without
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton = None
 
 BACKENDS = ("gpu", "tpu")  # as `jax.default_backend` names them
 _SIZES = {"gpu": (64, 32, 16), "tpu": (128,)}  # of blocks: powers of two that a dot takes; whole vectors
@@ -65,6 +71,17 @@ def blocks(w: np.ndarray, block: tuple[int, int]) -> Blocks:
     return Blocks(*map(jnp.asarray, (count.astype(np.int32), order.astype(np.int32), weight)))
 
 
+def _dense(w: Blocks, inputs: int, geometry: Geometry) -> Array:
+    """The weight `[kh, kw, inputs, F]` again."""
+    groups, most, bk, bf = w.weight.shape
+    live = jnp.arange(most)[None] < w.live
+    # what is not live lies behind the last block, which is cut off
+    place = jnp.where(live, w.places, math.prod(geometry.size) * inputs // bk)
+    cut = jnp.zeros((groups, math.prod(geometry.size) * inputs // bk + 1, bk, bf), w.weight.dtype)
+    cut = cut.at[jnp.arange(groups)[:, None], place].set(w.weight)[:, :-1]
+    return cut.reshape(groups, *geometry.size, inputs, bf).transpose(1, 2, 3, 0, 4).reshape(*geometry.size, inputs, -1)
+
+
 def block_for(shape: tuple[int, ...], backend: str) -> tuple[int, int] | None:
     """The largest blocks of a backend that divide weights `[..., K, F]`, or None."""
     found = [next((size for size in _SIZES[backend] if n % size == 0), 0) for n in shape[-2:]]
@@ -89,6 +106,8 @@ def supports(
     """
     if backend not in BACKENDS:
         return f"Pallas kernels are for a GPU or TPU, not for {backend}"
+    if backend == "gpu" and triton is None:
+        return f"jax {jax.__version__} has no jax.experimental.pallas.triton any more, which compiles them for a GPU"
     if geometry.groups != 1:
         return f"channels in {geometry.groups} groups"
     sizes = _SIZES[backend]
@@ -206,6 +225,10 @@ def _kernel(live, plane, row, column, part, weight, x, y, *, shifted):  # type: 
     y[0] = total.reshape(th, tw, bf)
 
 
+def _compiler_params(backend: str) -> Any:
+    return pltpu.CompilerParams() if backend == "tpu" else triton.CompilerParams(num_warps=4)
+
+
 @functools.partial(jax.jit, static_argnames=("geometry", "backend", "interpret"))
 def block_sparse_conv(x: Array, w: Blocks, *, geometry: Geometry, backend: str, interpret: bool = False) -> Array:
     """Convolves `x [n, h, w, cin]` with live blocks of `[kh, kw, cin, cout]`.
@@ -239,11 +262,12 @@ def block_sparse_conv(x: Array, w: Blocks, *, geometry: Geometry, backend: str, 
             pl.BlockSpec((1, *planes.shape[1:]), lambda b, i, j, g: (b, 0, 0, 0, 0)),
         ],
         out_specs=pl.BlockSpec((1, p.th, p.tw, bf), lambda b, i, j, g: (b, i, j, g)),
-        compiler_params=pltpu.CompilerParams() if backend == "tpu" else triton.CompilerParams(num_warps=4),
+        compiler_params=None if interpret else _compiler_params(backend),
         interpret=interpret,
     )(*tables, w.weight, planes)
     oh, ow = geometry.out(h, wide)
-    return y[:, :oh, :ow]
+    multiply = exact.dense_conv(geometry, lax.Precision.HIGHEST)
+    return exact.checked(y[:, :oh, :ow], multiply, x, lambda: _dense(w, cin, geometry))
 
 
 def block_sparse_matmul(x: Array, w: Blocks, *, backend: str, rows: int = 128, interpret: bool = False) -> Array:

@@ -38,6 +38,7 @@ struct Conv {
   float* y;
   const float* bias;
   const float* residual;  // null: none
+  const uint16_t* real;   // [planes, in.plane()], a bit a lane: where a channel of x has an element
   Grid in, out, add;      // of x, y and residual, of one segment length
   int planes;             // of an input channel (more than one: the phases of a stride)
   int couts, filters, taps, activation, groups;
@@ -152,7 +153,7 @@ struct Scratch {
 };
 
 Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits, F32 starts, F32 offsets, F32 places,
-                  F32 order, F32 bias, F32 valid, F32 residual, ffi::Result<F32> y, int64_t isa, int64_t segment,
+                  F32 order, F32 bias, F32 valid, F32 real, F32 residual, ffi::Result<F32> y, int64_t isa, int64_t segment,
                   int64_t margin, int64_t margin_in, int64_t margin_add, int64_t row, int64_t planes, int64_t taps, int64_t filters, int64_t width,
                   int64_t groups, int64_t columns, int64_t activation, int64_t after, int64_t threads) {
   Conv c{};
@@ -160,11 +161,12 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   Span<uint8_t> is;
   Span<uint32_t> vs;
   Span<int> ss, os, ps, fs;
-  Span<uint16_t> ms;
+  Span<uint16_t> ms, es;
   if (!Take(x, ffi::F32, &xs) || !Take(weight, ffi::F32, &ws) || !Take(index, ffi::U8, &is) ||
       !Take(visits, ffi::U32, &vs) || !Take(starts, ffi::S32, &ss) || !Take(offsets, ffi::S32, &os) ||
       !Take(places, ffi::S32, &ps) || !Take(order, ffi::S32, &fs) || !Take(bias, ffi::F32, &bs) ||
-      !Take(valid, ffi::U16, &ms) || !Take(residual, ffi::F32, &rs) || !Take(*y, ffi::F32, &ys))
+      !Take(valid, ffi::U16, &ms) || !Take(real, ffi::U16, &es) || !Take(residual, ffi::F32, &rs) ||
+      !Take(*y, ffi::F32, &ys))
     return Bad("an operand has another dtype than it should");
   if (isa < 0 || isa > BestIsa()) return Bad("this processor lacks the instruction set asked for");
   const int lanes = Lanes(isa);
@@ -179,7 +181,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   c.add = Grid{segment, margin_add, ms.data};
   const int64_t couts = fs.size, channel = c.in.plane() * lanes * planes, cin = xs.size / channel;
   if (cin * channel != xs.size || couts * c.out.plane() * lanes != ys.size || bs.size != couts || couts < 1 ||
-      ms.size != segment || (rs.size != 0 && rs.size != couts * c.add.plane() * lanes))
+      ms.size != segment || es.size != planes * c.in.plane() || (rs.size != 0 && rs.size != couts * c.add.plane() * lanes))
     return Bad("shapes disagree");
   std::vector<bool> seen(couts);
   for (int64_t i = 0; i < couts; ++i) {
@@ -190,6 +192,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   c.y = static_cast<float*>(y->untyped_data());
   c.bias = bs.data;
   c.residual = rs.size ? rs.data : nullptr;
+  c.real = es.data;
   c.row = row, c.reach = row;
   c.planes = planes, c.couts = couts, c.filters = std::min(filters, couts), c.taps = taps;
   c.activation = activation, c.groups = groups, c.after = after;
@@ -381,7 +384,7 @@ extern "C" double compressx_peak() {
 #define A(name) .Attr<int64_t>(name)
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     CompressxPatternConv, compressx::ConvHandler,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
         A("isa") A("segment") A("margin") A("margin_in") A("margin_add") A("row") A("planes") A("taps") A("filters") A("width") A("groups")
             A("columns") A("activation") A("after") A("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxToPlanes, compressx::ToPlanesHandler,

@@ -4,7 +4,8 @@
     y = conv(x)                                        # NHWC in and out; `conv.path` says what it runs on
 
 Between layers of a network no layout is converted, see `network.compile`. All paths equal the dense convolution with
-the zeros in place, to float tolerance (sums are added in another order).
+the zeros in place, to float tolerance (sums are added in another order). NaN and infinities spread alike on all of
+them: a weight that is zero and what lies beyond the image take no part.
 """
 
 import functools
@@ -16,14 +17,15 @@ import numpy as np
 from jax import lax
 
 from compressx.formats.base import Packed
-from compressx.kernels import native, pallas, plans, schedule
-from compressx.kernels.grid import Grid, grid, valid, window_source
+from compressx.kernels import exact, native, pallas, plans, schedule
+from compressx.kernels.grid import Grid, elements, grid, valid, window_source
 from compressx.kernels.schedule import Geometry, Loads, Pads, Plan, Sparse
 
 ACTIVATIONS = ("none", "relu", "relu6", "leaky")
 SLOPE = 0.1  # of "leaky", Darknet's: max(y, 0.1 y)
 
 
+@np.errstate(invalid="ignore")
 def reference(
     x: np.ndarray,
     w: np.ndarray,
@@ -34,6 +36,8 @@ def reference(
     residual_after: bool = False,
 ) -> np.ndarray:
     """The definition, in NumPy float64: `act(sum_{i,j,c} x[sy+i-top, sx+j-left, c] w[i, j, c, f] + b_f + residual)`.
+
+    The sum is over weights that are not zero and elements of the image: NaN and infinities elsewhere take no part.
 
     Args:
       x: `[n, h, w, cin]`.
@@ -51,15 +55,17 @@ def reference(
     n, h, width, cin = x.shape
     oh, ow = geometry.out(h, width)
     cout = w.shape[3]
-    padded = np.pad(x.astype(np.float64), ((0, 0), *pads, (0, 0)))
-    y = np.zeros((n, oh, ow, cout))
+    x, y = x.astype(np.float64), np.zeros((n, oh, ow, cout))
     for i in range(kh):
         for j in range(kw):
-            window = padded[:, i : i + sh * (oh - 1) + 1 : sh, j : j + sw * (ow - 1) + 1 : sw]
+            rows, columns = _inside(i - pads[0][0], sh, h, oh), _inside(j - pads[1][0], sw, width, ow)
+            window = x[:, rows.start * sh + i - pads[0][0] :: sh, columns.start * sw + j - pads[1][0] :: sw]
+            window = window[:, : len(rows), : len(columns)]
             for k in range(groups):
                 inputs = window[..., k * cin // groups : (k + 1) * cin // groups]
                 outputs = slice(k * cout // groups, (k + 1) * cout // groups)
-                y[..., outputs] += inputs @ w[i, j, :, outputs].astype(np.float64)
+                part = y[:, rows.start : rows.stop, columns.start : columns.stop, outputs]
+                part += exact.reference(inputs, w[i, j, :, outputs].astype(np.float64))
     if bias is not None:
         y += bias
     if residual is not None and not residual_after:
@@ -73,6 +79,12 @@ def reference(
     return y + residual if residual is not None and residual_after else y
 
 
+def _inside(offset: int, stride: int, size: int, outputs: int) -> range:
+    """The outputs whose element `stride * output + offset` lies in an image of that size."""
+    first = min(max(0, -(offset // stride)), outputs)
+    return range(first, max(first, min(outputs, (size - offset - 1) // stride + 1)))
+
+
 def xla(
     x: jax.Array,
     w: jax.Array,
@@ -81,17 +93,14 @@ def xla(
     activation: str = "none",
     residual: jax.Array | None = None,
     residual_after: bool = False,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
-    """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers; the fallback."""
-    y = lax.conv_general_dilated(
-        x,
-        w,
-        geometry.strides,
-        geometry.pads,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=geometry.groups,
-    )
-    return finish(y, bias, activation, residual, residual_after)
+    """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers; the fallback.
+
+    `scale` `[cout]` multiplies the sums before the bias is added.
+    """
+    y = exact.linear(exact.dense_conv(geometry), x, w, geometry.groups)
+    return finish(y, bias, activation, residual, residual_after, scale)
 
 
 def on_blocks(
@@ -102,17 +111,25 @@ def on_blocks(
     activation: str = "none",
     residual: jax.Array | None = None,
     residual_after: bool = False,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
     """The same from live blocks, by Pallas on `pallas.target()`; what follows the sum is XLA's."""
     backend, interpret = pallas.target()
     y = pallas.block_sparse_conv(x, w, geometry=geometry, backend=backend, interpret=interpret)
-    return finish(y, bias, activation, residual, residual_after)
+    return finish(y, bias, activation, residual, residual_after, scale)
 
 
 def finish(
-    y: jax.Array, bias: jax.Array | None, activation: str, residual: jax.Array | None, residual_after: bool
+    y: jax.Array,
+    bias: jax.Array | None,
+    activation: str,
+    residual: jax.Array | None,
+    residual_after: bool,
+    scale: jax.Array | None = None,
 ) -> jax.Array:
-    """`act(y + bias + residual)`, or `act(y + bias) + residual`."""
+    """`act(scale * y + bias + residual)`, or `act(scale * y + bias) + residual`."""
+    if scale is not None:
+        y = y * scale[None, None, None]
     if bias is not None:
         y = y + bias[None, None, None]
     if residual is not None and not residual_after:
@@ -158,20 +175,25 @@ def layer(
     activation: str = "none",
     inside: Grid | None = None,
     residual_after: bool = False,
+    image: tuple[int, int] | None = None,
 ) -> Layer:
     """Sorts the weights as the plan says and gathers what the native call needs.
 
-    `grid` is the output's and `inside` the input's, where they differ: in their margins alone.
+    `grid` is the output's and `inside` the input's, where they differ: in their margins, and in the size of images.
+    `image` is the rows and columns of the input before its phases are cut out; None: all that `inside` has room for.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
-    t = schedule.stream(s, geometry, inside or grid, plan)
+    inside, strides = inside or grid, geometry.strides
+    t = schedule.stream(s, geometry, inside, plan)
     arrays = {
         name: getattr(t, name) for name in ("weight", "members", "visits", "starts", "offsets", "places", "order")
     }
     couts = len(s.order)
-    arrays["bias"] = np.zeros(couts, np.float32) if bias is None else np.asarray(bias, np.float32)
+    arrays["bias"] = np.zeros(couts, np.float32) if bias is None else np.asarray(bias, np.float32) + np.float32(0)
     arrays["valid"] = valid(grid)
+    size = image or (inside.h * strides[0], inside.w * strides[1])
+    arrays["real"] = elements(inside, size, strides, tuple(geometry.phases()))
     most = native.WIDTHS[native.isa_of(grid)][t.taps == 0]
     width = min(plan.width, most, grid.segment)
     counts = (len(geometry.phases()), t.taps, t.filters, width, t.groups)
@@ -189,7 +211,7 @@ def run(
     corrupted one is an error (XlaRuntimeError), never an access outside the buffers.
     """
     g = fixed.grid
-    names = ("weight", "members", "visits", "starts", "offsets", "places", "order", "bias", "valid")
+    names = ("weight", "members", "visits", "starts", "offsets", "places", "order", "bias", "valid", "real")
     extra = jnp.zeros(0, jnp.float32) if residual is None else residual
     margin = lambda planes: (planes.shape[1] - g.segment) // 2
     return native.call(
@@ -273,9 +295,9 @@ class Convolution:
         g = layer_grid(geometry, (n, h, w), lanes)
         if plan is None:
             self.plan = plan = plans.guess(s, geometry, g, plans.cores(threads))
-        ready = layer(s, geometry, g, plan, bias, activation, residual_after=residual_after)
-        arrays = jax.tree.map(jnp.asarray, ready.arrays)
         inside = phase_grid(geometry, g, h, w)
+        ready = layer(s, geometry, g, plan, bias, activation, inside, residual_after, (h, w))
+        arrays = jax.tree.map(jnp.asarray, ready.arrays)
         strided = geometry.strides != (1, 1)
         wide = input_grid(n, h, w, lanes)
         if strided:

@@ -49,15 +49,33 @@ INLINE Vec Shift(Vec v, int m) {
   return Select(inside, __builtin_shuffle(v, from & (kLanes - 1)));
 }
 
+// Comparisons with NaN are false: each of these leaves NaN as it is. A negative zero becomes a positive one in ReLU.
 INLINE Vec Activate(Vec v, int activation) {
   if (activation == kNone) return v;
-  const Vec least = activation == kLeaky ? v * Splat(0.1f) : Vec{};
-  v = v > least ? v : least;
+  if (activation == kLeaky) {
+    const Vec less = v * Splat(0.1f);
+    return v > less ? v : less;
+  }
+  v = v <= Vec{} ? Vec{} : v;
   if (activation == kRelu6) {
     const Vec six = Splat(6.f);
-    v = v < six ? v : six;
+    v = v > six ? six : v;
   }
   return v;
+}
+
+// The larger of two; NaN if either is, and of two zeros the positive one.
+INLINE Vec Larger(Vec a, Vec b) {
+  const Vec least = reinterpret_cast<Vec>(reinterpret_cast<IVec>(a) & reinterpret_cast<IVec>(b));
+  const Vec larger = a > b ? a : b;
+  return a != a ? a : a == b ? least : larger;
+}
+
+// True if a probe has met NaN or an infinity: it adds up 0 * v.
+INLINE bool Met(Vec probe) {
+  bool met = false;
+  for (int i = 0; i < kLanes; ++i) met |= probe[i] != 0.f;
+  return met;
 }
 
 // Writes vector j of a plane, its invalid lanes as zeros, and its copies in the margins.
@@ -70,22 +88,25 @@ INLINE void Put(const Grid& g, float* plane, int64_t j, Vec v) {
   for (int64_t m = 1, k = j - g.segment; k >= -g.margin; ++m, k -= g.segment) Store(main + k * kLanes, Shift(v, (int)m));
 }
 
-// Residual, activation and margins of a block's sums. Out of line: its pointers would push those of the loops out of
-// the registers.
+// Residual, activation and margins of a block's sums, which the probe sees. Out of line: its pointers would push those of
+// the loops out of the registers.
 template <int F>
-NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums) {
+NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums, Vec* probe) {
+  Vec seen = *probe;
   for (int k = 0; k < count; ++k, sums += F * kLanes) {
     const int64_t filter = c.order[first + k];
     const float* add = c.residual ? c.residual + (filter * c.add.plane() + c.add.margin + j) * kLanes : nullptr;
     float* plane = c.y + filter * c.out.plane() * kLanes;
     Each<F>([&](auto f) {
       Vec v = Load(sums + f * kLanes);
+      seen += v * Splat(0.f);
       if (add && !c.after) v += Load(add + f * kLanes);
       v = Activate(v, c.activation);
       if (add && c.after) v += Load(add + f * kLanes);
       Put(c.out, plane, j + f, v);
     });
   }
+  *probe = seen;
 }
 
 // The sums of a block begin as the biases of its filters.
@@ -94,6 +115,62 @@ NOINLINE void Begin(const Conv& c, int first, int count, float* sums) {
   for (int k = 0; k < count; ++k, sums += F * kLanes) {
     const Vec bias = Splat(c.bias[c.order[first + k]]);
     Each<F>([&](auto f) { Store(sums + f * kLanes, bias); });
+  }
+}
+
+// Adds what a weight contributes to `width` vectors of sums. A weight that is not finite meets the elements of images
+// alone, and not the zeros around them.
+INLINE void AddReal(const Conv& c, const float* from, float weight, int width, float* to) {
+  const Vec w = Splat(weight);
+  if (weight - weight == 0.f) {
+    for (int f = 0; f < width * kLanes; f += kLanes) Store(to + f, Load(to + f) + Load(from + f) * w);
+    return;
+  }
+  const int64_t channel = c.planes * c.in.plane(), at = (from - c.x) / kLanes % channel;
+  for (int f = 0; f < width; ++f) {
+    const int64_t vector = at + f < channel ? at + f : at + f - channel;
+    const IVec real = (((int)c.real[vector] >> Lane()) & 1) != 0;
+    Store(to + f * kLanes, Load(to + f * kLanes) + Select(real, Load(from + f * kLanes) * w));
+  }
+}
+
+// A weight of a visit that is none of the layer's: -0, bit for bit.
+INLINE bool Filler(float weight) {
+  unsigned bits;
+  __builtin_memcpy(&bits, &weight, 4);
+  return bits == 0x80000000u;
+}
+
+// The sums of a block in which NaN or infinities have been met, without what the fast loops add to them: fillers times an
+// input that is not finite, and such a weight times the zeros around the images. Finite sums come out as they were.
+NOINLINE void ExactSums(const Conv& c, int64_t block, int64_t j, int width, float* sums) {
+  const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
+  const int wide = width * kLanes;
+  for (int k = 0; k < count; ++k)
+    for (int f = 0; f < width; ++f) Store(sums + k * wide + f * kLanes, Splat(c.bias[c.order[first + k]]));
+  const float* base = c.x + (c.in.margin + j) * kLanes;
+  if (c.taps) {
+    const uint8_t* index = c.index + c.kernel_start[block];
+    const float* weight = c.weight + (int64_t)c.kernel_start[block] * c.taps;
+    for (int v = c.visit_start[block]; v < c.visit_start[block + 1]; ++v) {
+      const uint32_t visit = c.visits[v];
+      const float* at = base + (visit >> 16) * (c.planes * c.in.plane() * kLanes);
+      const int* offset = c.offsets + (visit >> 8 & 255) * c.taps;
+      for (const uint8_t* stop = index + (visit & 255) + 1; index != stop; ++index, weight += c.taps)
+        for (int e = 0; e < c.taps; ++e)
+          if (!Filler(weight[e])) AddReal(c, at + (int64_t)offset[e] * kLanes, weight[e], width, sums + *index * wide);
+    }
+    return;
+  }
+  for (int group = 0; group < c.groups; ++group) {
+    const int64_t item = (int64_t)group * c.couts + first;
+    const int* start = c.run_start + item * kLongest;
+    const float* weight = c.weight + c.value_start[item];
+    for (int k = 0; k < count; ++k, start += kLongest)
+      for (int n = 0; n < kLongest; ++n)
+        for (const int* place = c.places + start[n]; place != c.places + start[n + 1]; ++place)
+          for (int i = 0; i <= n; ++i, ++weight)
+            AddReal(c, base + (int64_t)(*place + i) * kLanes, *weight, width, sums + k * wide);
   }
 }
 
@@ -134,7 +211,12 @@ NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
       weight += E;
     } while (++index != stop);
   }
-  Finish<F>(c, first, count, j, sums);
+  Vec probe = {};
+  Finish<F>(c, first, count, j, sums, &probe);
+  if (Met(probe)) {
+    ExactSums(c, block, j, F, sums);
+    Finish<F>(c, first, count, j, sums, &probe);
+  }
 }
 
 // Adds a run of K weights, which read neighbouring vectors: each input is loaded once for all of them.
@@ -157,6 +239,7 @@ template <int F>
 NOINLINE void RunTile(const Conv& c, int64_t block, int64_t j, float* sums) {
   const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
   const float* base = c.x + (c.in.margin + j) * kLanes;
+  Vec probe = {};
   for (int group = 0; group < c.groups; ++group) {
     const int64_t item = (int64_t)group * c.couts + first;
     const int* start = c.run_start + item * kLongest;
@@ -172,8 +255,12 @@ NOINLINE void RunTile(const Conv& c, int64_t block, int64_t j, float* sums) {
           AddRun<n + 1, F>(base + (int64_t)*place * kLanes, weight, s);
       });
       Each<F>([&](auto f) { Store(to + f * kLanes, s[f]); });
-      if (group + 1 == c.groups) Finish<F>(c, first + k, 1, j, to);
+      if (group + 1 == c.groups) Finish<F>(c, first + k, 1, j, to, &probe);
     }
+  }
+  if (Met(probe)) {
+    ExactSums(c, block, j, F, sums);
+    Finish<F>(c, first, count, j, sums, &probe);
   }
 }
 
@@ -235,15 +322,14 @@ NOINLINE float Peak(int64_t n) {
   return sum + (float)(2 * kSums * kLanes);
 }
 
-// The largest of the rows * columns window at every vector from which it fits, in `to`.
+// The largest, see `Larger`, of the rows * columns window at every vector from which it fits, in `to`.
 void WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
   for (int64_t j = 0; j < vectors - (rows - 1) * row - (columns - 1); ++j) {
     __builtin_prefetch(from + (j + (rows - 1) * row + 32) * kLanes);
     Vec v = Load(from + j * kLanes);
     for (int r = 0; r < rows; ++r)
       for (int k = 0; k < columns; ++k) {
-        const Vec other = Load(from + (j + r * row + k) * kLanes);
-        v = v > other ? v : other;
+        if (r || k) v = Larger(v, Load(from + (j + r * row + k) * kLanes));
       }
     Store(to + j * kLanes, v);
   }

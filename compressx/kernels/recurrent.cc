@@ -90,7 +90,7 @@ Error ProductHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Tiles tile
   float* to = y->typed_data();
   Together(pool, threads, batch, [=](int64_t b) {
     std::vector<float> sums(outputs + 1);
-    DISPATCH(isa, Product(m, from + b * inputs, sums.data()));
+    DISPATCH(isa, Product(m, from + b * inputs, inputs, sums.data()));
     std::memcpy(to + b * outputs, sums.data(), outputs * 4);
   });
   return Error::Success();

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from compressx import formats
 from compressx.formats.base import Packed
-from compressx.kernels import native
+from compressx.kernels import exact, native
 from compressx.native import build as compiled
 
 BSPC = ("bspc", "bspc-coded")
@@ -33,13 +34,14 @@ _SCATTERED, _CONTIGUOUS = 1, 2
 _MOST_VECTORS = 4
 _MOST_INPUTS = 1 << 16
 _TARGETS = {"compressx_sparse_product": "CompressxSparseProduct", "compressx_recurrent": "CompressxRecurrent"}
+LIBRARY = compiled.Library(Path(__file__).with_name("recurrent.cc"), _TARGETS, seconds=6)
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray]  # outputs [r], inputs [c], weights [r, c]
 
 
 @functools.cache
 def _library() -> Any:
-    return compiled.load(Path(__file__).with_name("recurrent.cc"), _TARGETS)
+    return compiled.load(LIBRARY)
 
 
 def available() -> bool:
@@ -210,6 +212,7 @@ def spread(t: Tiles, outputs: int, lanes: int, threads: int) -> tuple[float, flo
     return most(own), most(np.array(stored, np.int64))
 
 
+@np.errstate(invalid="ignore")
 def reference(
     cell: str, x: np.ndarray, u: np.ndarray, h: np.ndarray, c: np.ndarray | None = None, bias: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -236,17 +239,17 @@ def reference(
     states = []
     for step in x.astype(np.float64):
         if cell == "lstm":
-            a = step + h @ u
+            a = step + exact.reference(h, u)
             i, f, g, o = (a[:, k * m : (k + 1) * m] for k in range(4))
             c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
             h = sigmoid(o) * np.tanh(c)
         else:
-            zr = sigmoid(step[:, : 2 * m] + h @ u[:, : 2 * m])
+            zr = sigmoid(step[:, : 2 * m] + exact.reference(h, u[:, : 2 * m]))
             z, r = zr[:, :m], zr[:, m:]
             if cell == "gru_after":
-                inner = r * (h @ u[:, 2 * m :] + (0 if bias is None else bias))
+                inner = r * (exact.reference(h, u[:, 2 * m :]) + (0 if bias is None else bias))
             else:
-                inner = (r * h) @ u[:, 2 * m :]
+                inner = exact.reference(r * h, u[:, 2 * m :])
             new = np.tanh(step[:, 2 * m :] + inner)
             h = z * h + (1 - z) * new
         states.append(h)
@@ -254,24 +257,50 @@ def reference(
     return y, c if cell == "lstm" else h
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def xla(cell: str, x: Array, u: Array, h: Array, c: Array, bias: Array) -> tuple[Array, Array]:
-    """The same on XLA with dense `u`: the fallback, and what gradients go through."""
+    """The same on XLA with dense `u`: the fallback. Its derivatives are those of `dense`."""
+    return _checked(cell, dense(cell, x, u, h, c, bias), x, u, h, c, bias)
+
+
+@functools.partial(xla.defjvp, symbolic_zeros=True)
+def _xla_jvp(cell: str, primals: Any, tangents: Any) -> Any:
+    moved = [k for k, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
+
+    def run(*some: Array) -> tuple[Array, Array]:
+        given = dict(zip(moved, some, strict=True))
+        return dense(cell, *(given.get(k, p) for k, p in enumerate(primals)))
+
+    out, change = jax.jvp(run, [primals[k] for k in moved], [tangents[k] for k in moved])
+    return _checked(cell, out, *primals), change
+
+
+def _checked(cell: str, out: tuple[Array, Array], *args: Array) -> tuple[Array, Array]:
+    """`out` of `dense` where the states are finite; else from the weights that are not zero."""
+    times = functools.partial(exact.without_zeros, jnp.matmul)
+    return lax.cond(exact.finite(out[0]), lambda: out, lambda: dense(cell, *args, times=times))
+
+
+def dense(
+    cell: str, x: Array, u: Array, h: Array, c: Array, bias: Array, times: exact.Multiply = jnp.matmul
+) -> tuple[Array, Array]:
+    """The recurrence with dense products, `times`: what gradients go through."""
     m = h.shape[1]
 
     def gru(h: Array, step: Array) -> tuple[Array, Array]:
-        zr = jax.nn.sigmoid(step[:, : 2 * m] + h @ u[:, : 2 * m])
+        zr = jax.nn.sigmoid(step[:, : 2 * m] + times(h, u[:, : 2 * m]))
         z, r = zr[:, :m], zr[:, m:]
         if cell == "gru_after":
-            inner = r * (h @ u[:, 2 * m :] + bias[None])
+            inner = r * (times(h, u[:, 2 * m :]) + bias[None])
         else:
-            inner = (r * h) @ u[:, 2 * m :]
+            inner = times(r * h, u[:, 2 * m :])
         new = jnp.tanh(step[:, 2 * m :] + inner)
         h = z * h + (1 - z) * new
         return h, h
 
     def lstm(carry: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], Array]:
         h, c = carry
-        i, f, g, o = jnp.split(step + h @ u, 4, axis=1)
+        i, f, g, o = jnp.split(step + times(h, u), 4, axis=1)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return (h, c), h
@@ -327,7 +356,7 @@ class Product:
     def _run(self, tiles: Any, x: Array) -> Array:
         if self.path == "xla":
             assert self.dense is not None
-            return x @ self.dense
+            return exact.linear(jnp.matmul, x, self.dense)
         return native_product(tiles, x, self.shape[1], self.path.removeprefix("native/"), self.threads)
 
     def __call__(self, x: Array) -> Array:
@@ -396,7 +425,7 @@ def _forward(cell: Recurrent, tiles: Any, *args: Array) -> Any:
 
 def _backward(cell: Recurrent, saved: Any, g: Any) -> Any:
     tiles, args = saved
-    _, pull = jax.vjp(lambda x, h, c, bias: xla(cell.cell, x, cell.u, h, c, bias), *args)
+    _, pull = jax.vjp(lambda x, h, c, bias: dense(cell.cell, x, cell.u, h, c, bias), *args)
     none = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0 if a.dtype.kind in "iu" else a.dtype), tiles)
     return (none, *pull(g))
 

@@ -18,7 +18,27 @@ INLINE Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 INLINE void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 INLINE Vec Splat(float a) { return a - Vec{}; }
 
-template <int R>
+// True if none of n elements is NaN or infinite.
+INLINE bool Finite(const float* x, int64_t n) {
+  Vec probe = {};  // 0 * v, added up
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) probe += Load(x + i) * Splat(0.f);
+  float rest = 0.f;
+  for (; i < n; ++i) rest += x[i] * 0.f;
+  for (int k = 0; k < kLanes; ++k) rest += probe[k];
+  return rest == 0.f;
+}
+
+// What steps add: products; where an input is not finite only those with weights that are not zero, for tiles hold zeros
+// too, and 0 * NaN is NaN.
+template <bool kFinite>
+INLINE Vec Products(Vec v, Vec w) {
+  if (kFinite) return v * w;
+  const IVec live = (reinterpret_cast<IVec>(w) & 0x7FFFFFFF) != 0;
+  return reinterpret_cast<Vec>(live & reinterpret_cast<IVec>(v * w));
+}
+
+template <int R, bool kFinite>
 NOINLINE void TileTimes(const Matrix& m, const TileAt& t, const float* x, float* y) {
   Vec sum[R];
   Each<R>([&](auto r) { sum[r] = Vec{}; });
@@ -29,13 +49,13 @@ NOINLINE void TileTimes(const Matrix& m, const TileAt& t, const float* x, float*
       Each<R>([&](auto r) {
         Vec v;
         for (int i = 0; i < kLanes; ++i) v[i] = x[from[r * kLanes + i]];
-        sum[r] += v * Load(w + r * kLanes);
+        sum[r] += Products<kFinite>(v, Load(w + r * kLanes));
       });
     }
   } else {
     for (int k = 0; k < t.n; ++k, w += R * kLanes) {
       const Vec v = Splat(x[from[k]]);
-      Each<R>([&](auto r) { sum[r] += v * Load(w + r * kLanes); });
+      Each<R>([&](auto r) { sum[r] += Products<kFinite>(v, Load(w + r * kLanes)); });
     }
   }
   const int* to = m.outputs + t.output;
@@ -48,22 +68,32 @@ NOINLINE void TileTimes(const Matrix& m, const TileAt& t, const float* x, float*
   }
 }
 
-// y += m x
-INLINE void Times(const Matrix& m, const float* x, float* y) {
+template <bool kFinite>
+INLINE void AllTimes(const Matrix& m, const float* x, float* y) {
   for (int64_t i = 0; i < m.tiles; ++i) {
     const TileAt& t = m.tile[i];
     switch (t.vectors) {
-      case 1: TileTimes<1>(m, t, x, y); break;
-      case 2: TileTimes<2>(m, t, x, y); break;
-      case 3: TileTimes<3>(m, t, x, y); break;
-      default: TileTimes<4>(m, t, x, y); break;
+      case 1: TileTimes<1, kFinite>(m, t, x, y); break;
+      case 2: TileTimes<2, kFinite>(m, t, x, y); break;
+      case 3: TileTimes<3, kFinite>(m, t, x, y); break;
+      default: TileTimes<4, kFinite>(m, t, x, y); break;
     }
   }
 }
 
-// e^v to about one unit in the last place, for v clamped to where float32 neither overflows nor is denormal.
+// y += m x, for x of n elements
+INLINE void Times(const Matrix& m, const float* x, int64_t n, float* y) {
+  if (Finite(x, n)) {
+    AllTimes<true>(m, x, y);
+  } else {
+    AllTimes<false>(m, x, y);
+  }
+}
+
+// e^v to about one unit in the last place, for v clamped to where float32 is not denormal; infinite from 88.4 on, so that
+// the sigmoid of -inf is 0. NaN stays NaN, for comparisons with it are false.
 INLINE Vec Exp(Vec v) {
-  const Vec low = Splat(-87.f), high = Splat(88.f);
+  const Vec low = Splat(-87.f), high = Splat(89.f);
   v = v < low ? low : v > high ? high : v;
   const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
   Vec n = v * 1.44269504f + magic;
@@ -99,7 +129,7 @@ NOINLINE void Sequence(const Recurrent& s, int64_t b, float* scratch) {
     if (s.cell == kLstm) {
       for (int64_t i = 0; i < gates * h; ++i) a[i] = x[i];
       for (int64_t i = gates * h; i < joined; ++i) a[i] = 0.f;
-      Times(s.first, state, a);
+      Times(s.first, state, h, a);
       for (int64_t i = 0; i < h; i += kLanes) {
         const Vec in = Sigmoid(Load(a + i)), forget = Sigmoid(Load(a + h + i)), g = Tanh(Load(a + 2 * h + i));
         const Vec c = forget * Load(cell + i) + in * g;
@@ -109,7 +139,7 @@ NOINLINE void Sequence(const Recurrent& s, int64_t b, float* scratch) {
     } else if (s.cell == kGruAfter) {
       for (int64_t i = 0; i < joined; ++i) a[i] = 0.f;
       for (int64_t i = 0; i < h; ++i) a[2 * h + i] = s.bias[i];
-      Times(s.first, state, a);
+      Times(s.first, state, h, a);
       for (int64_t i = 0; i < h; i += kLanes) {
         Vec xz, xr, xh;
         if (i + kLanes <= h) {
@@ -127,9 +157,9 @@ NOINLINE void Sequence(const Recurrent& s, int64_t b, float* scratch) {
     } else {
       for (int64_t i = 0; i < gates * h; ++i) a[i] = x[i];
       for (int64_t i = gates * h; i < joined; ++i) a[i] = 0.f;
-      Times(s.first, state, a);  // z and r
+      Times(s.first, state, h, a);  // z and r
       for (int64_t i = 0; i < h; i += kLanes) Store(gated + i, Sigmoid(Load(a + h + i)) * Load(state + i));
-      Times(s.second, gated, a + 2 * h);
+      Times(s.second, gated, h, a + 2 * h);
       for (int64_t i = 0; i < h; i += kLanes) {
         const Vec z = Sigmoid(Load(a + i)), c = Tanh(Load(a + 2 * h + i));
         Store(state + i, c + z * (Load(state + i) - c));
@@ -140,4 +170,4 @@ NOINLINE void Sequence(const Recurrent& s, int64_t b, float* scratch) {
   for (int64_t i = 0; i < h; ++i) s.last[b * h + i] = s.cell == kLstm ? cell[i] : state[i];
 }
 
-void Product(const Matrix& m, const float* x, float* y) { Times(m, x, y); }
+void Product(const Matrix& m, const float* x, int64_t n, float* y) { Times(m, x, n, y); }

@@ -94,6 +94,8 @@ class Sparse(NamedTuple):
       patterns: int `[P, E]`, taps of each pattern, ascending.
       weight: float32 `[K, E]`.
       shape: `[kh, kw, cin / groups, cout]`.
+      live: bool `[K, E]`, which weights are the layer's; the others fill a pattern up. A weight stays the layer's
+        where a scale makes it zero.
     """
 
     order: np.ndarray
@@ -103,6 +105,7 @@ class Sparse(NamedTuple):
     patterns: np.ndarray
     weight: np.ndarray
     shape: tuple[int, ...]
+    live: np.ndarray
 
 
 class Plan(NamedTuple):
@@ -140,7 +143,7 @@ def from_fkw(packed: Packed) -> Sparse:
     weight = a["weight"].astype(np.float32)
     return Sparse(
         *(a["reorder"].astype(np.int64), place, a["index"].astype(np.int64), pattern),
-        *(patterns, weight, tuple(packed.shape)),
+        *(patterns, weight, tuple(packed.shape), weight != 0),
     )
 
 
@@ -165,7 +168,7 @@ def from_weight(w: np.ndarray, reorder: bool = True) -> Sparse:
     pattern = ids[order[place], channel].astype(np.int64)
     listed = np.array([np.flatnonzero(p) for p in patterns])
     weight = np.take_along_axis(x[order[place], channel], listed[pattern], axis=1)
-    return Sparse(order, place, channel, pattern, listed, weight, tuple(w.shape))
+    return Sparse(order, place, channel, pattern, listed, weight, tuple(w.shape), weight != 0)
 
 
 def dense(s: Sparse) -> np.ndarray:
@@ -174,6 +177,17 @@ def dense(s: Sparse) -> np.ndarray:
     x = np.zeros((cout, cin, kh * kw), np.float32)
     x[s.order[s.place][:, None], s.channel[:, None], s.patterns[s.pattern]] = s.weight
     return np.ascontiguousarray(x.transpose(2, 1, 0)).reshape(s.shape)
+
+
+FILLER = np.float32(-0.0)
+
+
+def _marked(s: Sparse) -> np.ndarray:
+    """The weights as a stream holds them: `FILLER` where there is none of the layer's, whose own zeros are 0.0.
+
+    A filler adds nothing to a finite sum. The loops skip fillers where an input is NaN or infinite, see `ExactSums`.
+    """
+    return np.where(s.live, s.weight + np.float32(0), FILLER)
 
 
 class Stream(NamedTuple):
@@ -225,11 +239,12 @@ def stream(s: Sparse, g: Geometry, grid: Grid, plan: Plan) -> Stream:
     # kernels of more taps than a visit has registers for are cut into equal parts, each a pattern of its own
     width = -(-taps // parts)
     cut = np.zeros((len(s.patterns), parts, width), np.int64)
-    weight = np.zeros((len(s.weight), parts, width), np.float32)
+    marked = _marked(s)
+    weight = np.full((len(marked), parts, width), FILLER)
     for part in range(parts):
         mine = s.patterns[:, part * width : (part + 1) * width]
         cut[:, part] = np.pad(mine, ((0, 0), (0, width - mine.shape[1])), mode="edge")
-        weight[:, part, : mine.shape[1]] = s.weight[:, part * width : (part + 1) * width]
+        weight[:, part, : mine.shape[1]] = marked[:, part * width : (part + 1) * width]
     if len(s.patterns) * parts > MOST_PATTERNS:
         raise ValueError(f"{len(s.patterns)} patterns in {parts} parts are more than {MOST_PATTERNS}")
     pattern = s.pattern[:, None] * parts + np.arange(parts)[None, :]
@@ -287,17 +302,20 @@ def _int32(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x, np.int32)
 
 
-def _matrix(s: Sparse) -> np.ndarray:
-    """`[cout, cin * taps]` in the order of filters."""
+def _matrix(s: Sparse, values: np.ndarray) -> np.ndarray:
+    """`[cout, cin * taps]` in the order of filters, of values `[K, E]`, zeros elsewhere."""
     kh, kw, cin, cout = s.shape
-    return kernel_array(dense(s))[s.order].reshape(cout, cin * kh * kw)
+    x = np.zeros((cout, cin, kh * kw), values.dtype)
+    x[s.place[:, None], s.channel[:, None], s.patterns[s.pattern]] = values
+    return x.reshape(cout, cin * kh * kw)
 
 
 def _chunks(s: Sparse, g: Geometry, offsets: np.ndarray, grid: Grid, plan: Plan) -> Stream:
     if g.groups != 1:
         raise ValueError("chunks run across channels, which groups forbid")
-    m, taps, e = _matrix(s), len(offsets), plan.taps
-    live = np.flatnonzero(m.any(axis=0))
+    mine, taps, e = _matrix(s, s.live), len(offsets), plan.taps
+    m = np.where(mine, _matrix(s, _marked(s)), FILLER)
+    live = np.flatnonzero(mine.any(axis=0))
     if not live.size:
         live = np.zeros(1, np.int64)
     chunks = -(-live.size // e)
@@ -309,8 +327,8 @@ def _chunks(s: Sparse, g: Geometry, offsets: np.ndarray, grid: Grid, plan: Plan)
     patterns, pattern = np.unique(relative, axis=0, return_inverse=True)
     if len(patterns) > MOST_PATTERNS:
         raise ValueError(f"{len(patterns)} patterns are more than {MOST_PATTERNS}")
-    weight = np.where(real[None], m[:, positions], np.float32(0))
-    place, chunk = np.nonzero(weight.any(axis=2))
+    weight = np.where(real[None], m[:, positions], FILLER)
+    place, chunk = np.nonzero((mine[:, positions] & real[None]).any(axis=2))
     return _visits(place, first[chunk], pattern.reshape(-1)[chunk], weight[place, chunk], patterns, s.order, plan)
 
 
@@ -319,8 +337,7 @@ def _runs(s: Sparse, offsets: np.ndarray, channel: np.ndarray, step: int, plan: 
     place = np.repeat(s.place, taps)
     channel = np.repeat(channel, taps)
     where = channel * step + offsets[s.patterns[s.pattern]].reshape(-1)
-    value = s.weight.reshape(-1)
-    live = value != 0
+    value, live = s.weight.reshape(-1), s.live.reshape(-1)
     place, channel, where, value = place[live], channel[live], where[live], value[live]
     if not 1 <= plan.taps <= LONGEST:
         raise ValueError(f"runs of up to {plan.taps} weights; it must be 1 to {LONGEST}")

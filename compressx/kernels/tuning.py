@@ -7,15 +7,15 @@ Measurements interleave their candidates and compare best samples, since other p
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compressx import cache
 from compressx.kernels import native, pattern_conv
 from compressx.kernels.grid import Grid
 from compressx.kernels.plans import candidates, cores, predict
@@ -123,21 +123,27 @@ def _key(s: Sparse, geometry: Geometry, g: Grid, threads: int) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
+def _plans() -> Path:
+    return cache.cache_folder("tuning") / "plans.json"
+
+
 def _read() -> dict[str, list[object]]:
     try:
-        held = json.loads((compiled.cache_folder() / "tuning.json").read_text())
+        held = json.loads(_plans().read_text())
     except (OSError, ValueError):
         return {}
     return held if isinstance(held, dict) else {}
 
 
 def _write(key: str, plan: Plan) -> None:
-    folder = compiled.cache_folder()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as f:
-            json.dump(_read() | {key: list(plan)}, f)
-        os.replace(f.name, folder / "tuning.json")
+        path = _plans()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.sweep(path.parent, alone=False)
+        with cache.scratch(path.parent) as scratch:
+            made = scratch / "plans"
+            made.write_text(json.dumps(_read() | {key: list(plan)}))
+            cache.publish(made, path)
     except OSError:
         pass  # a result that is not kept is found again
 

@@ -21,6 +21,7 @@ from jax import Array
 from compressx import formats
 from compressx.formats.base import CompressedFileError, Packed
 from compressx.formats.unified import block_order
+from compressx.kernels import exact
 
 
 class Unified(NamedTuple):
@@ -61,12 +62,12 @@ def _blocks(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _uniform(w: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Which blocks have one magnitude, not zero: bool, one a block."""
+    """Which blocks have one magnitude, not zero and finite: bool, one a block."""
     n = int(ids.max()) + 1
     high, low = np.zeros(n, np.float32), np.full(n, np.inf, np.float32)
     np.maximum.at(high, ids.reshape(-1), np.abs(w).reshape(-1))
     np.minimum.at(low, ids.reshape(-1), np.abs(w).reshape(-1))
-    return (high == low) & (high > 0)
+    return (high == low) & (high > 0) & np.isfinite(high)
 
 
 def prepare_unified(packed: Packed) -> Unified:
@@ -89,6 +90,7 @@ def prepare_unified(packed: Packed) -> Unified:
     )
 
 
+@np.errstate(invalid="ignore")
 def reference(packed: Packed, x: np.ndarray) -> np.ndarray:
     """The definition, block after block, in NumPy float64: `x [n, P] -> [n, F]`."""
     w, ids = _blocks(packed)
@@ -101,7 +103,7 @@ def reference(packed: Packed, x: np.ndarray) -> np.ndarray:
         if uniform[block]:
             y[:, columns] += np.float64(abs(part[0, 0])) * (x[:, rows] @ np.sign(part).astype(np.float64))
         elif part.any():
-            y[:, columns] += x[:, rows] @ part.astype(np.float64)
+            y[:, columns] += exact.reference(x[:, rows], part.astype(np.float64))
     return y
 
 
@@ -114,7 +116,14 @@ def product(u: Unified, x: Array) -> Array:
     wide = jnp.concatenate([x, jnp.zeros((x.shape[0], 1), x.dtype)], axis=1)
     sums = jnp.einsum("nqm,qmf->nqf", wide[:, u.positions], jnp.asarray(u.signs).astype(x.dtype))
     tied = jnp.einsum("nqf,qf->nf", sums, jnp.asarray(u.magnitudes))
-    return tied + x @ jnp.asarray(u.free)
+    return exact.checked(tied + x @ jnp.asarray(u.free), jnp.matmul, x, lambda: _dense(u))
+
+
+def _dense(u: Unified) -> Array:
+    """The weight again, `[P, F]`."""
+    free, signs = jnp.asarray(u.free), jnp.asarray(u.signs)
+    tied = signs.astype(free.dtype) * jnp.asarray(u.magnitudes)[:, None]
+    return jnp.pad(free, ((0, 1), (0, 0))).at[jnp.asarray(u.positions)].add(tied)[:-1]
 
 
 def _distinct(ids: np.ndarray, places: np.ndarray, among: np.ndarray) -> np.ndarray:

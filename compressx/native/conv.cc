@@ -3,6 +3,9 @@
 // The reduction over (kx, cin) of one kernel row runs over consecutive floats of an image row, so both kernels see it as
 // one axis `q` of length kw * cin and need no patches. A tile keeps T x R vector registers of sums: T positions by R
 // vectors of output channels. The rest is copying: an image into a frame of zeros, channels padded to whole vectors.
+//
+// Those zeros must not meet NaN or an infinity. Where they might, the plain loops at the end of the kernels run instead,
+// over pairs of pixels that both exist.
 
 #include <algorithm>
 #include <cstdint>
@@ -272,6 +275,59 @@ void SpreadImage(const Shape& s, const float* g, const float* w, float* frame) {
   }
 }
 
+// True if none of n floats is NaN or infinite.
+bool Finite(const float* x, int64_t n) {
+  uint32_t odd = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    odd |= (bits & 0x7F800000) == 0x7F800000;
+  }
+  return !odd;
+}
+
+// f(output pixel, row and column of the kernel, image pixel) for all that meet: the zeros between and around pixels do not.
+template <class F>
+void Meetings(const Shape& s, F f) {
+  const auto along = [&s](int64_t frame, int64_t size) { return frame % s.dilation ? size : frame / s.dilation; };
+  for (int64_t oy = 0; oy < s.oh; ++oy) {
+    for (int64_t ky = 0; ky < s.kh; ++ky) {
+      const int64_t fy = oy * s.stride + ky - s.top, iy = along(fy, s.h);
+      if (fy < 0 || iy >= s.h) continue;
+      for (int64_t ox = 0; ox < s.ow; ++ox) {
+        for (int64_t kx = 0; kx < s.kw; ++kx) {
+          const int64_t fx = ox * s.stride + kx - s.left, ix = along(fx, s.w);
+          if (fx >= 0 && ix < s.w) f(oy * s.ow + ox, ky * s.kw + kx, iy * s.w + ix);
+        }
+      }
+    }
+  }
+}
+
+// What ConvImage, GradImage and SpreadImage compute, by pairs of pixels: x [h, w, ci], y and g [oh, ow, co], w [kh, kw, ci, co].
+void ExactConv(const Shape& s, const float* x, const float* w, float* y) {
+  std::fill(y, y + s.oh * s.ow * s.co, 0.f);
+  Meetings(s, [&](int64_t out, int64_t tap, int64_t in) {
+    for (int64_t i = 0; i < s.ci; ++i)
+      for (int64_t o = 0; o < s.co; ++o) y[out * s.co + o] += x[in * s.ci + i] * w[(tap * s.ci + i) * s.co + o];
+  });
+}
+
+void ExactGrad(const Shape& s, const float* x, const float* g, float* dw) {
+  Meetings(s, [&](int64_t out, int64_t tap, int64_t in) {
+    for (int64_t i = 0; i < s.ci; ++i)
+      for (int64_t o = 0; o < s.co; ++o) dw[(tap * s.ci + i) * s.padded() + o] += x[in * s.ci + i] * g[out * s.co + o];
+  });
+}
+
+void ExactSpread(const Shape& s, const float* g, const float* w, float* dx) {
+  std::fill(dx, dx + s.h * s.w * s.ci, 0.f);
+  Meetings(s, [&](int64_t out, int64_t tap, int64_t in) {
+    for (int64_t i = 0; i < s.ci; ++i)
+      for (int64_t o = 0; o < s.co; ++o) dx[in * s.ci + i] += g[out * s.co + o] * w[(tap * s.ci + i) * s.co + o];
+  });
+}
+
 using Array = ffi::Buffer<ffi::F32, 4>;
 using Out = ffi::Result<Array>;
 
@@ -283,9 +339,11 @@ ffi::Error ConvHandler(ffi::ThreadPool pool, Array x, Array k, Out y, int64_t st
   if (stride > 1 && dilation > 1) return ffi::Error::InvalidArgument("convolution: stride and dilation exclude each other");
   std::vector<float> packed;
   const float* w = PadRows(k.typed_data(), s.kh * s.q(), s.co, s.padded(), packed);
-  const float* from = x.typed_data();
+  const float *from = x.typed_data(), *plain = k.typed_data();
   float* to = y->typed_data();
+  const bool finite = Finite(plain, s.kh * s.q() * s.co);
   compressx::Parallel(pool, xd[0], [=, &s](int64_t i) {
+    if (!finite) return ExactConv(s, from + i * s.h * s.w * s.ci, plain, to + i * s.oh * s.ow * s.co);
     thread_local std::vector<float> frame;
     ConvImage(s, Frame(s, from + i * s.h * s.w * s.ci, frame), w, to + i * s.oh * s.ow * s.co);
   });
@@ -302,17 +360,29 @@ ffi::Error GradHandler(ffi::ThreadPool pool, Array x, Array g, Out dk, int64_t s
   const int64_t parts = std::max<int64_t>(1, std::min({n, int64_t{16}, (int64_t{1} << 23) / std::max<int64_t>(1, size)}));
   std::vector<float> sums(parts * size, 0.f);
   const float *from = x.typed_data(), *cotangent = g.typed_data();
+  const int64_t pixels = s.oh * s.ow;
   float* partial = sums.data();
-  compressx::Parallel(pool, parts, [=, &s](int64_t part) {
-    thread_local std::vector<float> frame, padded;
-    for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) {
-      const float* image = Frame(s, from + i * s.h * s.w * s.ci, frame);
-      const float* gi = PadRows(cotangent + i * s.oh * s.ow * s.co, s.oh * s.ow, s.co, wide, padded);
-      GradImage(s, image, gi, partial + part * size);
+  const auto add = [&](bool exact) {
+    compressx::Parallel(pool, parts, [=, &s](int64_t part) {
+      thread_local std::vector<float> frame, padded;
+      float* sum = partial + part * size;
+      for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) {
+        const float *image = from + i * s.h * s.w * s.ci, *gi = cotangent + i * pixels * s.co;
+        if (exact) {
+          ExactGrad(s, image, gi, sum);
+        } else {
+          GradImage(s, Frame(s, image, frame), PadRows(gi, pixels, s.co, wide, padded), sum);
+        }
+      }
+    });
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
     }
-  });
-  for (int64_t part = 1; part < parts; ++part) {
-    for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
+  };
+  add(false);
+  if (!Finite(partial, size) && !Finite(cotangent, n * pixels * s.co)) {
+    std::fill(sums.begin(), sums.end(), 0.f);
+    add(true);
   }
   for (int64_t i = 0; i < rows; ++i) std::memcpy(dk->typed_data() + i * s.co, partial + i * wide, s.co * 4);
   return ffi::Error::Success();
@@ -333,19 +403,22 @@ ffi::Error SpreadHandler(ffi::ThreadPool pool, Array g, Array k, Out dx, int64_t
       for (int64_t c = 0; c < s.co; ++c) packed[(ky * s.co + c) * wide + q] = from[c];
     }
   }
-  const float *from = g.typed_data(), *w = packed.data();
+  const float *from = g.typed_data(), *w = packed.data(), *plain = k.typed_data();
   float* to = dx->typed_data();
   compressx::Parallel(pool, xd[0], [=, &s](int64_t i) {
     thread_local std::vector<float> frame;
     const int64_t fw = s.frame_w() * s.ci;
     frame.assign(s.frame_h() * fw + kLanes, 0.f);  // the last window's idle lanes
-    SpreadImage(s, from + i * s.oh * s.ow * s.co, w, frame.data());
+    const float* gi = from + i * s.oh * s.ow * s.co;
+    SpreadImage(s, gi, w, frame.data());
     const int64_t columns = std::min(s.w, s.frame_w() - s.left), rows = std::min(s.h, s.frame_h() - s.top);
     float* image = to + i * s.h * s.w * s.ci;
     if (rows < s.h || columns < s.w) std::memset(image, 0, s.h * s.w * s.ci * 4);
     for (int64_t y = 0; y < rows; ++y) {
       std::memcpy(image + y * s.w * s.ci, frame.data() + (s.top + y) * fw + s.left * s.ci, columns * s.ci * 4);
     }
+    // the idle lanes of a vector add zeros times g to the next pixels
+    if (!Finite(image, s.h * s.w * s.ci) && !Finite(gi, s.oh * s.ow * s.co)) ExactSpread(s, gi, plain, image);
   });
   return ffi::Error::Success();
 }

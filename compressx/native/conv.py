@@ -17,18 +17,18 @@ from compressx.native import build as compiled
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
-_SOURCE = Path(__file__).with_name("conv.cc")
+_TARGETS = {
+    "compressx_conv": "CompressxConv",
+    "compressx_conv_grad": "CompressxConvGrad",
+    "compressx_conv_spread": "CompressxConvSpread",
+}
+LIBRARY = compiled.Library(Path(__file__).with_name("conv.cc"), _TARGETS, compiled.FAST)
 
 
 @functools.cache
 def available() -> bool:
     """True if the kernel runs here; compiles it at the first call, which takes some seconds once per machine."""
-    targets = {
-        "compressx_conv": "CompressxConv",
-        "compressx_conv_grad": "CompressxConvGrad",
-        "compressx_conv_spread": "CompressxConvSpread",
-    }
-    return compiled.load(_SOURCE, targets, compiled.FAST) is not None
+    return compiled.load(LIBRARY) is not None
 
 
 def enabled() -> bool:

@@ -14,18 +14,18 @@ import numpy as np
 from compressx.native import build as compiled
 from compressx.native.conv import Pads
 
-_SOURCE = Path(__file__).with_name("depthwise.cc")
+_TARGETS = {
+    "compressx_depthwise": "CompressxDepthwise",
+    "compressx_depthwise_input_grad": "CompressxDepthwiseInputGrad",
+    "compressx_depthwise_kernel_grad": "CompressxDepthwiseKernelGrad",
+}
+LIBRARY = compiled.Library(Path(__file__).with_name("depthwise.cc"), _TARGETS, compiled.FAST)
 
 
 @functools.cache
 def available() -> bool:
     """True if the kernel runs here; compiles it at the first call."""
-    targets = {
-        "compressx_depthwise": "CompressxDepthwise",
-        "compressx_depthwise_input_grad": "CompressxDepthwiseInputGrad",
-        "compressx_depthwise_kernel_grad": "CompressxDepthwiseKernelGrad",
-    }
-    return compiled.load(_SOURCE, targets, compiled.FAST) is not None
+    return compiled.load(LIBRARY) is not None
 
 
 def enabled() -> bool:

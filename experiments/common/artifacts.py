@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from compressx import formats
-from compressx._harden import count_violations
+from compressx._harden import outside
 from compressx.rules import Rules, resolve
 from compressx.tree import paths
 from experiments.common.report import html, metrics, run
@@ -80,8 +80,7 @@ def read(path: Path) -> Stored:
     trained = [row for row in layers if row.path.startswith("params/")]
     violations = None
     if bound:
-        counts = jax.device_get(count_violations(saved.params, saved.rules, saved.structures))
-        violations = sum(int(n) for n in counts.values())
+        violations = sum(outside(saved.params, saved.rules, saved.structures).values())
     return Stored(
         saved=saved,
         layers=layers,

@@ -34,7 +34,7 @@ def under_address_sanitizer(tmp_path):
             "LD_PRELOAD": ":".join(preload),
             "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
             "COMPRESSX_NATIVE_FLAGS": "-fsanitize=address -g1",
-            "XDG_CACHE_HOME": str(tmp_path),
+            "COMPRESSX_CACHE": str(tmp_path),
         }
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)

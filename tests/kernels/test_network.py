@@ -172,13 +172,13 @@ def test_tuned_plans_compute_the_same_and_are_kept(tmp_path, monkeypatch):
             x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="a")(x))
             return nn.relu(nn.Conv(8, (1, 1), strides=2, name="c")(nn.Conv(8, (3, 3), name="b")(x)))
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COMPRESSX_CACHE", str(tmp_path))
     model, x = Net(), np.random.default_rng(5).standard_normal((1, 13, 10, 4), dtype=np.float32)
     variables = sparse_variables(model, x)
     f = kernels.compile(model, variables, tune=True, threads=1)
     close(f(x), jax.jit(lambda v, x: model.apply(v, x))(variables, x))
     plans = [r.plan for r in f.layers(x)]
-    held = json.loads((tmp_path / "compressx" / "tuning.json").read_text())
+    held = json.loads((tmp_path / "tuning" / "plans.json").read_text())
     assert len(plans) == 3 and all(list(plan) in held.values() for plan in plans)
 
 

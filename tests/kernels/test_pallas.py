@@ -52,6 +52,16 @@ def test_block_sparse_conv(name, backend):
         np.testing.assert_allclose(y, kernels.reference(x, w, geometry), atol=2e-5)
 
 
+def test_without_triton_a_gpu_is_refused_by_name_and_layers_stay_with_xla(monkeypatch):
+    monkeypatch.setattr(pallas, "triton", None)
+    w, geometry = np.ones((3, 3, 16, 16), np.float32), GEOMETRIES["3x3"]
+    reason = pallas.supports(w.shape, geometry, (1, 8, 8, 16), "gpu")
+    assert isinstance(reason, str)
+    assert reason.startswith(f"jax {jax.__version__} has no jax.experimental.pallas.triton")
+    assert pallas.prepared(w, geometry, (1, 8, 8, 16)) == reason  # what a dispatcher reads: XLA runs the layer
+    assert pallas.supports((3, 3, 128, 128), geometry, (1, 8, 8, 128), "tpu") is True
+
+
 def test_only_live_blocks_are_stored():
     w = block_sparse(np.random.default_rng(2), (3, 3, 16, 8), (4, 8), 0.3)
     live = w.reshape(9, 4, 4, 8).any(axis=(2, 3)).sum()

@@ -1,5 +1,8 @@
 """The tuner: its candidates all compute the same, its choices are stable, its cache survives anything."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 
@@ -44,16 +47,24 @@ def test_search_is_seeded_and_counts_its_evaluations(layer):
 
 def test_cache_keeps_plans_and_ignores_what_it_cannot_read(layer, tmp_path, monkeypatch):
     _, s, g = layer
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    file = tmp_path / "compressx" / "tuning.json"
+    monkeypatch.setenv("COMPRESSX_CACHE", str(tmp_path))
+    file = tmp_path / "tuning" / "plans.json"
     plan = tuning.tuned(s, GEOMETRY, g, budget=3)
     monkeypatch.setattr(tuning, "search", None)
     assert tuning.tuned(s, GEOMETRY, g, budget=3) == plan
     monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COMPRESSX_CACHE", str(tmp_path))
     for text in ("", "[1]", "{", file.read_text().replace(plan.order, "else")):
         file.write_text(text)
         assert tuning.tuned(s, GEOMETRY, g, budget=3) in plans.candidates(s, GEOMETRY, g)
+    file.unlink()
+    file.mkdir()
+    (file.parent / ".unfinished-of-a-killed-process").mkdir()
+    os.utime(file.parent / ".unfinished-of-a-killed-process", (0, 0))
+    plan = tuning.tuned(s, GEOMETRY, g, budget=3)
+    assert list(plan) in json.loads(file.read_text()).values() and list(file.parent.iterdir()) == [file]
+    monkeypatch.setenv("COMPRESSX_CACHE", str(file))  # cannot be a folder
+    assert tuning.tuned(s, GEOMETRY, g, budget=3) in plans.candidates(s, GEOMETRY, g)
 
 
 def test_counted_work():

@@ -62,7 +62,7 @@ def load(name: str, split: str, data_dir: str | os.PathLike[str] | None = None, 
     """Loads one split of a data set into memory.
 
     The files are looked for in `data_dir`, in `$COMPRESSX_DATA`, and last tfds downloads them where it can. What was
-    decoded is kept in `$COMPRESSX_CACHE` (`~/.cache/compressx`) under a checksum of the files.
+    decoded is kept in the cache folder (see `compressx.cache`) under a checksum of the files.
 
     Args:
       name: a key of `DATASETS`.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from compressx.cache import UNFINISHED, cache_folder
 from experiments.common.data.dataset import Arrays, Info
 
 GUIDE = "docs/data.md"
-UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being made
 
 
 class DataNotFoundError(FileNotFoundError):
@@ -72,8 +72,8 @@ class Source:
 
 
 def cache_dir() -> Path:
-    """Returns the folder for prepared data and downloads: `$COMPRESSX_CACHE`, or `~/.cache/compressx`."""
-    return Path(os.environ.get("COMPRESSX_CACHE") or "~/.cache/compressx").expanduser() / "data"
+    """Returns the folder for prepared data and downloads, `data` in the cache folder; see `compressx.cache`."""
+    return cache_folder("data")
 
 
 def search_places(data_dir: str | os.PathLike[str] | None = None) -> list[Path]:

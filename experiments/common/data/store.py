@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from compressx.cache import UNFINISHED
 from experiments.common.data.dataset import Arrays
-from experiments.common.data.source import UNFINISHED, Blob, DataFileError, Source, cache_dir
+from experiments.common.data.source import Blob, DataFileError, Source, cache_dir
 
 _FORMAT = 1  # raised when the layout of the cache changes
 _BLOCK_BYTES = 1 << 20
