@@ -1,4 +1,4 @@
-"""Says of every data set whether it is here, and how to get it: `python -m experiments.common.data [--data_dir=DIR]`."""
+"""Says of each data set whether it is here, and how to get it: `python -m experiments.common.data [--data_dir=DIR]`."""
 
 import argparse
 import os
