@@ -10,16 +10,18 @@ others give `kernel` and `entries`, and a library from `library.select_library`,
 are ranked by what their pattern keeps. Written the other way round, they would be ranked by their whole energy.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from compressx import views
 from compressx.constraints import library as lib
-from compressx.constraints.base import Constraint, check_density, count, tree_where
+from compressx.constraints.base import Constraint, check_density, count, first_that_holds, tree_where
+from compressx.constraints.floats import nonzero
 from compressx.constraints.select import top_k_mask
 
 Aligned = str | int | None
@@ -221,6 +223,21 @@ def _rank(e: Array) -> Array:
     return jnp.argsort(order).astype(jnp.int32)
 
 
+def _alike(x: Array, size: int) -> Array:
+    """Places that bring filters with the same zeros together: int32 [cout], for kernels `[cin, cout, taps]`.
+
+    A group of hardened filters has its zeros in common. Zeros that more filters have than whole groups come last, as
+    the short group does.
+    """
+    support = nonzero(x).astype(jnp.float32)
+    number = x.shape[0] * x.shape[2]
+    both = jnp.einsum("iat,ibt->ab", 2 * support - 1, 2 * support - 1, precision=lax.Precision.HIGHEST)
+    kind = jnp.argmax(both == number, axis=1)  # the first filter with the same zeros
+    count = jnp.sum(kind[:, None] == kind[None], axis=1, dtype=jnp.int32)
+    order = jnp.argsort(jnp.where(count % size > 0, x.shape[1], 0) + kind, stable=True)
+    return jnp.argsort(order).astype(jnp.int32)
+
+
 def _gather(e: Array, aligned: Aligned, rank: Array | None) -> Array:
     """Energies `[cin, cout, taps]` summed over the kernels that share their fate: `[cin, units, taps]`."""
     if aligned is None:
@@ -284,15 +301,38 @@ def _kernel_set(spec: dict[str, Any], connections: Connections | None) -> Constr
 
     def init(w: Any) -> Patterns:
         grouped = isinstance(aligned, int)
-        rank = tuple(_rank(lib.energy(_VIEW.to(x))) for x in leaves(w)) if grouped else ()
-        e = energies(w, rank)
-        if not len(candidates):
-            return Patterns((), (), rank)
-        masks, live = jnp.asarray(candidates), jnp.ones(len(candidates), bool)
-        if chosen:
-            order = jnp.argsort(-lib.use(e, masks, live), stable=True)[:k]
-            masks, live = masks[order], live[order]
-        return Patterns(masks, live, rank)
+        each = [_VIEW.to(x) for x in leaves(w)]
+
+        def choose(rank: Callable[[Array], Array], first: Callable[..., Array]) -> Patterns:
+            ranks = tuple(map(rank, each)) if grouped else ()
+            e = energies(w, ranks)
+            if not len(candidates):
+                return Patterns((), (), ranks)
+            masks, live = jnp.asarray(candidates), jnp.ones(len(candidates), bool)
+            if chosen:
+                order = first(e, masks, live)
+                masks, live = masks[order], live[order]
+            return Patterns(masks, live, ranks)
+
+        def used(e: list[Array], masks: Array, live: Array) -> Array:
+            return jnp.argsort(-lib.use(e, masks, live), stable=True)[:k]
+
+        def covering(e: list[Array], masks: Array, live: Array) -> Array:
+            order = jnp.argsort(-lib.use(e, masks, live), stable=True)
+            return order[lib.cover(e, masks[order], k or 0)]
+
+        choice = choose(lambda x: _rank(lib.energy(x)), used)
+        if not (grouped or chosen):
+            return choice
+        # may these be hardened weights? dense ones have kernels with more taps than a pattern, and none without
+        taps = [jnp.sum(nonzero(x), axis=-1, dtype=jnp.int32) for x in each]
+        thin = [jnp.all(n <= entries) if patterned else jnp.any(n == 0) for n in taps]
+        hardened = functools.reduce(jnp.logical_and, thin)
+
+        def again() -> Patterns:
+            return lax.cond(hardened, lambda: choose(lambda x: _alike(x, aligned), covering), lambda: choice)
+
+        return first_that_holds(project, w, choice, again)
 
     def refresh(w: Any, s: Patterns) -> Patterns:
         if following is None:
@@ -317,10 +357,13 @@ def _kernel_set(spec: dict[str, Any], connections: Connections | None) -> Constr
             out.append(_VIEW.back(mask, x.shape))
         return like(w, out)
 
+    def project(w: Any, s: Patterns) -> Any:
+        return tree_where(masks_of(w, s, connections), w)
+
     return Constraint(
         spec=spec,
         init=init,
-        project=lambda w, s: tree_where(masks_of(w, s, connections), w),
+        project=project,
         refresh=refresh,
         freeze=lambda w, s: masks_of(w, s, None),
         retract=lambda w, piece: tree_where(piece, w),

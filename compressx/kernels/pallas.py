@@ -29,7 +29,7 @@ from compressx.kernels.schedule import Geometry
 try:  # jax 0.12 deprecates it; the rest of the package does without
     from jax.experimental.pallas import triton
 except ImportError:
-    triton = None
+    triton = None  # type: ignore[assignment]
 
 BACKENDS = ("gpu", "tpu")  # as `jax.default_backend` names them
 _SIZES = {"gpu": (64, 32, 16), "tpu": (128,)}  # of blocks: powers of two that a dot takes; whole vectors

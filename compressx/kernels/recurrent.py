@@ -275,10 +275,15 @@ def _xla_jvp(cell: str, primals: Any, tangents: Any) -> Any:
     return _checked(cell, out, *primals), change
 
 
-def _checked(cell: str, out: tuple[Array, Array], *args: Array) -> tuple[Array, Array]:
+def _checked(
+    cell: str, out: tuple[Array, Array], x: Array, u: Array, h: Array, c: Array, bias: Array
+) -> tuple[Array, Array]:
     """`out` of `dense` where the states are finite; else from the weights that are not zero."""
     times = functools.partial(exact.without_zeros, jnp.matmul)
-    return lax.cond(exact.finite(out[0]), lambda: out, lambda: dense(cell, *args, times=times))
+    found: tuple[Array, Array] = lax.cond(
+        exact.finite(out[0]), lambda: out, lambda: dense(cell, x, u, h, c, bias, times)
+    )
+    return found
 
 
 def dense(

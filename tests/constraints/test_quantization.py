@@ -288,6 +288,13 @@ def test_activation_gradient_is_straight_through_and_stops_at_the_clip() -> None
     np.testing.assert_array_equal(per_channel, [0, 0, 0, 3, 3])
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_activations_keep_nan_and_clip_infinities(signed: bool) -> None:
+    x = jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, -0.0, 0.9])
+    y = jax.jit(lambda x: quantize_activations(x, 2, 0.25, signed))(x)
+    np.testing.assert_array_equal(y, [np.nan, 0.25, -0.25, 0, 0.25] if signed else [np.nan, 0.75, 0, 0, 0.75])
+
+
 def test_bad_activation_bits_are_named() -> None:
     with pytest.raises(ValueError, match=r"2\.\.16 for signed=True"):
         quantize_activations(jnp.ones(2), 1, 1.0, signed=True)

@@ -60,6 +60,22 @@ def _quantized(case):
         return Net().apply(grid, x)
 
 
+def test_a_broken_input_is_seen(case):
+    """As in the quantized network; NaN in one pixel, and infinities at the end of the converter's range."""
+    grid, x, scale, scales, _ = case
+    run = jax.jit(layers.simulate(Net().apply, _deployed(case, IDEAL)))
+    assert np.isnan(run(grid, x.at[1, 2, 3, 0].set(jnp.nan))).all(axis=1).tolist() == [False, True, False]
+    top = 63 * scales["Conv_0"]
+    np.testing.assert_array_equal(run(grid, x.at[1, 2, 3, 0].set(jnp.inf)), run(grid, x.at[1, 2, 3, 0].set(top)))
+    layer, kernel = _deployed(case, IDEAL)["Conv_0"], grid["params"]["Conv_0"]["kernel"]
+    plain = nn.Conv(4, (3, 2), (2, 1), padding=((1, 0), (1, 1)), use_bias=False)
+    conv = jax.jit(lambda x: layers.conv(x, layer, (3, 2), (2, 1), ((1, 0), (1, 1))))
+    dense = jax.jit(lambda x: plain.apply({"params": {"kernel": kernel}}, x))
+    for at in np.ndindex(1, *x.shape[1:3], 1):
+        broken = x.at[at].set(jnp.nan)
+        np.testing.assert_array_equal(jnp.isnan(conv(broken)), jnp.isnan(dense(broken)))
+
+
 def test_an_ideal_engine_is_the_quantized_network(case):
     grid, x, *_ = case
     got = layers.simulate(Net().apply, _deployed(case, IDEAL))(grid, x)

@@ -44,6 +44,15 @@ def test_engine(a, b, k, x_signed, w_signed, rng):
     np.testing.assert_array_equal(np.asarray(got), x @ w)
 
 
+def test_a_broken_input_makes_its_row_nan(rng):
+    x, w = _draw(rng, (3, 5), 4, True).astype(np.float32), _draw(rng, (5, 2), 4, True)
+    planes = sot_mram.Planes(jnp.asarray(w, jnp.int32), sot_mram.Operands(4, 4, True, True))
+    x[1, 2], x[2, 0] = np.nan, np.inf
+    got = np.asarray(planes.matmul(jnp.asarray(x)))
+    np.testing.assert_array_equal(got[0], x[0] @ w)
+    assert np.isnan(got[1:]).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("a", range(1, 9))
 @pytest.mark.parametrize("b", range(1, 9))

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,7 +151,8 @@ def check_convolution(seed):
         with contextlib.suppress(ValueError):  # more patterns than the format holds
             held = formats.pack(w, format="fkw")
     with instruction_set(rng):
-        convs = [kernels.prepare(held, shape, plan=plan_for(rng, w, geometry, shape), path=p, **options) for p in paths()]
+        plan = plan_for(rng, w, geometry, shape)
+        convs = [kernels.prepare(held, shape, plan=plan, path=p, **options) for p in paths()]
         for _ in range(4):
             x = spoiled(rng, rng.standard_normal(shape), 0.8)
             x[rng.random(shape) < 0.2] = rng.choice([0.0, -0.0])
@@ -263,6 +265,29 @@ def check_network(seed):
 @given(seeds)
 def test_networks_spread_what_their_terms_have(seed):
     check_network(seed)
+
+
+class Largest(nn.Module):
+    """Windows over the image itself."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.max_pool(nn.max_pool(x, (2, 3), (1, 2)), (1, 2))
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_pools_keep_nan_infinities_and_the_signs_of_zeros(isa, monkeypatch):
+    monkeypatch.delenv("COMPRESSX_ISA", raising=False)
+    if not native.available() or native.ISAS.index(isa) > native.ISAS.index(native.isa()):
+        pytest.skip(f"no native kernels, or this processor lacks {isa}")
+    monkeypatch.setenv("COMPRESSX_ISA", isa)
+    rng, f = np.random.default_rng(0), kernels.compile(Largest(), {})
+    for _ in range(20):
+        x = rng.choice(np.array([np.nan, np.inf, -np.inf, 0, -0.0, -0.0, -0.0, -1], np.float32), (2, 7, 9, 3))
+        got, expected = np.asarray(f(x)), np.asarray(Largest().apply({}, x))
+        np.testing.assert_array_equal(got, expected)
+        number = ~np.isnan(expected)
+        np.testing.assert_array_equal(np.signbit(got)[number], np.signbit(expected)[number])
 
 
 def matrix(rng, inputs, outputs):

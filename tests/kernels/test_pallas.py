@@ -76,12 +76,18 @@ def test_blocks_must_divide():
 
 
 # Lowering needs no device: it makes the Triton or Mosaic program that a device's compiler would be given.
-LOWERED = {"gpu": ("cuda", "__gpu$xla.gpu.triton"), "tpu": ("tpu", "tpu_custom_call")}
+LOWERED = {
+    "gpu": ("cuda", "__gpu$xla.gpu.triton", "NVIDIA H100 80GB HBM3"),
+    "tpu": ("tpu", "tpu_custom_call", "TPU v5 lite"),
+}
 
 
 def lower(f, backend, *args):
-    platform, call = LOWERED[backend]
-    text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    platform, call, kind = LOWERED[backend]
+    device = jax.sharding.AbstractDevice(kind, num_cores=1, platform=backend)  # newer releases want to know which
+    mesh = jax.sharding.AbstractMesh((1,), ("all",), (jax.sharding.AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
     assert re.findall(r"custom_call @([\w.$]+)", text) == [call]
 
 

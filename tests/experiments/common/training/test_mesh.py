@@ -17,12 +17,14 @@ from experiments.common.report.metrics import read_metrics
 from experiments.common.training import Fit, Plan, mesh
 from experiments.common.training.config import Admm, Stage
 
-# Sums over a batch are taken in another order on two devices; after 24 steps of Adam the weights agree to this.
-TOLERANCE = 2e-4
+# Sums over a batch are taken in another order on two devices. Over instruction sets from SSE4.2 to AVX2, both levels of
+# optimization and two releases of XLA, figures differed by up to 2e-7.
+TOLERANCE = 2e-5
 
 
 def _plan(tiny) -> Plan:
-    return Plan(Fit(epochs=2, lr=1e-3), (Stage(tiny.rules(100, 20), Admm(epochs=1, every=3), Fit(epochs=1, lr=1e-3)),))
+    stage = Stage(tiny.rules(100, 20), Admm(epochs=2, lr=1e-2, every=2), Fit(epochs=1, lr=1e-2))
+    return Plan(Fit(epochs=2, lr=1e-2), (stage,))
 
 
 def test_reads_its_text() -> None:
@@ -75,7 +77,7 @@ def test_processes_need_numbers_that_make_sense(args) -> None:
 def single(tiny, tmp_path_factory):
     """The records of the run on one device."""
     folder = tmp_path_factory.mktemp("single")
-    return tiny.run(folder, plan=_plan(tiny)), _records(folder)
+    return tiny.run(folder, plan=_plan(tiny), make=tiny.few_steps), _records(folder)
 
 
 def _records(folder):
@@ -89,7 +91,7 @@ def _compare(records, want) -> None:
 
 @pytest.mark.parametrize("text", ["data=2", "model=2"])
 def test_two_devices_end_where_one_does(tiny, single, tmp_path, text) -> None:
-    outcome = tiny.run(tmp_path, plan=_plan(tiny), placement=mesh.make(text))
+    outcome = tiny.run(tmp_path, plan=_plan(tiny), make=tiny.few_steps, placement=mesh.make(text))
     _compare(_records(tmp_path), single[1])
     for name, figures in outcome.results.items():
         assert figures["end"]["test_loss"] == pytest.approx(single[0].results[name]["end"]["test_loss"], rel=TOLERANCE)
@@ -123,9 +125,10 @@ mesh.start_processes("localhost:" + port, 2, number)
 import json
 import tiny_run
 from experiments.common.training import Admm, Fit, Plan, Stage
-plan = Plan(Fit(epochs=2, lr=1e-3), (Stage(tiny_run.rules(100, 20), Admm(epochs=1, every=3), Fit(epochs=1, lr=1e-3)),))
-out = tiny_run.run({str(tmp_path / "run")!r}, plan=plan, placement=mesh.make("data=2"))
-again = tiny_run.run({str(tmp_path / "run")!r}, plan=plan, placement=mesh.make("data=2"))
+stage = Stage(tiny_run.rules(100, 20), Admm(epochs=2, lr=1e-2, every=2), Fit(epochs=1, lr=1e-2))
+told = dict(plan=Plan(Fit(epochs=2, lr=1e-2), (stage,)), make=tiny_run.few_steps, placement=mesh.make("data=2"))
+out = tiny_run.run({str(tmp_path / "run")!r}, **told)
+again = tiny_run.run({str(tmp_path / "run")!r}, **told)
 assert again.results == out.results
 print(json.dumps(out.results))
 """

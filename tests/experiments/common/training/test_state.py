@@ -60,14 +60,14 @@ def test_steps_are_those_of_a_loop_by_hand(problem) -> None:
 def test_the_scan_and_the_loop_do_the_same(problem, monkeypatch) -> None:
     params, data = problem
     task = classification(_apply, lambda x: x, lambda key, x: x + 0.1 * jax.random.normal(key, x.shape))
-    tx = optax.adam(1e-2)
+    tx = optax.sgd(0.1, momentum=0.9)  # two compilations: Adam would make steps of what rounding left of a gradient
     order = jnp.arange(20, dtype=jnp.int32).reshape(4, 5)
     step = make_step(task, tx, Fit())
     loop = make_runner(step)(_start(_own(params), tx), data, order, None, 6)
     monkeypatch.setattr(states.jax, "default_backend", lambda: "gpu")
     scan = make_runner(step)(_start(_own(params), tx), data, order, None, 6)
     for a, b in zip(jax.tree.leaves(loop.params), jax.tree.leaves(scan.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+        np.testing.assert_allclose(a, b, atol=2e-5)
     assert int(scan.step) == 6
 
 
