@@ -1,6 +1,6 @@
 """Hardening: the weights are projected once onto their sets, and the result is checked against every one of them."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -116,12 +116,17 @@ def prove(params: Any, rules: Rules, structure: dict[str, Any], chosen: bool) ->
     raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}\n{advice}")
 
 
+def in_their_precision(tree: Any) -> AbstractContextManager[Any]:
+    """A context in which the arrays of a tree are computed with as they are: no float64 is cut to float32."""
+    cut = any(x.dtype == np.float64 for x in jax.tree.leaves(tree)) and not jax.config.jax_enable_x64
+    return jax.enable_x64(True) if cut else nullcontext()
+
+
 def outside(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, int]:
-    """`count_violations` of concrete arrays, compiled, of the numbers as they are: no float64 is cut to float32."""
+    """`count_violations` of concrete arrays, compiled, of the numbers as they are."""
     bound, leaves = resolve(rules, params), jax.tree.leaves(params)
     held = {b.name: b.take(leaves) for b in bound}
-    cut = any(x.dtype == np.float64 for x in jax.tree.leaves(held)) and not jax.config.jax_enable_x64
-    with jax.enable_x64(True) if cut else nullcontext():
+    with in_their_precision(held):
         count = jax.jit(lambda w, s: {b.name: violations(b.constraint, w[b.name], s[b.name]) for b in bound})
         counts = jax.device_get(count(held, {b.name: structure[b.name] for b in bound}))
     return {name: int(n) for name, n in counts.items()}

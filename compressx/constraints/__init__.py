@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compressx.constraints.base import LEVEL as LEVEL
+from compressx.constraints.base import MAX_SETS as MAX_SETS
 from compressx.constraints.base import SIGN as SIGN
 from compressx.constraints.base import SUPPORT as SUPPORT
 from compressx.constraints.base import TIE as TIE
@@ -26,6 +27,7 @@ from compressx.constraints.quantization import quantize_activations as quantize_
 from compressx.constraints.select import top_k_mask as top_k_mask
 from compressx.constraints.select import top_k_masks as top_k_masks
 from compressx.constraints.sparsity import block, channels, columns, filters, filters_and_columns, n_of_m, unstructured
+from compressx.constraints.spec import brief, check_types
 from compressx.constraints.unification import prune_blocks, unify, unify_and_prune
 
 # name in a spec -> factory
@@ -67,15 +69,19 @@ def from_spec(spec: Mapping[str, Any]) -> Constraint:
     kind = spec.get("kind")
     if kind == "all":
         parts = spec.get("parts")
-        if not isinstance(parts, list) or not parts:
-            raise ValueError(f"an intersection needs a list of parts, got {parts!r}")
+        if not isinstance(parts, list) or not 1 <= len(parts) <= MAX_SETS:
+            raise ValueError(f"an intersection needs a list of 1 to {MAX_SETS} parts, got {brief(parts)}")
+        if not all(isinstance(p, Mapping) and p.get("kind") != "all" for p in parts):
+            raise ValueError(f"the parts of an intersection must be single sets, got {brief(parts)}")
         return intersection(*(from_spec(p) for p in parts))
-    if kind not in KINDS:
-        raise ValueError(f"unknown constraint {kind!r}; known: {', '.join(sorted(KINDS))}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"unknown constraint {brief(kind)}; known: {', '.join(sorted(KINDS))}")
+    arguments = {k: v for k, v in spec.items() if k != "kind"}
+    check_types(kind, KINDS[kind], arguments)
     try:
-        return KINDS[kind](**{k: v for k, v in spec.items() if k != "kind"})
+        return KINDS[kind](**arguments)
     except TypeError as error:
-        raise ValueError(f"constraint {kind!r} cannot be built from {dict(spec)!r}: {error}") from None
+        raise ValueError(f"constraint {kind!r} cannot be built from {brief(dict(spec))}: {error}") from None
 
 
 __all__ = [

@@ -20,6 +20,7 @@ from compressx.constraints.floats import differ, nonzero
 # so one pass in this order ends inside all of them.
 SUPPORT, SIGN, TIE, LEVEL = range(4)
 _STAGES = ("support", "sign", "tied magnitudes", "levels")
+MAX_SETS = 32  # of an intersection; a set of each family is fewer
 
 
 class Constraint(NamedTuple):
@@ -133,9 +134,11 @@ def intersection(*constraints: Constraint) -> Constraint:
     on each of them, with a structure (a scale, signs) for each: `unstructured(0.1, scope="global") & quantize(4)`.
 
     Raises:
-      ValueError: two sets both fix the signs, ties or levels, or one refuses the other.
+      ValueError: two sets both fix the signs, ties or levels, one refuses the other, or there are too many.
     """
     parts = sorted((p for c in constraints for p in c.sets), key=lambda p: p.stage)
+    if len(parts) > MAX_SETS:
+        raise ValueError(f"an intersection of {len(parts)} sets; at most {MAX_SETS} can be intersected")
     for stage in (SIGN, TIE, LEVEL):
         clash = [str(p) for p in parts if p.stage == stage]
         if len(clash) > 1:

@@ -1,6 +1,7 @@
 """Filters that must be pruned together: one mask over all the weights that make the same channels."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,24 +50,28 @@ def coupled_filters(
     if column_density is not None:
         check_density(column_density, "column_density")
     plain = [(int(axis), [[int(first), int(n)] for first, n in runs]) for axis, runs in members]
-    index = [expand(runs) for _, runs in plain]
-    size = 1 + max((int(i.max(initial=-1)) for i in index), default=-1)
-    missing = sorted(set(range(size)) - {int(u) for i in index for u in i})
+    lengths = [indices(runs) for _, runs in plain]
+    size, missing = units_of([run for _, runs in plain for run in runs])
     if not size or missing:
         raise ValueError(f"members must have every unit 0..{size - 1}; missing are {missing or 'all'}")
     k = count(density, size, keep, "units")
 
+    @cache
+    def index() -> list[np.ndarray]:
+        """The unit of each index of each member; made when `check` has found runs as long as the leaves, not before."""
+        return [expand(runs) for _, runs in plain]
+
     def check(leaves: tuple[Array, ...]) -> None:
         if len(leaves) != len(plain):
             raise ValueError(f"the group has {len(plain)} members and the rule takes {len(leaves)} leaves")
-        for w, (axis, _), units in zip(leaves, plain, index, strict=True):
-            if not 0 <= axis < w.ndim or w.shape[axis] != units.size:
-                raise ValueError(f"a member of {units.size} channels on axis {axis} does not fit shape {w.shape}")
+        for w, (axis, _), n in zip(leaves, plain, lengths, strict=True):
+            if not 0 <= axis < w.ndim or w.shape[axis] != n:
+                raise ValueError(f"a member of {n} channels on axis {axis} does not fit shape {w.shape}")
 
     def spread(chosen: Array, leaves: tuple[Array, ...]) -> tuple[Array, ...]:
         """The mask of each leaf from the units that stay."""
         masks = []
-        for w, (axis, _), units in zip(leaves, plain, index, strict=True):
+        for w, (axis, _), units in zip(leaves, plain, index(), strict=True):
             along = jnp.where(units < 0, True, chosen[np.maximum(units, 0)])
             masks.append(jnp.broadcast_to(jnp.expand_dims(along, [a for a in range(w.ndim) if a != axis]), w.shape))
         return tuple(masks)
@@ -74,7 +79,7 @@ def coupled_filters(
     def energy(leaves: tuple[Array, ...]) -> Array:
         check(leaves)
         total = jnp.zeros(size + 1, jnp.float32)  # the last one collects what is outside the group
-        for each, (axis, _), units in zip(energies(leaves), plain, index, strict=True):
+        for each, (axis, _), units in zip(energies(leaves), plain, index(), strict=True):
             e = jnp.sum(each, tuple(a for a in range(each.ndim) if a != axis)).astype(jnp.float32)
             total = total + ops.segment_sum(e, np.where(units < 0, size, units), size + 1)
         return total[:size]
@@ -115,6 +120,24 @@ def runs(units: np.ndarray) -> list[list[int]]:
         else:
             out.append([max(u, -1), 1])
     return out
+
+
+def indices(given: Sequence[Run]) -> int:
+    """How many indices runs cover; ValueError for a run that is none."""
+    for run in given:
+        if len(run) != 2 or run[0] < -1 or run[1] < 1:
+            raise ValueError(f"a run must be (first unit or -1, length of 1 or more), got {list(run)}")
+    return sum(n for _, n in given)
+
+
+def units_of(given: Sequence[Run]) -> tuple[int, str]:
+    """One more than the last unit of runs, and the first units below it that no run has, in words ("" for none)."""
+    end = 0
+    for first, n in sorted((first, n) for first, n in given if first >= 0):
+        if first > end:
+            return max(f + m for f, m in given), f"[{end}]" if first == end + 1 else f"{end}..{first - 1}"
+        end = max(end, first + n)
+    return end, ""
 
 
 def expand(given: Sequence[Run]) -> np.ndarray:

@@ -68,8 +68,11 @@ def enumerate_masks(entries: int = 4, kernel: tuple[int, int] = (3, 3), natural:
             f"{kernel[0]}x{kernel[1]} kernels have {total} patterns of {entries} taps, too many to try each; choose a "
             'library with select_library(...) and give it as a list, or use library="free"'
         )
-    sets = [s for s in itertools.combinations(range(taps), entries) if not natural or taps // 2 in s]
-    return to_masks(sets, entries, kernel)
+    others = [t for t in range(taps) if not (natural and t == taps // 2)]
+    masks = np.zeros((total, taps), bool)
+    masks[:, taps // 2] = natural
+    masks[np.arange(total)[:, None], np.array(list(itertools.combinations(others, entries - natural)), int)] = True
+    return masks
 
 
 def check_kernel(entries: int, kernel: tuple[int, int], natural: bool = False) -> int:

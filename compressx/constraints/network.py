@@ -1,6 +1,7 @@
 """A whole network's convolutions at once: which channels exist, and which positions of each kernel are used."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ import numpy as np
 from jax import Array, ops
 
 from compressx.constraints.base import Constraint, support
-from compressx.constraints.coupled import expand
+from compressx.constraints.coupled import expand, indices
 from compressx.constraints.floats import nonzero
 from compressx.constraints.select import energies, squares, top_k_mask
+from compressx.constraints.spec import brief, fits
 
 _NUMBERS = ("makes", "reads", "columns")
 SELECTIONS = ("energy", "random")
+GROUPS_A_MEMBER = 16  # each group is ranked apart
 
 
 def network_structure(
@@ -61,23 +64,37 @@ def network_structure(
             raise ValueError(f"group [{first}, {size}, {keep}] must start at {edge} and keep 1..{size} channels")
         edge += size
     total = edge
-    units = [{k: None if m[k] is None else expand(m[f"{k}_units"]) for k in ("makes", "reads")} for m in plain]
-    if any(u is not None and u.size and u.max() >= total for each in units for u in each.values()):
+    given = [[m[f"{k}_units"] for k in ("makes", "reads") if m[k] is not None] for m in plain]
+    lengths = [{k: None if m[k] is None else indices(m[f"{k}_units"]) for k in ("makes", "reads")} for m in plain]
+    if any(first + n > total for each in given for runs in each for first, n in runs if first >= 0):
         raise ValueError(f"a member names a channel beyond the {total} of the groups")
+    pairs = list(zip(plain, lengths, strict=True))
+    if total > sum(n or 0 for each in lengths for n in each.values()) or len(ends) > GROUPS_A_MEMBER * len(plain):
+        raise ValueError(f"{len(ends)} groups of {total} channels are more than {len(plain)} members can make and read")
 
     def check(leaves: tuple[Array, ...]) -> None:
         if len(leaves) != len(plain):
             raise ValueError(f"the structure has {len(plain)} members and the rule takes {len(leaves)} leaves")
-        for w, m, each in zip(leaves, plain, units, strict=True):
-            for role, ids in each.items():
-                if ids is not None and (m[role] >= w.ndim or w.shape[m[role]] != ids.size):
-                    raise ValueError(f"a member that {role} {ids.size} channels on axis {m[role]} is not {w.shape}")
+        for w, m, each in zip(leaves, plain, lengths, strict=True):
+            for role, n in each.items():
+                if n is not None and (not 0 <= m[role] < w.ndim or w.shape[m[role]] != n):
+                    raise ValueError(f"a member that {role} {n} channels on axis {m[role]} is not {w.shape}")
             if m["columns"] is not None and not 1 <= m["columns"] <= w.size // w.shape[-1]:
                 raise ValueError(f"columns={m['columns']} is impossible for shape {w.shape}")
 
+    # What has the size of runs is made when `check` has found them as long as the leaves, not before.
+    @cache
+    def units() -> list[dict[str, np.ndarray | None]]:
+        return [{k: None if n is None else expand(m[f"{k}_units"]) for k, n in each.items()} for m, each in pairs]
+
     # Sums and masks of all leaves in one scatter and one gather: hundreds of small ones take long to compile.
-    made = np.concatenate([each["makes"] for each in units if each["makes"] is not None] or [np.zeros(0, int)])
-    touched = np.concatenate([ids for each in units for ids in each.values() if ids is not None] or [np.zeros(0, int)])
+    @cache
+    def made() -> np.ndarray:
+        return _joined([each["makes"] for each in units()])
+
+    @cache
+    def touched() -> np.ndarray:
+        return _joined([ids for each in units() for ids in each.values()])
 
     def energy(leaves: tuple[Array, ...]) -> Array:
         check(leaves)
@@ -85,14 +102,14 @@ def network_structure(
         parts = [jnp.zeros(0, jnp.float32)]
         for e, (w, makes) in zip(energies([w for w, _ in makers]) if makers else [], makers, strict=True):
             parts.append(jnp.sum(e, tuple(a for a in range(w.ndim) if a != makes)).astype(jnp.float32))
-        where = np.where(made < 0, total, made)  # the last one collects what is in no group
+        where = np.where(made() < 0, total, made())  # the last one collects what is in no group
         return ops.segment_sum(jnp.concatenate(parts), where, total + 1)[:total]
 
     def lines(chosen: Array, leaves: tuple[Array, ...]) -> list[Array]:
         """Per leaf the mask of what neither makes nor reads a channel that is out."""
-        along = jnp.concatenate([chosen, jnp.ones(1, bool)])[np.where(touched < 0, total, touched)]
+        along = jnp.concatenate([chosen, jnp.ones(1, bool)])[np.where(touched() < 0, total, touched())]
         masks, start = [], 0
-        for w, m, each in zip(leaves, plain, units, strict=True):
+        for w, m, each in zip(leaves, plain, units(), strict=True):
             mask = jnp.ones(w.shape, bool)
             for role, ids in each.items():
                 if ids is not None:
@@ -102,12 +119,14 @@ def network_structure(
             masks.append(mask)
         return masks
 
-    kept_of = np.concatenate([np.full(size, keep / size) for _, size, keep in ends] or [np.zeros(0)])
+    @cache
+    def kept_of() -> np.ndarray:
+        return np.repeat([keep / size for _, size, keep in ends] or [0.0], [size for _, size, _ in ends] or [0])
 
     def inputs(i: int, w: Array) -> int:
         """How many input channels of a kernel stay, where it reads whole groups."""
-        ids = units[i]["reads"]
-        return w.shape[-2] if ids is None else round(kept_of[ids[ids >= 0]].sum()) + int((ids < 0).sum())
+        ids = units()[i]["reads"]
+        return w.shape[-2] if ids is None else round(kept_of()[ids[ids >= 0]].sum()) + int((ids < 0).sum())
 
     def by_position(leaves: tuple[Array, ...], masks: list[Array]) -> list[Array]:
         """The masks with only the best positions of each kernel, all kernels ranked side by side."""
@@ -134,8 +153,8 @@ def network_structure(
 
     def select(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
         if selection == "random":
-            scores = jnp.asarray(np.random.default_rng([seed, 0]).permutation(total).astype(np.float32)) + 1.0
             check(leaves)
+            scores = jnp.asarray(np.random.default_rng([seed, 0]).permutation(total).astype(np.float32)) + 1.0
         else:
             scores = energy(leaves)
         chosen = _side_by_side([scores[first : first + size] for first, size, _ in ends], [k for _, _, k in ends])
@@ -150,6 +169,10 @@ def network_structure(
 
     spec = {"kind": "network_structure", "members": plain, "groups": ends, "selection": selection, "seed": seed}
     return support(spec, select, alive, joint=True)
+
+
+def _joined(ids: Sequence[np.ndarray | None]) -> np.ndarray:
+    return np.concatenate([i for i in ids if i is not None] or [np.zeros(0, int)])
 
 
 def _fewer(columns: int | None, w: Array) -> bool:
@@ -168,6 +191,10 @@ def _member(given: Mapping[str, Any], number: int) -> dict[str, Any]:
     keys = {*_NUMBERS, "makes_units", "reads_units"}
     if set(given) != keys:
         raise ValueError(f"member {number} has the keys {', '.join(sorted(given))}; expected {', '.join(sorted(keys))}")
+    for key, value in given.items():
+        kind = int | None if key in _NUMBERS else Sequence[Sequence[int]] | None
+        if not fits(value, kind):
+            raise ValueError(f"member {number}: {key}={brief(value)} is not of the type {kind}")
     out: dict[str, Any] = {k: None if given[k] is None else int(given[k]) for k in _NUMBERS}
     for role in ("makes", "reads"):
         runs = given[f"{role}_units"]

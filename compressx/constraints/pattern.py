@@ -199,7 +199,9 @@ def _sizes(shrink: float | list[int], k: int, total: int) -> np.ndarray:
         return np.array([max(min(n, k), int(n * shrink)) for n in range(total + 1)], np.int32)
     if not shrink or shrink[-1] != k or any(a <= b for a, b in zip([total + 1, *shrink], shrink, strict=False)):
         raise ValueError(f"shrink sizes must descend from at most {total} and end in k={k}, got {shrink}")
-    return np.array([next((s for s in shrink if s < n), n) for n in range(total + 1)], np.int32)
+    sizes = np.array(shrink[::-1], np.int32)
+    below = np.searchsorted(sizes, np.arange(total + 1))  # how many sizes are smaller
+    return np.where(below > 0, sizes[np.maximum(below, 1) - 1], np.arange(total + 1)).astype(np.int32)
 
 
 Connections = Callable[[Array], Array]  # scores [cin, units] -> mask of the kernels that stay

@@ -1,6 +1,5 @@
 """Storage formats: weights with no redundancy left, in exact bytes. A new one is a file and its line in `FORMATS`."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from compressx.formats.base import CompressedFileError as CompressedFileError
 from compressx.formats.base import Format as Format
 from compressx.formats.base import Packed as Packed
 from compressx.formats.base import dense_nbytes as dense_nbytes
-from compressx.formats.base import dtype_of, fail, same
+from compressx.formats.base import dtype_of, extent, fail, native, same
 from compressx.formats.base import nbytes as nbytes
 from compressx.formats.bit_planes import BIT_PLANES, BIT_PLANES_COMPLEMENT
 from compressx.formats.block_max import BLOCK_MAX
@@ -44,7 +43,8 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
     """The weight in a storage format, from which `unpack` gives back every bit.
 
     Args:
-      w: a concrete array, `[kh, kw, cin, cout]`, `[in, out]` or any other shape.
+      w: a concrete array, `[kh, kw, cin, cout]`, `[in, out]` or any other shape; one in a foreign byte order is packed
+        in this machine's.
       constraint: the constraint it satisfies (formats for a structure need it), or None.
       structure: what that constraint leaves open, as hardening used it.
       format: a key of `FORMATS`; None takes the one with the fewest bytes among those that hold w exactly.
@@ -52,7 +52,7 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
     Raises:
       ValueError: unknown format, or w (or its constraint) does not fit the format asked for.
     """
-    w = np.asarray(w)
+    w = native(w)
     if format is None:
         packed = [p for f in FORMATS.values() if (p := _try(f, w, constraint, structure)) is not None]
         if not packed:
@@ -82,18 +82,27 @@ def _proved(w: np.ndarray, packed: Packed) -> Packed:
     return packed
 
 
-def unpack(packed: Packed, max_bytes: int = MAX_BYTES) -> np.ndarray:
+def unpack(packed: Packed, max_bytes: int = MAX_BYTES, workspace: int | None = None) -> np.ndarray:
     """The weight that was packed, bit for bit.
 
+    Args:
+      packed: as `pack` made it, or anything else.
+      max_bytes: what the weight may take.
+      workspace: what unpacking may take on the way, beside the weight, the arrays and a few MiB; None: twice
+        `max_bytes`.
+
     Raises:
-      CompressedFileError: the packed data is inconsistent, or unfolds to more than `max_bytes`.
+      CompressedFileError: the packed data is inconsistent, or takes more; nothing of that size has been made then.
     """
     if packed.format not in FORMATS:
         fail(str(packed.format), f"unknown format; known: {', '.join(FORMATS)}")
-    # Empty axes are left out: a shape [0, 10**12] has no bytes, yet ids over its second axis would.
-    size = math.prod(max(n, 1) for n in packed.shape) * dtype_of(packed).itemsize
+    size = extent(packed) * dtype_of(packed).itemsize
     if size > max_bytes:
         fail(packed.format, f"shape {list(packed.shape)} needs {size} bytes, more than max_bytes={max_bytes}")
+    most = 2 * max_bytes if workspace is None else workspace
+    needed = FORMATS[packed.format].workspace(packed)
+    if needed > most:
+        fail(packed.format, f"takes {needed} bytes on the way, more than {most}, which max_bytes allows; raise it")
     w = FORMATS[packed.format].unpack(packed)
     if w.shape != tuple(packed.shape) or w.dtype != dtype_of(packed):
         raise RuntimeError(f"format {packed.format!r} unpacked to {w.dtype} {w.shape}; this is a bug of the format")

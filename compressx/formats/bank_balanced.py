@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from compressx.formats.base import Format, Packed, choice, dtype_of, fail, integer, nonzero, only, take
-from compressx.formats.parts import check_shape, fits, pack_bits, part, unpack_bits
+from compressx.formats.base import Format, Packed, choice, dtype_of, fail, integer, nonzero, only, pieces, take
+from compressx.formats.parts import check_shape, clean, fits, pack_bits, part, read_bits
 
 _AXES = ("outputs", "inputs")
 _MOST = 1 << 30
@@ -78,22 +78,26 @@ def _unpack(packed: Packed) -> np.ndarray:
         or not all(type(k) is int and 0 <= k <= n for k, n in zip(keep, (min(bank, length), rest), strict=True))
     ):
         fail("bank-balanced/keep", f"{str(keep)[:80]} values do not fit banks of {bank} and a last one of {rest}")
-    each = number * keep[0] + keep[1]
+    each, width = number * keep[0] + keep[1], _bits(bank)
     values = take(packed, "values", dtype_of(packed).name, (rows * each,))
-    stored = take(packed, "offsets", "uint8", (-(-rows * each * _bits(bank) // 8),))
-    offsets, clean = unpack_bits(stored, np.full(rows * each, _bits(bank)))
-    if not clean:
+    stored = take(packed, "offsets", "uint8", (-(-rows * each * width // 8),))
+    if not clean(stored, rows * each * width):
         fail("bank-balanced/offsets", "bits after the last place are set")
-    bank_of = np.repeat(np.arange(number + 1), [keep[0]] * number + [keep[1]])
-    offsets = offsets.reshape(rows, each)
-    if (offsets >= np.where(bank_of == number, rest, bank)).any():
-        fail("bank-balanced/offsets", "a place lies outside its bank")
-    column = bank_of * bank + offsets
-    if (np.diff(column, axis=1) <= 0).any():
-        fail("bank-balanced/offsets", "the places of a bank do not ascend")
-    m = np.zeros((rows, length), dtype_of(packed))
-    m[np.arange(rows)[:, None], column] = values.reshape(rows, each)
-    return np.ascontiguousarray(m if axis == "outputs" else m.T).reshape(packed.shape)
+    m = np.zeros((extents[0], extents[1]), dtype_of(packed))
+    lines, last = m if axis == "outputs" else m.T, -1
+    for here in pieces(rows * each):
+        at = np.arange(here.start, here.stop)
+        row, index = np.divmod(at, each)
+        bank_of = np.minimum(index // max(keep[0], 1), number) if keep[0] else np.full_like(at, number)
+        offsets = read_bits(stored, width * at, width)
+        if (offsets >= np.where(bank_of == number, rest, bank)).any():
+            fail("bank-balanced/offsets", "a place lies outside its bank")
+        places = row * length + bank_of * bank + offsets
+        if int(places[0]) <= last or (np.diff(places) <= 0).any():
+            fail("bank-balanced/offsets", "the places of a bank do not ascend")
+        lines[row, places - row * length] = values[here]
+        last = int(places[-1])
+    return m.reshape(packed.shape)
 
 
 BANK_BALANCED = Format("bank-balanced", _supports, _pack, _unpack)

@@ -6,13 +6,14 @@ every check here raises `CompressedFileError`. Everything runs on the host, in N
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
 
 MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
+PIECE = 1 << 16  # entries that are decoded together; a multiple of 8, so that pieces of bits begin with a byte
 
 Meta = dict[str, Any]  # JSON: str -> int | float | str | list
 
@@ -39,6 +40,16 @@ class Packed(NamedTuple):
     meta: Meta
 
 
+def extent(packed: Packed) -> int:
+    """Weights, empty axes left out: a shape [0, 10**12] has none, yet ids over its second axis take memory."""
+    return math.prod(max(n, 1) for n in packed.shape)
+
+
+def on_the_way(packed: Packed) -> int:
+    """What the formats that decode in pieces take beside the weight: a byte a weight, half of the arrays."""
+    return extent(packed) + nbytes(packed) // 2
+
+
 class Format(NamedTuple):
     """A storage format, as a tuple of pure functions.
 
@@ -50,12 +61,15 @@ class Format(NamedTuple):
         (a weight off its levels, a block that is not unified): it never rounds.
       unpack: `unpack(packed) -> w`, the exact inverse, bit for bit and in dtype. It checks everything it reads and
         raises `CompressedFileError`; `formats.unpack` has bounded the product of the shape before.
+      workspace: bytes that `unpack` takes on the way at most, beside the arrays, the weight and some pieces of a fixed
+        size; `formats.unpack` has bounded it before.
     """
 
     name: str
     supports: Callable[[np.ndarray, Any], bool | str]
     pack: Callable[[np.ndarray, Any, Any], Packed]
     unpack: Callable[[Packed], np.ndarray]
+    workspace: Callable[[Packed], int] = on_the_way
 
 
 # The dtypes a weight and a packed array may have; those that safetensors stores and NumPy computes with.
@@ -135,11 +149,20 @@ def check_range(entry: str, x: np.ndarray, high: int) -> None:
         fail(entry, f"values {int(x.min())}..{int(x.max())} leave the range 0..{high - 1}")
 
 
-def check_increasing(entry: str, x: np.ndarray, high: int) -> None:
-    """A list of ids: strictly increasing, in 0..high-1."""
+def check_increasing(entry: str, x: np.ndarray, high: int, last: int = -1) -> int:
+    """A list of ids, or the next piece of one whose last id was `last`: strictly increasing, in 0..high-1.
+
+    Returns:
+      The last id.
+    """
     check_range(entry, x, high)
-    if x.size > 1 and not bool(np.all(x[1:] > x[:-1])):
+    if not x.size:
+        return last
+    if x.size > high:
+        fail(entry, f"{x.size} ids, of {high}")
+    if int(x[0]) <= last or not bool(np.all(x[1:] > x[:-1])):
         fail(entry, "ids do not increase strictly")
+    return int(x[-1])
 
 
 def check_offsets(entry: str, x: np.ndarray, total: int) -> None:
@@ -184,6 +207,28 @@ def filters_first(w: np.ndarray) -> np.ndarray:
 def filters_last(m: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Inverse of `filters_first`."""
     return np.ascontiguousarray(m.T).reshape(shape)
+
+
+def native(w: Any) -> np.ndarray:
+    """The array with its bytes in this machine's order and without gaps, of the same shape; what a format packs.
+
+    Raises:
+      ValueError: w is no array of numbers, or one that would lose something on the way.
+    """
+    if isinstance(w, np.ma.MaskedArray):
+        raise ValueError("a masked array, whose mask no format keeps; give it filled")
+    try:
+        array = np.asarray(w)
+    except TypeError as error:
+        raise ValueError(f"{type(w).__name__} is no array: {error}") from None
+    if not array.dtype.isnative and array.dtype.kind == "V":  # NumPy swaps its bytes when reading, not when writing
+        raise ValueError(f"dtype {array.dtype.name} in a foreign byte order; give it in this machine's")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
+
+
+def pieces(n: int, size: int = PIECE) -> Iterator[slice]:
+    """Slices of `size` entries each, the last one shorter, over n entries."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def rank(least: int) -> Callable[[np.ndarray, Any], bool | str]:

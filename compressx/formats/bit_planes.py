@@ -13,13 +13,14 @@ in S. Angizi et al., "Accelerating Deep Neural Networks in Processing-in-Memory 
 2019.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from compressx.formats.base import Format, Packed, dtype_of, fail, only, take
-from compressx.formats.parts import check_shape, part
-from compressx.formats.quantized import Coded, coded, read_levels, supports, weights, write_levels
+from compressx.formats.base import Format, Packed, dtype_of, extent, fail, only, pieces, take
+from compressx.formats.parts import check_shape, clean, part, read_flags
+from compressx.formats.quantized import coded, decoded, read_levels, supports, write_levels
 
 
 def integer_levels(w: np.ndarray, constraint: Any) -> bool | str:
@@ -40,17 +41,6 @@ def to_planes(codes: np.ndarray, number: int) -> np.ndarray:
     )
 
 
-def from_planes(entry: str, planes: np.ndarray, n: int) -> np.ndarray:
-    """Inverse of `to_planes`: int32 `[n]`."""
-    bits = np.unpackbits(planes, axis=1) if planes.size else np.zeros((planes.shape[0], n), np.uint8)
-    if bits[:, n:].any():
-        fail(entry, "bits after the last weight are set")
-    codes = np.zeros(n, np.int32)
-    for plane in bits[:, :n]:
-        codes = 2 * codes + plane
-    return codes
-
-
 def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     c = coded(w, constraint, structure)
     arrays, meta = write_levels(c)
@@ -63,13 +53,21 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
 
 def _unpack(packed: Packed) -> np.ndarray:
     only(packed, "levels", "planes", "sign")
-    codes, n, bound = _start(packed)
+    sign = None
     if "sign" in packed.arrays:
-        bits = np.unpackbits(take(packed, "sign", "uint8", (-(-n // 8),)))
-        if bits[n:].any() or (bits[:n].astype(bool) & (codes == 0)).any():
+        sign = take(packed, "sign", "uint8", (-(-extent(packed) // 8),))
+        if not clean(sign, extent(packed)):
             fail("bit-planes/sign", "a zero, or no weight at all, has a sign")
-        codes = np.where(bits[:n] > 0, -codes, codes)
-    return bound(codes)
+
+    def signed(codes: np.ndarray, here: slice, number: int) -> np.ndarray:
+        if sign is None:
+            return codes
+        negative = read_flags(sign, here)
+        if (negative & (codes == 0)).any():
+            fail("bit-planes/sign", "a zero, or no weight at all, has a sign")
+        return np.where(negative, -codes, codes)
+
+    return _from_planes(packed, signed)
 
 
 def _pack_complement(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
@@ -83,28 +81,36 @@ def _pack_complement(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
 
 def _unpack_complement(packed: Packed) -> np.ndarray:
     only(packed, "levels", "planes")
-    codes, _, bound = _start(packed)
-    number = packed.arrays["planes"].shape[0]
-    return bound(np.where(codes >> max(number - 1, 0) > 0, codes - (1 << number), codes))
+
+    def signed(codes: np.ndarray, here: slice, number: int) -> np.ndarray:
+        return np.where(codes >> max(number - 1, 0) > 0, codes - (1 << number), codes)
+
+    return _from_planes(packed, signed)
 
 
-def _start(packed: Packed) -> tuple[np.ndarray, int, Any]:
-    """The unsigned integers of the planes, their number, and what turns signed ones into the weight."""
+def _from_planes(packed: Packed, signed: Callable[[np.ndarray, slice, int], np.ndarray]) -> np.ndarray:
+    """The weight; `signed` turns a piece of the planes' unsigned integers, of so many planes, into signed ones."""
     check_shape(packed, 1)
     levels, structure = read_levels(packed)
     if levels.grid not in ("uniform", "cells"):
         fail(f"{packed.format}/grid", f"{levels.grid!r} has no bit planes")
     n = int(np.prod(packed.shape, dtype=np.int64))
     planes = take(packed, "planes", "uint8", (None, -(-n // 8)))
-    if planes.shape[0] > levels.bits + 1:
-        fail(f"{packed.format}/planes", f"{planes.shape[0]} planes for levels of {levels.bits} bits")
-
-    def bound(codes: np.ndarray) -> np.ndarray:
-        if int(np.abs(codes).max(initial=0)) > levels.top:
+    number = planes.shape[0]
+    if number > levels.bits + 1:
+        fail(f"{packed.format}/planes", f"{number} planes for levels of {levels.bits} bits")
+    if not all(clean(plane, n) for plane in planes):
+        fail(f"{packed.format}/planes", "bits after the last weight are set")
+    w = np.empty(n, dtype_of(packed))
+    for here in pieces(n):
+        unsigned = np.zeros(here.stop - here.start, np.int32)
+        for plane in planes:
+            unsigned = 2 * unsigned + read_flags(plane, here)
+        codes = signed(unsigned, here, number)
+        if int(np.abs(codes).max()) > levels.top:
             fail(f"{packed.format}/planes", f"integer {int(np.abs(codes).max())} above the top level {levels.top}")
-        return weights(Coded(codes.astype(np.int32).reshape(packed.shape), structure, levels), dtype_of(packed))
-
-    return from_planes(f"{packed.format}/planes", planes, n), n, bound
+        w[here] = decoded(codes, here.start, structure, levels, w.dtype)
+    return w.reshape(packed.shape)
 
 
 BIT_PLANES = Format("bit-planes", integer_levels, _pack, _unpack)

@@ -14,13 +14,14 @@ Source: A. Ren et al., "DARB: A Density-Adaptive Regular-Block Pruning for Deep 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from compressx.constraints.darb import MAX_SIZES, POWERS
-from compressx.formats.base import Format, Packed, choice, dtype_of, fail, nonzero, only, take
-from compressx.formats.parts import check_shape, fits, pack_bits, part, unpack_bits
+from compressx.formats.base import Format, Packed, choice, dtype_of, fail, nonzero, only, pieces, take
+from compressx.formats.parts import check_shape, clean, entries, fits, pack_bits, part, read_bits
 
 _AXES = ("outputs", "inputs")
 
@@ -95,6 +96,15 @@ def unpacked_places(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     Raises:
       CompressedFileError: the arrays are inconsistent.
     """
+    values, axis, places = _places(packed)
+    found = list(places)
+    none = np.zeros(0, np.int64)
+    row, column = (np.concatenate([none, *(p[k] for p in found)]) for k in (0, 1))
+    return values, row, column, axis
+
+
+def _places(packed: Packed) -> tuple[np.ndarray, str, Iterator[tuple[np.ndarray, np.ndarray]]]:
+    """The value of every block, the axis, and, in pieces, the rows and columns at which they stand."""
     only(packed, "values", "offsets", "codes")
     check_shape(packed, 2)
     axis = choice(packed, "axis", _AXES)
@@ -112,38 +122,59 @@ def unpacked_places(packed: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     values = take(packed, "values", dtype_of(packed).name, (None,))
     if values.size < rows:
         fail("block-max/values", f"{values.size} values cannot fill the blocks of {rows} rows")
-    if len(sizes) > 1:
-        width = int(_bits(len(sizes)))
-        stored = take(packed, "codes", "uint8", (-(-rows * width // 8),))
-        code, clean = unpack_bits(stored, np.full(rows, width))
-        if not clean or int(code.max()) >= len(sizes):
+    width = int(_bits(len(sizes))) if len(sizes) > 1 else 0
+    codes = np.zeros(0, np.uint8)
+    if width:
+        codes = take(packed, "codes", "uint8", (-(-rows * width // 8),))
+    elif "codes" in packed.arrays or not sizes:
+        fail("block-max/codes", f"do not fit {rows} rows of block sizes {sizes}")
+    if not clean(codes, rows * width):
+        fail("block-max/codes", "bits after the last row are set")
+    table = np.array(sizes, np.int64)
+
+    def size_of(row: np.ndarray) -> np.ndarray:
+        code = read_bits(codes, width * row, width) if width else np.zeros(row.size, np.int64)
+        if code.size and int(code.max()) >= len(sizes):
             fail("block-max/codes", f"name other than the {len(sizes)} block sizes")
-    else:
-        if "codes" in packed.arrays or not sizes:
-            fail("block-max/codes", f"do not fit {rows} rows of block sizes {sizes}")
-        code = np.zeros(rows, np.int64)
-    size = np.array(sizes, np.int64)[code]
-    blocks = -(-length // size)
-    if int(blocks.sum()) != values.size:
-        fail("block-max/values", f"{values.size} values, expected {int(blocks.sum())}, one a block")
-    widths = np.repeat(_bits(size), blocks)
-    stored = take(packed, "offsets", "uint8", (-(-int(widths.sum()) // 8),))
-    offsets, clean = unpack_bits(stored, widths)
-    if not clean:
+        return table[code]
+
+    def blocks(here: slice) -> np.ndarray:
+        return -(-length // size_of(np.arange(here.start, here.stop)))
+
+    number, bits = 0, 0
+    for here in pieces(rows):
+        size = size_of(np.arange(here.start, here.stop))
+        number += int((-(-length // size)).sum())
+        bits += int((-(-length // size) * _bits(size)).sum())
+    if number != values.size:
+        fail("block-max/values", f"{values.size} values, expected {number}, one a block")
+    stored = take(packed, "offsets", "uint8", (-(-bits // 8),))
+    if not clean(stored, bits):
         fail("block-max/offsets", "bits after the last block are set")
-    row = np.repeat(np.arange(rows), blocks)
-    start = (np.arange(values.size) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * size[row]
-    if (offsets >= np.minimum(size[row], length - start)).any():
-        fail("block-max/offsets", "a place lies outside its block")
-    return values, row, start + offsets, axis
+
+    def places() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        read = 0
+        for row, block in entries(blocks, rows):
+            size = size_of(row)
+            ends = read + np.cumsum(_bits(size))
+            offset = read_bits(stored, ends - _bits(size), _bits(size))
+            start = block * size
+            if (offset >= np.minimum(size, length - start)).any():
+                fail("block-max/offsets", "a place lies outside its block")
+            yield row, start + offset
+            read = int(ends[-1])
+
+    return values, axis, places()
 
 
 def _unpack(packed: Packed) -> np.ndarray:
-    values, row, column, axis = unpacked_places(packed)
-    extents = math.prod(packed.shape[:-1]), packed.shape[-1]
-    m = np.zeros(extents if axis == "outputs" else extents[::-1], dtype_of(packed))
-    m[row, column] = values
-    return np.ascontiguousarray(m if axis == "outputs" else m.T).reshape(packed.shape)
+    values, axis, places = _places(packed)
+    m = np.zeros((math.prod(packed.shape[:-1]), packed.shape[-1]), dtype_of(packed))
+    lines, used = m if axis == "outputs" else m.T, 0
+    for row, column in places:
+        lines[row, column] = values[used : used + row.size]
+        used += row.size
+    return m.reshape(packed.shape)
 
 
 BLOCK_MAX = Format("block-max", lambda w, constraint: fits(w, 2), _pack, _unpack)

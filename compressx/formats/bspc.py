@@ -30,13 +30,13 @@ from compressx.formats.base import (
     dtype_of,
     fail,
     filters_first,
-    filters_last,
     index_dtype,
     nonzero,
     only,
+    pieces,
     take,
 )
-from compressx.formats.parts import check_shape, fits, part
+from compressx.formats.parts import check_shape, entries, fits, part
 
 Block = tuple[np.ndarray, np.ndarray]  # outputs and inputs, ascending
 
@@ -106,33 +106,54 @@ def _unpack(packed: Packed) -> np.ndarray:
     only(packed, "stride", "column", "offset", "reorder", "weight")
     check_shape(packed, 2)
     filters, positions = packed.shape[-1], math.prod(packed.shape[:-1])
-    stride = take(packed, "stride", "uint32", (None,)).astype(np.int64)
-    offset = take(packed, "offset", "uint32", stride.shape).astype(np.int64)
-    column = take(packed, "column", index_dtype(positions).name, (None,)).astype(np.int64)
-    reorder = take(packed, "reorder", index_dtype(filters).name, (None,)).astype(np.int64)
-    for name, ends, ids, extent in (("column", stride, column, positions), ("reorder", offset, reorder, filters)):
-        check_offsets("bspc/stride" if name == "column" else "bspc/offset", ends, ids.size)
-        check_range(f"bspc/{name}", ids, extent)
-        inner = np.ones(max(ids.size - 1, 0), bool)
-        inner[ends[1:-1][(ends[1:-1] > 0) & (ends[1:-1] < ids.size)] - 1] = False
-        if (np.diff(ids)[inner] <= 0).any():
-            fail(f"bspc/{name}", "the ids of a block do not increase strictly")
+    stride = take(packed, "stride", "uint32", (None,))
+    offset = take(packed, "offset", "uint32", stride.shape)
+    column = take(packed, "column", index_dtype(positions).name, (None,))
+    reorder = take(packed, "reorder", index_dtype(filters).name, (None,))
+    check_offsets("bspc/stride", stride, column.size)
+    check_offsets("bspc/offset", offset, reorder.size)
+    _check_ids("column", column, stride, positions)
+    _check_ids("reorder", reorder, offset, filters)
     weight = take(packed, "weight", dtype_of(packed).name, (None,))
-    widths = np.diff(stride)
-    areas = widths * np.diff(offset)
-    if int(areas.astype(object).sum()) != weight.size:
+    blocks = ((_lengths(stride, p), _lengths(offset, p)) for p in pieces(stride.size - 1))
+    if sum(int((inputs.astype(object) * outputs).sum()) for inputs, outputs in blocks) != weight.size:
         fail("bspc/weight", f"{weight.size} weights do not fill the blocks")
-    # the weights of an output in its block are a row: one run of `column`, which starts where the block's inputs do
-    width = np.repeat(widths, np.diff(offset))
-    start = np.repeat(stride[:-1], np.diff(offset)) - (np.cumsum(width) - width)
-    place = np.repeat(reorder * positions, width) + column[np.repeat(start, width) + np.arange(weight.size)]
-    m = np.zeros(filters * positions, dtype_of(packed))
-    m[place] = weight
-    seen = np.zeros(m.size, bool)
-    seen[place] = True
-    if np.count_nonzero(seen) != place.size:
+
+    def block_of(row: np.ndarray) -> np.ndarray:
+        return np.searchsorted(offset, row.astype(np.uint32), side="right") - 1
+
+    def lengths(rows: slice) -> np.ndarray:
+        """The weights of an output in its block are a row: one run of `column`, where the block's inputs are."""
+        block = block_of(np.arange(rows.start, rows.stop))
+        return stride[block + 1].astype(np.int64) - stride[block]
+
+    m = np.zeros((positions, filters), dtype_of(packed))
+    seen = np.zeros(m.shape, bool)
+    used = 0
+    for row, index in entries(lengths, reorder.size):
+        at = column[stride[block_of(row)] + index], reorder[row]
+        m[at] = weight[used : used + row.size]
+        seen[at] = True
+        used += row.size
+    if np.count_nonzero(seen) != weight.size:
         fail("bspc", "blocks overlap")
-    return filters_last(m.reshape(filters, positions), packed.shape)
+    return m.reshape(packed.shape)
+
+
+def _lengths(ends: np.ndarray, here: slice) -> np.ndarray:
+    """How many ids a piece of the blocks have, int64."""
+    return np.diff(ends[here.start : here.stop + 1].astype(np.int64))
+
+
+def _check_ids(name: str, ids: np.ndarray, ends: np.ndarray, extent: int) -> None:
+    """The ids of every block lie in 0..extent-1 and increase strictly; block b has ids `ends[b]` to `ends[b + 1]`."""
+    check_range(f"bspc/{name}", ids, extent)
+    for here in pieces(ids.size - 1):
+        after = ids[here.start + 1 : here.stop + 1]
+        falls = here.start + 1 + np.flatnonzero(after <= ids[here])  # only where another block begins
+        block = np.searchsorted(ends, falls.astype(np.uint32))
+        if (ends[np.minimum(block, ends.size - 1)] != falls).any():
+            fail(f"bspc/{name}", "the ids of a block do not increase strictly")
 
 
 BSPC = Format("bspc", lambda w, constraint: fits(w, 2), _pack, _unpack)

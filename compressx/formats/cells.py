@@ -21,15 +21,17 @@ from typing import Any
 import numpy as np
 
 from compressx import views
-from compressx.formats.base import Format, Packed, choice, dtype_of, fail, integer, only, take
+from compressx.formats.base import Format, Packed, choice, dtype_of, extent, fail, integer, only, pieces, take
 from compressx.formats.bit_planes import integer_levels
-from compressx.formats.parts import check_shape, part
+from compressx.formats.parts import check_shape, clean, part, read_flags
 from compressx.formats.quantized import (
     Coded,
+    check_codes,
+    code_dtype,
     coded,
     pack_codes,
+    read_codes,
     read_levels,
-    unpack_codes,
     weights,
     write_levels,
 )
@@ -87,13 +89,21 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     return Packed("cells", w.shape, w.dtype.name, arrays, meta | {"fragment": fragment, "order": order, "cell": cell})
 
 
-def _ids(packed: Packed, name: str, total: int) -> np.ndarray:
+def _kept(packed: Packed, name: str, total: int) -> np.ndarray | None:
+    """Which of the rows or columns are kept, bool `[total]`; None where all are."""
     if name not in packed.arrays:
-        return np.arange(total)
-    bits = np.unpackbits(take(packed, name, "uint8", (-(-total // 8),)))
-    if bits[total:].any() or bits[:total].all():
+        return None
+    stored = take(packed, name, "uint8", (-(-total // 8),))
+    kept = read_flags(stored, slice(0, total))
+    if not clean(stored, total) or kept.all():
         fail(f"cells/{name}", f"not a mask that leaves out some of {total}")
-    return np.flatnonzero(bits[:total])
+    return kept
+
+
+def _workspace(packed: Packed) -> int:
+    """An index of 1, 2 or 4 bytes for every weight, and the order of the rows and columns."""
+    lines = math.prod(packed.shape[:-1]) + packed.shape[-1] if packed.shape else 0
+    return 4 * extent(packed) + 16 * lines
 
 
 def _unpack(packed: Packed) -> np.ndarray:
@@ -108,26 +118,36 @@ def _unpack(packed: Packed) -> np.ndarray:
     order = choice(packed, "order", ("W", "H", "C"))
     cell = integer(packed, "cell", 1, 16)
     positions, filters = math.prod(packed.shape[:-1]), packed.shape[-1]
-    place, cols = _ids(packed, "rows", positions), _ids(packed, "cols", filters)
-    p, f = place.size, cols.size
+    rows, cols = _kept(packed, "rows", positions), _kept(packed, "cols", filters)
+    p, f = (n if kept is None else int(np.count_nonzero(kept)) for kept, n in ((rows, positions), (cols, filters)))
     slices = -(-levels.top.bit_length() // cell)
     stored = take(packed, "cells", "uint8", (slices, -(-p * f * cell // 8)))
-    codes = np.zeros(p * f, np.int64)
     for piece in stored:
-        codes = codes << cell | unpack_codes("cells/cells", piece, p * f, cell)
-    if int(codes.max(initial=0)) > levels.top:
-        fail("cells/cells", f"magnitude {int(codes.max())} above the top level {levels.top}")
-    m = codes.astype(np.int32).reshape(p, f)
+        check_codes("cells/cells", piece, p * f * cell)
+    signs = None
     if "signs" in packed.arrays:
         number = -(-p // fragment)
-        bits = np.unpackbits(take(packed, "signs", "uint8", (-(-number * f // 8),)))
-        if bits[number * f :].any():
+        signs = take(packed, "signs", "uint8", (-(-number * f // 8),))
+        if not clean(signs, number * f):
             fail("cells/signs", "bits after the last fragment are set")
-        negative = np.repeat(bits[: number * f].reshape(number, f), min(fragment, max(p, 1)), axis=0)[:p] > 0
-        m = np.where(negative, -m, m)
-    whole = np.zeros((positions, filters), np.int32)
-    whole[np.ix_(views.position_order(packed.shape, order)[place], cols)] = m
+    place = views.position_order(packed.shape, order)
+    place = place if rows is None else place[rows]
+    column = None if cols is None else np.flatnonzero(cols)
+    whole = np.zeros((positions, filters), code_dtype(levels))
+    for here in pieces(p * f):
+        at = np.arange(here.start, here.stop)
+        row = at // f
+        col = at - row * f
+        codes = np.zeros(at.size, np.int32)
+        for piece in stored:
+            codes = codes << cell | read_codes(piece, here, cell)
+        if int(codes.max()) > levels.top:
+            fail("cells/cells", f"magnitude {int(codes.max())} above the top level {levels.top}")
+        if signs is not None:
+            bit = row // fragment * f + col
+            codes = np.where(signs[bit >> 3] >> (7 - (bit & 7)).astype(np.uint8) & 1, -codes, codes)
+        whole[place[row], col if column is None else column[col]] = codes
     return weights(Coded(whole.reshape(packed.shape), structure, levels), dtype_of(packed))
 
 
-CELLS = Format("cells", supports, _pack, _unpack)
+CELLS = Format("cells", supports, _pack, _unpack, _workspace)

@@ -7,6 +7,7 @@ weight of P positions and F filters, v bytes each, of which p and f stay (id wid
     p f v + [p < P] p b(P) + [f < F] f b(F)
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from compressx.formats.base import (
     index_dtype,
     nonzero,
     only,
+    pieces,
     rank,
     take,
 )
@@ -46,17 +48,18 @@ def _unpack(packed: Packed) -> np.ndarray:
     if len(packed.shape) < 2:
         fail("compact", f"shape {list(packed.shape)} has no rows and columns")
     extents = _extents(packed.shape)
-    ids = []
+    held: list[np.ndarray | None] = []
     for name, extent in zip(("positions", "filters"), extents, strict=True):
-        if name in packed.arrays:
-            kept = take(packed, name, index_dtype(extent).name, (None,)).astype(np.int64)
+        kept = take(packed, name, index_dtype(extent).name, (None,)) if name in packed.arrays else None
+        if kept is not None:
             check_increasing(f"compact/{name}", kept, extent)
-        else:
-            kept = np.arange(extent)
-        ids.append(kept)
-    matrix = take(packed, "matrix", dtype_of(packed).name, (ids[0].size, ids[1].size))
+        held.append(kept)
+    number = [n if ids is None else ids.size for ids, n in zip(held, extents, strict=True)]
+    matrix = take(packed, "matrix", dtype_of(packed).name, (number[0], number[1]))
     m = np.zeros(extents, dtype_of(packed))
-    m[np.ix_(*ids)] = matrix
+    for parts in itertools.product(*(pieces(n) for n in number)):
+        ids = (np.arange(p.start, p.stop) if a is None else a[p] for a, p in zip(held, parts, strict=True))
+        m[np.ix_(*ids)] = matrix[parts]
     return m.reshape(packed.shape)
 
 

@@ -4,9 +4,10 @@
     header    {"version": 1, "arrays": {name: {"dtype", "shape", "coding"}}, "content": {...}}
 
 An array is stored as it is (coding "none"), or as the bytes of its entropy-coded form ("zlib", "lzma"), whichever is
-smaller. Any safetensors reader can open the file. Reading believes nothing: sizes are checked against the file's
-length and `max_bytes` before anything of that size is made, coded arrays are unfolded no further than the header says,
-and every fault is a `CompressedFileError`. A checksum finds damage, not forgery: whoever reads the content checks it.
+smaller. Any safetensors reader can open the file. The same content and arrays give the same bytes: keys are sorted, and
+nothing of the day or the process is written. Reading believes nothing: sizes are checked against the file's length and
+`max_bytes` before anything of that size is made, coded arrays are unfolded no further than the header says, and every
+fault is a `CompressedFileError`. A checksum finds damage, not forgery: whoever reads the content checks it.
 """
 
 import hashlib
@@ -28,10 +29,15 @@ import safetensors.numpy
 from compressx.formats.base import DTYPES, CompressedFileError, fail
 
 VERSION = 1
-MAX_HEADER = 1 << 24  # bytes of JSON; parsed it takes some 30 times as much memory
+MAX_HEADER = 1 << 24  # bytes of JSON
+MAX_VALUES = 1 << 20  # in the JSON of a header; parsed, each takes up to 200 bytes
+MAX_NESTING = 64  # of lists and objects in it
+MAX_DIGITS = 128  # of a number in it
+MAX_ARRAYS = 1 << 16
 MAX_AXES = 16
 CODINGS = ("none", "zlib", "lzma")
-_LZMA_MEMORY = 1 << 27
+_LZMA_MEMORY = 1 << 25  # what `_encode` writes takes 9 MiB to read
+_PIECE = 1 << 16  # bytes of a coded array that are unfolded together
 _SAFETENSORS = {
     "F64": "float64",
     "F32": "float32",
@@ -60,6 +66,8 @@ def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarra
     """
     if coding not in CODINGS:
         raise ValueError(f"coding must be one of {', '.join(CODINGS)}, got {coding!r}")
+    if len(arrays) > MAX_ARRAYS:
+        raise ValueError(f"{len(arrays)} arrays, more than a reader accepts ({MAX_ARRAYS})")
     described, stored = {}, {}
     for name, array in arrays.items():
         plain = np.ascontiguousarray(array).reshape(array.shape)
@@ -70,7 +78,10 @@ def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarra
     if len(header) > MAX_HEADER // 2:  # it is quoted once more inside the safetensors header
         raise ValueError(f"the header takes {len(header)} characters, more than a reader accepts ({MAX_HEADER // 2})")
     metadata = {"compressx": header, "sha256": _digest(header, stored)}
-    _replace(path, safetensors.numpy.save(stored, metadata))
+    head, body = _serialized(stored, metadata)
+    for text, entry in ((header, "header"), (head[8:].decode(), "file")):
+        from_json(text, entry)  # what a reader would refuse is not written
+    _replace(path, head, body)
     return sum(a.nbytes for a in stored.values())
 
 
@@ -86,11 +97,13 @@ def read(path: Path, max_bytes: int) -> tuple[dict[str, Any], dict[str, np.ndarr
       OSError: the file cannot be opened or read.
     """
     data = _read_bytes(path, max_bytes)
+    size = len(data)
     metadata = _metadata(data)
     header, checksum = metadata.get("compressx"), metadata.get("sha256")
     if not isinstance(header, str) or not isinstance(checksum, str):
         fail("header", "a safetensors file that compressx did not write (no 'compressx' and 'sha256' in its metadata)")
     stored = _stored_arrays(data)
+    del data  # of which the arrays are a copy
     found = _digest(header, stored)
     if found != checksum:
         fail("sha256", f"the file is damaged: its checksum is {found[:16]}..., the header says {checksum[:16]!r}")
@@ -98,7 +111,7 @@ def read(path: Path, max_bytes: int) -> tuple[dict[str, Any], dict[str, np.ndarr
     if not isinstance(parsed, dict):
         fail("header", "is not a JSON object")
     version = parsed.get("version")
-    if version != VERSION or isinstance(version, bool):
+    if type(version) is not int or version != VERSION:  # 1.0 and true are equal to 1
         fail("header/version", f"{version!r} cannot be read by this release, which reads {VERSION}")
     content, described = parsed.get("content"), parsed.get("arrays")
     if not isinstance(content, dict) or not isinstance(described, dict):
@@ -106,7 +119,8 @@ def read(path: Path, max_bytes: int) -> tuple[dict[str, Any], dict[str, np.ndarr
     if described.keys() != stored.keys():
         odd = sorted(described.keys() ^ stored.keys())[0]
         fail(odd, "is not in both the header and the file")
-    return content, _decode_all(described, stored, max_bytes), (sum(a.nbytes for a in stored.values()), len(data))
+    held = sum(a.nbytes for a in stored.values())
+    return content, _decode_all(described, stored, max_bytes), (held, size)
 
 
 def to_json(value: Any) -> str:
@@ -121,8 +135,10 @@ def to_json(value: Any) -> str:
         raise ValueError(f"cannot be written as JSON: {error}") from None
 
 
-def from_json(text: str | bytes, entry: str) -> Any:
-    """Strict JSON: no NaN, no key twice, no nesting that exhausts the stack."""
+def from_json(text: str, entry: str) -> Any:
+    """Strict JSON of a bounded size: no NaN, no key twice, no number, nesting or list without end."""
+    if len(text) > MAX_HEADER or text.count(",") + text.count("[") + text.count("{") > MAX_VALUES:
+        fail(entry, f"takes more than {MAX_HEADER} characters or holds more than {MAX_VALUES} values")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
@@ -133,16 +149,34 @@ def from_json(text: str | bytes, entry: str) -> Any:
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    def short(digits: str) -> str:
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(f"{digits[:20]}... has {len(digits)} digits")
+        return digits
+
     def finite(digits: str) -> float:
-        value = float(digits)
+        value = float(short(digits))
         if not math.isfinite(value):
             raise ValueError(f"{digits[:20]} is not a finite number")
         return value
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
+        value = json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_constant=constant,
+            parse_float=finite,
+            parse_int=lambda digits: int(short(digits)),
+        )
     except (ValueError, RecursionError) as error:
         fail(entry, f"is not valid JSON: {error}")
+    level = [value]
+    for _ in range(MAX_NESTING):
+        inside = (n.values() if isinstance(n, dict) else n for n in level if isinstance(n, dict | list))
+        level = [child for children in inside for child in children]
+        if not level:
+            return value
+    fail(entry, f"is nested more than {MAX_NESTING} deep")
 
 
 def check_shape(entry: str, shape: Any, itemsize: int, max_bytes: int) -> tuple[int, ...]:
@@ -164,22 +198,30 @@ def _encode(array: np.ndarray, coding: str) -> tuple[str, bytes]:
     return (coding, data) if len(data) < len(raw) else ("none", b"")
 
 
-def _decode(name: str, data: bytes, coding: str, size: int) -> bytes:
-    """Unfolds at most one byte more than the header says."""
+def _decode(name: str, data: np.ndarray, coding: str, size: int) -> np.ndarray:
+    """Unfolds a coded array piece by piece, at most one byte further than the header says: uint8 `[size]`."""
+    out, done, ended = np.empty(size, np.uint8), 0, False
     try:
-        if coding == "zlib":
-            inflate = zlib.decompressobj()
-            raw, ended = inflate.decompress(data, size + 1), inflate.eof
-            left = inflate.unused_data or inflate.unconsumed_tail
-        else:
-            expand = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_LZMA_MEMORY)
-            raw, ended = expand.decompress(data, size + 1), expand.eof
-            left = expand.unused_data
+        expand = zlib.decompressobj() if coding == "zlib" else lzma.LZMADecompressor(lzma.FORMAT_XZ, _LZMA_MEMORY)
+        for start in range(0, data.size, _PIECE):
+            rest = data[start : start + _PIECE].tobytes()
+            while not ended and done <= size:
+                raw = expand.decompress(rest, min(_PIECE, size - done + 1))
+                rest = getattr(expand, "unconsumed_tail", b"")  # lzma keeps what it has not read yet
+                ended = expand.eof
+                if done + len(raw) > size:
+                    fail(name, f"its {coding} data does not unfold to the {size} bytes that the header says")
+                out[done : done + len(raw)] = np.frombuffer(raw, np.uint8)
+                done += len(raw)
+                if not raw and not rest:
+                    break
+            if ended and (expand.unused_data or start + _PIECE < data.size):
+                fail(name, f"its {coding} data goes on behind its end")
     except (zlib.error, lzma.LZMAError, EOFError) as error:
         fail(name, f"its {coding} data is damaged: {error}")
-    if len(raw) != size or not ended or left:
+    if done != size or not ended:
         fail(name, f"its {coding} data does not unfold to the {size} bytes that the header says")
-    return raw
+    return out
 
 
 def _decode_all(described: dict[str, Any], stored: dict[str, np.ndarray], max_bytes: int) -> dict[str, np.ndarray]:
@@ -191,7 +233,7 @@ def _decode_all(described: dict[str, Any], stored: dict[str, np.ndarray], max_by
         shape = check_shape(name, about.get("shape"), dtype.itemsize, left)
         size = math.prod(shape) * dtype.itemsize
         left -= size
-        held = stored[name]
+        held = stored.pop(name)
         if coding == "none":
             if held.dtype != dtype or held.shape != shape:
                 fail(name, f"is {held.dtype} {list(held.shape)} in the file, {dtype} {list(shape)} in the header")
@@ -199,7 +241,7 @@ def _decode_all(described: dict[str, Any], stored: dict[str, np.ndarray], max_by
             continue
         if held.dtype != np.uint8 or held.ndim != 1:
             fail(name, f"is {held.dtype} {list(held.shape)} in the file; coded data is uint8 with one axis")
-        arrays[name] = _view(name, bytearray(_decode(name, held.tobytes(), coding, size)), dtype, shape)
+        arrays[name] = _view(name, _decode(name, held, coding, size), dtype, shape)
     return arrays
 
 
@@ -230,6 +272,8 @@ def _metadata(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         fail("file", "its header is not text: damaged, or no safetensors file")
     parsed = from_json(text, "file")
+    if isinstance(parsed, dict) and len(parsed) - 1 > MAX_ARRAYS:
+        fail("file", f"{len(parsed) - 1} arrays, more than {MAX_ARRAYS}")
     metadata = parsed.get("__metadata__", {}) if isinstance(parsed, dict) else {}
     return metadata if isinstance(metadata, dict) else {}
 
@@ -249,8 +293,8 @@ def _stored_arrays(data: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _view(name: str, raw: bytearray, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-    if dtype.kind == "b" and raw and max(raw) > 1:
+def _view(name: str, raw: bytearray | np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    if dtype.kind == "b" and np.frombuffer(raw, np.uint8).max(initial=0) > 1:
         fail(name, "holds a byte that is no bool")
     return np.frombuffer(raw, dtype).reshape(shape)
 
@@ -260,15 +304,25 @@ def _digest(header: str, arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         a = arrays[name]
         digest.update(to_json([name, a.dtype.name, list(a.shape)]).encode())
-        digest.update(a.tobytes())
+        digest.update(a.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _serialized(stored: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """A safetensors file: its length and header, and its arrays. (safetensors itself writes metadata in no order.)"""
+    plain = memoryview(safetensors.numpy.save(dict(stored)))
+    start = 8 + int.from_bytes(plain[:8], "little")
+    listed = bytes(plain[8:start]).rstrip()[1:]  # without its brace
+    header = b'{"__metadata__":' + to_json(metadata).encode() + (b"," if stored else b"") + listed
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, plain[start:]
+
+
+def _replace(path: Path, *parts: bytes | memoryview) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with open(handle, "wb") as f:
-            f.write(data)
+            f.writelines(parts)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

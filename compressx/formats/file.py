@@ -18,16 +18,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from compressx import formats
 from compressx._harden import prove
 from compressx._harden import structures as initial_structures
-from compressx.constraints import Constraint, from_spec, on_leaf
+from compressx.constraints import Constraint, on_leaf
 from compressx.formats import container
-from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, fail
-from compressx.rules import Rules, resolve
+from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native
+from compressx.formats.file_rules import claim, pattern_of, read_rules
+from compressx.rules import Bound, Rules, resolve
 from compressx.tree import paths
 
 MAX_LEAVES = 8192
@@ -58,6 +57,7 @@ class SavedModel(NamedTuple):
       extra: as given to `save_model`.
       packed: path -> the leaf as packed.
       sizes: bytes.
+      bound: the rules, each with its leaves, as `rules.resolve` binds them.
     """
 
     params: Any
@@ -67,6 +67,7 @@ class SavedModel(NamedTuple):
     extra: Any
     packed: dict[str, Packed]
     sizes: Sizes
+    bound: tuple[Bound, ...]
 
 
 def save_model(
@@ -103,8 +104,11 @@ def save_model(
       OSError: the file cannot be written.
     """
     names = paths(params)
-    leaves = [np.asarray(x) for x in jax.device_get(jax.tree.leaves(params))]
     _nest(names)
+    given_leaves, treedef = jax.tree.flatten(params)
+    leaves = _native(names, given_leaves)
+    pairs = zip(given_leaves, leaves, strict=True)
+    params = jax.tree.unflatten(treedef, [x if isinstance(x, jax.Array) else w for x, w in pairs])
     bound = resolve(rules, params) if rules else ()
     given = dict(structures) if structures is not None else initial_structures(params, rules) if rules else {}
     if given.keys() != {b.name for b in bound}:
@@ -136,7 +140,8 @@ def save_model(
             }
         )
     for number, b in enumerate(bound):
-        parts = [np.asarray(x) for x in jax.device_get(jax.tree.leaves(given[b.name]))]
+        open_parts = jax.tree.leaves(given[b.name])
+        parts = _native([f"{b.name}: structure {i}" for i in range(len(open_parts))], open_parts)
         if parts and b.constraint.joint and list(b.paths) != sorted(b.paths, key=lambda p: p.split("/")):
             raise ValueError(
                 f"{b.name}: the leaves of a joint constraint with a structure must come in the order of their names, "
@@ -152,28 +157,36 @@ def save_model(
 
 
 def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> SavedModel:
-    """Reads a saved model, believing nothing of it.
+    """Reads a saved model, believing nothing of it: whoever wrote the file, it takes bounded memory and time.
+
+    At no time does reading take more than four times `max_bytes`, and 512 MiB: what does not fit is refused before it
+    is made. It ends within 2 s, 10 s for every 100 MB of the file, and 10 s for every 100 MB of `max_bytes`.
 
     Args:
       path: a file that `save_model` wrote, or anything else.
-      max_bytes: neither the file, nor its arrays, nor the dense weights may take more together; raise it for giants.
+      max_bytes: neither the file, nor its arrays, nor the dense weights may take more together, nor may unpacking a
+        leaf take more than twice as much on the way; raise it for giants, lower it for files from others.
 
     Raises:
       CompressedFileError: the file is damaged, truncated, foreign, too large or inconsistent; the text begins with the
         file and the entry.
       OSError: the file cannot be opened or read.
+      ValueError: max_bytes is no positive integer.
     """
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1:
+        raise ValueError(f"max_bytes must be a positive integer, got {max_bytes!r}")
     target = Path(path)
     try:
         content, arrays, (stored, size) = container.read(target, max_bytes)
         packed, params = _leaves(content.get("leaves"), arrays, max_bytes)
-        rules, structures = _rules(content.get("rules"), params, arrays, max_bytes)
+        bound, structures = read_rules(_list(content.get("rules"), "rules"), params, arrays, max_bytes)
         if arrays:
             fail(sorted(arrays)[0], "belongs to no leaf and no rule")
         model = content.get("model")
         if model is not None and not (
             isinstance(model, dict)
             and isinstance(model.get("name"), str)
+            and len(model["name"]) <= MAX_NAME
             and isinstance(model.get("options", {}), dict)
         ):
             fail("model", f"{str(model)[:120]} is not a name with options")
@@ -181,7 +194,19 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
         raise CompressedFileError(f"{target}: {error}") from None
     dense = sum(x.nbytes for x in jax.tree.leaves(params))
     sizes = Sizes(dense, sum(map(formats.nbytes, packed.values())), stored, size)
-    return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes)
+    rules = [(pattern_of(b), b.constraint) for b in bound]
+    return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
+
+
+def _native(names: Sequence[str], leaves: Sequence[Any]) -> list[np.ndarray]:
+    """The leaves as NumPy arrays in this machine's byte order; ValueError naming one that is no array of numbers."""
+    out = []
+    for name, leaf in zip(names, leaves, strict=True):
+        try:
+            out.append(native(jax.device_get(leaf)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
+    return out
 
 
 def _layout(layout: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[str, str]:
@@ -220,13 +245,6 @@ def _list(value: Any, entry: str, limit: int = MAX_LEAVES) -> list[Any]:
     return value
 
 
-def _claim(arrays: dict[str, np.ndarray], name: Any, entry: str) -> np.ndarray:
-    """Takes an array out of the file's, so that each is used once."""
-    if not isinstance(name, str) or name not in arrays:
-        fail(entry, f"its array {str(name)[:80]!r} is not in the file, or is used twice")
-    return arrays.pop(name)
-
-
 def _leaves(listed: Any, arrays: dict[str, np.ndarray], max_bytes: int) -> tuple[dict[str, Packed], dict[str, Any]]:
     packed: dict[str, Packed] = {}
     dense: list[np.ndarray] = []
@@ -242,13 +260,13 @@ def _leaves(listed: Any, arrays: dict[str, np.ndarray], max_bytes: int) -> tuple
         if not isinstance(about.get("dtype"), str) or about["dtype"] not in DTYPES:
             fail(entry, f"dtype {str(about.get('dtype'))[:40]!r} is not one of {', '.join(DTYPES)}")
         shape = container.check_shape(entry, about.get("shape"), DTYPES[about["dtype"]].itemsize, left)
-        taken = {key: _claim(arrays, name, entry) for key, name in held.items()}
+        taken = {key: claim(arrays, name, entry) for key, name in held.items()}
         item = Packed(format, shape, about["dtype"], taken, meta)
         try:
-            w = formats.unpack(item, left)
+            w = formats.unpack(item, left, 2 * max_bytes)
         except CompressedFileError as error:
             fail(entry, str(error))
-        left -= w.nbytes
+        left -= extent(item) * w.dtype.itemsize
         if about["path"] in packed:
             fail(entry, "occurs twice")
         packed[about["path"]] = item
@@ -257,82 +275,3 @@ def _leaves(listed: Any, arrays: dict[str, np.ndarray], max_bytes: int) -> tuple
         return packed, _nest(list(packed), dense)
     except ValueError as error:
         fail("leaves", str(error))
-
-
-def _rules(
-    listed: Any, params: dict[str, Any], arrays: dict[str, np.ndarray], max_bytes: int
-) -> tuple[list[tuple[str, Constraint]], dict[str, Any]]:
-    known = set(paths(params))
-    rules: list[tuple[str, Constraint]] = []
-    for number, about in enumerate(_list(listed, "rules")):
-        entry = f"rules[{number}]"
-        if not isinstance(about, dict) or not isinstance(about.get("spec"), dict):
-            fail(entry, "has no constraint")
-        mine = _list(about.get("paths"), f"{entry}/paths")
-        if not mine or not all(isinstance(p, str) and p in known for p in mine):
-            fail(entry, "its paths are not leaves of the file, or another rule holds on them")
-        known.difference_update(mine)
-        try:
-            constraint = from_spec(about["spec"])
-        except Exception as error:  # a hostile spec may upset a factory in any way
-            fail(mine[0], f"its constraint {str(about['spec'])[:200]} is refused: {error}")
-        if not constraint.joint and len(mine) != 1:
-            fail(mine[0], f"{constraint} holds on one leaf, the file names {len(mine)}")
-        rules.append(("|".join(map(re.escape, mine)), constraint))
-    structures = {}
-    try:
-        bound = resolve(rules, params)
-    except Exception as error:
-        fail("rules", str(error))
-    leaves = jax.tree.leaves(params)
-    traced = set()
-    for b, about in zip(bound, listed, strict=True):
-        w = b.take(leaves)
-        kind = (container.to_json(about["spec"]), *((x.shape, x.dtype) for x in jax.tree.leaves(w)))
-        if kind not in traced:
-            traced.add(kind)
-            _check_cost(b.name, b.constraint, w, max_bytes)
-        structures[b.name] = _structure(b.name, b.constraint, w, about.get("structure"), arrays)
-    return rules, structures
-
-
-def _check_cost(entry: str, constraint: Constraint, w: Any, max_bytes: int) -> None:
-    """A forged block shape or group size must not make the projection build arrays that no memory holds."""
-
-    def largest(jaxpr: Jaxpr) -> int:
-        sizes = [0]
-        for equation in jaxpr.eqns:
-            avals = [v.aval for v in equation.outvars]
-            sizes += [a.size * a.dtype.itemsize for a in avals if isinstance(a, ShapedArray)]
-            for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: isinstance(x, _JAXPRS)):
-                if isinstance(inner, _JAXPRS):
-                    sizes.append(largest(inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner))
-        return max(sizes)
-
-    try:
-        needed = largest(jax.make_jaxpr(lambda w: constraint.project(w, constraint.init(w)))(w).jaxpr)
-    except Exception as error:
-        fail(entry, f"{constraint} does not fit: {error}")
-    if needed > max_bytes:
-        fail(entry, f"projecting onto {constraint} makes an array of {needed} bytes, more than max_bytes={max_bytes}")
-
-
-_JAXPRS = (ClosedJaxpr, Jaxpr)
-
-
-def _structure(entry: str, constraint: Constraint, w: Any, names: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """The pytree that the constraint makes, filled with the file's arrays."""
-    try:
-        template, treedef = jax.tree.flatten(jax.eval_shape(constraint.init, w))
-    except Exception as error:
-        fail(entry, f"{constraint} does not fit: {error}")
-    named = _list(names, f"{entry}/structure")
-    if len(named) != len(template):
-        fail(entry, f"its structure has {len(named)} arrays, {constraint} needs {len(template)}")
-    filled = []
-    for name, like in zip(named, template, strict=True):
-        a = _claim(arrays, name, entry)
-        if a.shape != like.shape or a.dtype != like.dtype:
-            fail(entry, f"its structure holds {a.dtype} {list(a.shape)}, expected {like.dtype} {list(like.shape)}")
-        filled.append(a)
-    return jax.tree.unflatten(treedef, filled)

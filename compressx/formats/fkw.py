@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from compressx.formats.base import Format, Packed, check_offsets, check_range, dtype_of, fail, nonzero, only, take
-from compressx.formats.parts import check_shape, fits, part
+from compressx.formats.parts import check_shape, entries, fits, part
 
 MAX_PATTERNS = 255
 _TAPS = 62  # of a kernel, so that a support is an integer
@@ -173,28 +173,36 @@ def _unpack(packed: Packed) -> np.ndarray:
         fail("fkw", f"shape {list(packed.shape)} is not that of a convolution that the format holds")
     kh, kw, cin, cout = packed.shape
     patterns = _patterns(packed, kh * kw)
-    index = take(packed, "index", "uint16", (None,)).astype(np.int64)
+    index = take(packed, "index", "uint16", (None,))
     weight = take(packed, "weight", dtype_of(packed).name, (index.size, patterns.shape[1]))
-    offset = take(packed, "offset", "uint32", (cout + 1,)).astype(np.int64)
+    offset = take(packed, "offset", "uint32", (cout + 1,))
     check_offsets("fkw/offset", offset, index.size)
-    reorder = take(packed, "reorder", "uint16", (cout,)).astype(np.int64)
+    reorder = take(packed, "reorder", "uint16", (cout,))
     if not np.array_equal(np.sort(reorder), np.arange(cout)):
         fail("fkw/reorder", f"is not a permutation of the {cout} filters")
-    stride = take(packed, "stride", "uint16", (cout, len(patterns) + 1)).astype(np.int64)
-    counts = np.diff(stride, axis=1)
-    if stride[:, 0].any() or (counts < 0).any() or not np.array_equal(stride[:, -1], np.diff(offset)):
+    stride = take(packed, "stride", "uint16", (cout, len(patterns) + 1))
+    full = np.array_equal(stride[:, -1], np.diff(offset.astype(np.int64)))
+    if stride[:, 0].any() or (stride[:, 1:] < stride[:, :-1]).any() or not full:
         fail("fkw/stride", "rows do not ascend from 0 to the filter's number of kernels")
     check_range("fkw/index", index, cin)
-    filters = np.repeat(reorder, np.diff(offset))
-    places = filters * cin + index
-    seen = np.zeros(cout * cin, bool)
-    seen[places] = True
-    if np.count_nonzero(seen) != places.size:
+
+    def lengths(part: slice) -> np.ndarray:
+        """Kernels of each filter with each pattern."""
+        filters, used = np.divmod(np.arange(part.start, part.stop), len(patterns))
+        return stride[filters, used + 1].astype(np.int64) - stride[filters, used]
+
+    x = np.zeros((kh * kw, cin, cout), dtype_of(packed))
+    seen = np.zeros((cin, cout), bool)
+    read = 0
+    for row, _ in entries(lengths, cout * len(patterns)):
+        place, used = np.divmod(row, len(patterns))
+        piece = slice(read, read := read + row.size)
+        kernel = index[piece, None], reorder[place, None]
+        seen[kernel] = True
+        x[patterns[used], *kernel] = weight[piece]
+    if np.count_nonzero(seen) != index.size:
         fail("fkw/index", "a filter has an input channel twice")
-    used = np.repeat(np.tile(np.arange(len(patterns)), cout), counts.reshape(-1))
-    x = np.zeros((cout * cin, kh * kw), dtype_of(packed))
-    x[places[:, None], patterns[used]] = weight
-    return np.ascontiguousarray(x.reshape(cout, cin, kh * kw).transpose(2, 1, 0)).reshape(packed.shape)
+    return x.reshape(packed.shape)
 
 
 FKW = Format("fkw", _supports, _pack, _unpack)

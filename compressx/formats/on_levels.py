@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from compressx.formats.bank_balanced import BANK_BALANCED
-from compressx.formats.base import Format, Packed, dtype_of, fail, index_dtype, take
+from compressx.formats.base import Format, Packed, dtype_of, extent, fail, index_dtype, nbytes, pieces, take
 from compressx.formats.block_max import BLOCK_MAX
 from compressx.formats.bspc import BSPC
 from compressx.formats.compact import COMPACT
@@ -25,13 +25,15 @@ from compressx.formats.fkw import FKW
 from compressx.formats.parts import check_shape
 from compressx.formats.quantized import (
     Coded,
+    check_codes,
+    code_dtype,
     coded,
     pack_codes,
+    read_codes,
     read_levels,
     supports,
     to_signed,
     to_unsigned,
-    unpack_codes,
     weights,
     width,
     write_levels,
@@ -62,7 +64,12 @@ def on_levels(inner: Format, name: str) -> Format:
         meta = packed.meta | about | {"values": list(values.shape)}
         return Packed(inner.name + SUFFIX, w.shape, w.dtype.name, arrays, meta)
 
-    return Format(inner.name + SUFFIX, fits, pack, lambda packed: _open(packed, inner, name)[0])
+    def workspace(packed: Packed) -> int:
+        """Every value's code and every weight's, beside what `inner` takes."""
+        check_shape(packed, 1)
+        return extent(packed) * (2 * code_dtype(read_levels(packed)[0]).itemsize + 1) + nbytes(packed)
+
+    return Format(inner.name + SUFFIX, fits, pack, lambda packed: _unpack(packed, inner, name), workspace)
 
 
 def in_floats(packed: Packed) -> Packed:
@@ -74,18 +81,25 @@ def in_floats(packed: Packed) -> Packed:
     if packed.format not in _INNER:
         return packed
     inner, name = _INNER[packed.format]
-    w, place, plain = _open(packed, inner, name)
-    values = np.zeros(plain.arrays[name].size, w.dtype)
-    held = place > 0
-    values[place[held] - 1] = w[held]
-    values = values.reshape(plain.arrays[name].shape)
-    return plain._replace(dtype=packed.dtype, arrays=plain.arrays | {name: values})
+    w, coded = _unpack(packed, inner, name), _plain(packed, inner, name)
+    held = coded.arrays[name]
+    numbers = np.arange(1, held.size + 1, dtype=index_dtype(held.size + 1)).reshape(held.shape)
+    place = inner.unpack(coded._replace(dtype=numbers.dtype.name, arrays=coded.arrays | {name: numbers}))
+    values = np.zeros(held.size, w.dtype)
+    values[place[place > 0] - 1] = w[place > 0]
+    return coded._replace(dtype=packed.dtype, arrays=coded.arrays | {name: values.reshape(held.shape)})
 
 
-def _open(packed: Packed, inner: Format, name: str) -> tuple[np.ndarray, np.ndarray, Packed]:
-    """The weight; the number (0: none) of the value at each place; and `inner`'s arrays with the numbers as values."""
-    check_shape(packed, 1)
+def _unpack(packed: Packed, inner: Format, name: str) -> np.ndarray:
     levels, structure = read_levels(packed)
+    codes = inner.unpack(_plain(packed, inner, name))
+    return weights(Coded(codes, structure, levels), dtype_of(packed))
+
+
+def _plain(packed: Packed, inner: Format, name: str) -> Packed:
+    """The same in the format `inner`, of a weight whose values are the signed codes."""
+    check_shape(packed, 1)
+    levels, _ = read_levels(packed)
     extents, most = packed.meta.get("values"), math.prod(packed.shape)
     if (
         not isinstance(extents, list)
@@ -95,14 +109,13 @@ def _open(packed: Packed, inner: Format, name: str) -> tuple[np.ndarray, np.ndar
     ):
         fail(f"{packed.format}/values", f"{str(extents)[:80]} are not the extents of at most {most} values")
     entry, b, number = f"{packed.format}/{name}", width(levels), math.prod(extents)
-    stored = unpack_codes(entry, take(packed, name, "uint8", (-(-number * b // 8),)), number, b)
-    signed = to_signed(entry, stored, b, levels.top)
-    numbers = np.arange(1, number + 1, dtype=index_dtype(number + 1)).reshape(extents)
-    arrays = {key: a for key, a in packed.arrays.items() if key != "levels"} | {name: numbers}
-    plain = Packed(inner.name, packed.shape, numbers.dtype.name, arrays, packed.meta)
-    place = inner.unpack(plain)
-    codes = np.concatenate([np.zeros(1, np.int32), signed])[place]
-    return weights(Coded(codes, structure, levels), dtype_of(packed)), place, plain
+    stored = take(packed, name, "uint8", (-(-number * b // 8),))
+    check_codes(entry, stored, number * b)
+    codes = np.empty(number, code_dtype(levels))
+    for part in pieces(number):
+        codes[part] = to_signed(entry, read_codes(stored, part, b), b, levels.top)
+    arrays = {key: a for key, a in packed.arrays.items() if key != "levels"} | {name: codes.reshape(extents)}
+    return Packed(inner.name, packed.shape, codes.dtype.name, arrays, packed.meta)
 
 
 _INNER = {

@@ -1,11 +1,11 @@
 """What the formats for structures share: the set of a constraint that cuts the weight, and strings of bits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from compressx.formats.base import DTYPES, Packed, fail
+from compressx.formats.base import DTYPES, Packed, fail, pieces
 
 
 def fits(w: np.ndarray, least: int) -> bool | str:
@@ -58,15 +58,54 @@ def pack_bits(values: np.ndarray, widths: np.ndarray | int) -> np.ndarray:
     return np.packbits((np.repeat(values.astype(np.int64), widths) >> shift & 1).astype(np.uint8))
 
 
-def unpack_bits(packed: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Inverse of `pack_bits`: the integers int64 `[n]`, and whether all bits after the last are zero.
+def read_bits(stored: np.ndarray, at: np.ndarray, widths: np.ndarray | int) -> np.ndarray:
+    """Unsigned integers out of a string of bits: int64 `[n]`; inverse of `pack_bits`.
 
-    The caller has checked that `packed` has `ceil(sum(widths) / 8)` bytes.
+    Args:
+      stored: uint8, the string.
+      at: int64 `[n]`, where each begins, in bits, not descending.
+      widths: bits of all of them, or of each `[n]`; at most 32. The caller has checked that the string is that long.
     """
-    total = int(widths.sum())
-    bits = np.unpackbits(packed)
-    ends = np.cumsum(widths)
-    place = np.arange(total) - np.repeat(ends - widths, widths)
-    shifted = bits[:total].astype(np.int64) << (np.repeat(widths, widths) - 1 - place)
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(shifted)])
-    return sums[ends] - sums[ends - widths], not bits[total:].any()
+    if not at.size:
+        return np.zeros(0, np.int64)
+    widths = np.broadcast_to(np.asarray(widths, np.int64), at.shape)
+    first, end = int(at[0]) >> 3, int(at[-1] + widths[-1] + 7) >> 3
+    window = np.concatenate([stored[first:end], np.zeros(5, np.uint8)])  # 32 bits begin in any bit of the first byte
+    byte = (at >> 3) - first
+    value = window[byte].astype(np.int64)
+    for i in range(1, 5):
+        value = value << 8 | window[byte + i]
+    bits: np.ndarray = value >> (40 - (at & 7) - widths) & ((np.int64(1) << widths) - 1)
+    return bits
+
+
+def clean(stored: np.ndarray, bits: int) -> bool:
+    """Whether all bits after the first `bits` are zero, in a string of as many bytes as these take."""
+    return not stored.size or not int(stored[-1]) & ((1 << (-bits % 8)) - 1)
+
+
+def read_flags(stored: np.ndarray, part: slice) -> np.ndarray:
+    """A piece of a string of bits, bool: bits `part.start` to `part.stop`."""
+    bits = np.unpackbits(stored[part.start >> 3 : (part.stop + 7) >> 3])
+    return bits[part.start & 7 :][: part.stop - part.start].view(bool)
+
+
+def count_flags(stored: np.ndarray) -> int:
+    """How many bits of a string are set."""
+    return sum(int(np.bitwise_count(stored[part]).sum(dtype=np.int64)) for part in pieces(stored.size))
+
+
+def entries(lengths: Callable[[slice], np.ndarray], rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The row of each entry and its index in the row, for rows of any lengths one after the other, in pieces.
+
+    Args:
+      lengths: from a slice of rows to their lengths, int64.
+      rows: how many.
+    """
+    for part in pieces(rows):
+        length = lengths(part)
+        ends = np.cumsum(length)
+        for some in pieces(int(ends[-1])):
+            index = np.arange(some.start, some.stop)
+            row = np.searchsorted(ends, index, side="right")
+            yield row + part.start, index - (ends - length)[row]

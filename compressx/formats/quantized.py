@@ -15,8 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressx.constraints.quantization import Levels, encode, fit, levels_of
-from compressx.formats.base import Format, Packed, check_finite, choice, dtype_of, fail, integer, only, same, take
-from compressx.formats.parts import check_shape, fits, part
+from compressx.formats.base import (
+    Format,
+    Packed,
+    check_finite,
+    choice,
+    dtype_of,
+    fail,
+    index_dtype,
+    integer,
+    only,
+    pieces,
+    same,
+    take,
+)
+from compressx.formats.parts import check_shape, clean, count_flags, fits, part, read_flags
 
 _GRIDS = ("uniform", "power_of_two", "cells", "codebook")
 
@@ -61,20 +74,38 @@ def coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
 
 def weights(c: Coded, dtype: np.dtype[Any]) -> np.ndarray:
     """The weights that codes stand for, by NumPy alone; the products are exact, so no library rounds otherwise."""
-    k = np.abs(c.codes)
+    codes = c.codes.reshape(-1)
+    out = np.empty(codes.size, dtype)
+    for here in pieces(codes.size):
+        out[here] = decoded(codes[here], here.start, c.structure, c.levels, dtype)
+    return out.reshape(c.codes.shape)
+
+
+def decoded(
+    codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any]
+) -> np.ndarray:
+    """`weights` of a piece of the codes in stored order, which begins at weight `start`."""
+    signed = codes.astype(np.int32)
+    k = np.abs(signed)
+    if levels.per == "channel":
+        channels = structure.shape[-1]
+        first = start % channels
+        channel = np.arange(first, first + k.size, dtype=index_dtype(first + k.size + channels)) % channels
     with np.errstate(over="ignore"):
-        if c.levels.grid == "codebook":
+        if levels.grid == "codebook":
             at = np.maximum(k - 1, 0)
-            if c.levels.per == "tensor":
-                magnitude = c.structure[at]
-            else:
-                magnitude = c.structure[at.reshape(-1, at.shape[-1]), np.arange(at.shape[-1])].reshape(at.shape)
+            magnitude = structure[at] if levels.per == "tensor" else structure[at, channel]
         else:
-            step = c.structure.dtype.type(1)
-            level = np.ldexp(step, k - 1) if c.levels.grid == "power_of_two" else k.astype(c.structure.dtype)
-            magnitude = level * c.structure
-        signed = np.where(c.codes < 0, -magnitude, magnitude).astype(dtype)
-    return np.where(c.codes == 0, np.zeros((), dtype), signed)
+            step = structure.dtype.type(1)
+            level = np.ldexp(step, k - 1) if levels.grid == "power_of_two" else k.astype(structure.dtype)
+            magnitude = level * (structure if levels.per == "tensor" else structure[channel])
+        out = np.where(signed < 0, -magnitude, magnitude).astype(dtype)
+    return np.where(signed == 0, np.zeros((), dtype), out)
+
+
+def code_dtype(levels: Levels) -> np.dtype[Any]:
+    """The smallest dtype that holds every signed index."""
+    return next(np.dtype(d) for d in (np.int8, np.int16, np.int32) if levels.top <= np.iinfo(d).max)
 
 
 def width(levels: Levels) -> int:
@@ -119,14 +150,19 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(digits.reshape(-1))
 
 
-def unpack_codes(entry: str, stored: np.ndarray, number: int, bits: int) -> np.ndarray:
-    """Inverse of `pack_codes`: int32 `[number]`; bits after the last code must be 0."""
-    digits = np.unpackbits(stored)
-    if digits[number * bits :].any():
+def check_codes(entry: str, stored: np.ndarray, bits: int) -> None:
+    """Refuses a string of codes with bits set after the last one."""
+    if not clean(stored, bits):
         fail(entry, "bits after the last code are set")
-    codes = np.zeros(number, np.int32)
-    for digit in digits[: number * bits].reshape(number, bits).T:
-        codes = 2 * codes + digit
+
+
+def read_codes(stored: np.ndarray, here: slice, bits: int) -> np.ndarray:
+    """A piece of the codes, int32; inverse of `pack_codes`."""
+    digits = read_flags(stored, slice(bits * here.start, bits * here.stop)).view(np.uint8).reshape(-1, bits)
+    codes = np.zeros(len(digits), np.int32)
+    for digit in digits.T:
+        codes += codes
+        codes += digit
     return codes
 
 
@@ -165,19 +201,24 @@ def _unpack(packed: Packed) -> np.ndarray:
     check_shape(packed, 1)
     levels, structure = read_levels(packed)
     b, n = width(levels), int(np.prod(packed.shape, dtype=np.int64))
-    mask = np.ones(n, bool)
-    if choice(packed, "masked", (True, False)):
-        bits = np.unpackbits(take(packed, "mask", "uint8", (-(-n // 8),)))
-        if bits[n:].any():
+    masked, kept = choice(packed, "masked", (True, False)), n
+    if masked:
+        mask = take(packed, "mask", "uint8", (-(-n // 8),))
+        if not clean(mask, n):
             fail("quantized/mask", "bits after the last weight are set")
-        mask = bits[:n].astype(bool)
+        kept = count_flags(mask)
     elif "mask" in packed.arrays:
         fail("quantized/mask", "present, though all weights have codes")
-    kept = int(mask.sum())
-    stored = unpack_codes("quantized/codes", take(packed, "codes", "uint8", (-(-kept * b // 8),)), kept, b)
-    codes = np.zeros(n, np.int32)
-    codes[mask] = to_signed("quantized/codes", stored, b, levels.top)
-    return weights(Coded(codes.reshape(packed.shape), structure, levels), dtype_of(packed))
+    stored = take(packed, "codes", "uint8", (-(-kept * b // 8),))
+    check_codes("quantized/codes", stored, kept * b)
+    w, read = np.empty(n, dtype_of(packed)), 0
+    for here in pieces(n):
+        held = read_flags(mask, here) if masked else np.ones(here.stop - here.start, bool)
+        piece = slice(read, read := read + int(np.count_nonzero(held)))
+        codes = np.zeros(held.size, np.int32)
+        codes[held] = to_signed("quantized/codes", read_codes(stored, piece, b), b, levels.top)
+        w[here] = decoded(codes, here.start, structure, levels, w.dtype)
+    return w.reshape(packed.shape)
 
 
 QUANTIZED = Format("quantized", supports, _pack, _unpack)

@@ -21,13 +21,14 @@ from compressx.formats.base import (
     dtype_of,
     fail,
     filters_first,
-    filters_last,
     integer,
     nonzero,
     only,
+    pieces,
     rank,
     take,
 )
+from compressx.formats.parts import clean, count_flags, entries, read_bits, read_flags
 
 MAX_WIDTH = 16  # bits of a delta code
 
@@ -49,12 +50,14 @@ def _unpack_bitmask(packed: Packed) -> np.ndarray:
     only(packed, "mask", "values")
     n = _size(packed)
     stored = take(packed, "mask", "uint8", (-(-n // 8),))
-    mask = np.unpackbits(stored)
-    if mask[n:].any():
+    if not clean(stored, n):
         fail("bitmask/mask", "bits after the last weight are set")
-    values = take(packed, "values", dtype_of(packed).name, (int(mask.sum(dtype=np.int64)),))
-    w = np.zeros(n, dtype_of(packed))
-    w[mask[:n].astype(bool)] = values
+    values = take(packed, "values", dtype_of(packed).name, (count_flags(stored),))
+    w, read = np.zeros(n, dtype_of(packed)), 0
+    for part in pieces(n):
+        mask = read_flags(stored, part)
+        piece = slice(read, read := read + int(np.count_nonzero(mask)))
+        w[part][mask] = values[piece]
     return w.reshape(packed.shape)
 
 
@@ -94,16 +97,19 @@ def csr(bits: int) -> Format:
             fail(name, f"shape {list(packed.shape)} has no rows and columns")
         filters = packed.shape[-1]
         positions = int(np.prod(packed.shape[:-1], dtype=np.int64))
-        indices = take(packed, "indices", ids, (None,)).astype(np.int64)
+        indices = take(packed, "indices", ids, (None,))
         values = take(packed, "values", dtype_of(packed).name, indices.shape)
-        indptr = take(packed, "indptr", "uint32", (filters + 1,)).astype(np.int64)
+        indptr = take(packed, "indptr", "uint32", (filters + 1,))
         check_offsets(f"{name}/indptr", indptr, indices.size)
-        check_range(f"{name}/indices", indices, positions)
-        places = np.repeat(np.arange(filters, dtype=np.int64), np.diff(indptr)) * positions + indices
-        check_increasing(f"{name}/indices", places, filters * positions)
-        m = np.zeros(filters * positions, dtype_of(packed))
-        m[places] = values
-        return filters_last(m.reshape(filters, positions), packed.shape)
+        m = np.zeros((positions, filters), dtype_of(packed))
+        start, last = 0, -1
+        for row, _ in entries(lambda r: np.diff(indptr[r.start : r.stop + 1].astype(np.int64)), filters):
+            piece = slice(start, start := start + row.size)
+            column = indices[piece].astype(np.int64)
+            check_range(f"{name}/indices", column, positions)
+            last = check_increasing(f"{name}/indices", row * positions + column, filters * positions, last)
+            m[column, row] = values[piece]
+        return m.reshape(packed.shape)
 
     return Format(name, supports, pack, unpack)
 
@@ -144,18 +150,23 @@ def _unpack_delta(packed: Packed) -> np.ndarray:
     n = _size(packed)
     width = integer(packed, "width", 1, MAX_WIDTH)
     count = integer(packed, "codes", 0, n)
-    bits = np.unpackbits(take(packed, "codes", "uint8", (-(-count * width // 8),)))
-    if bits[count * width :].any():
+    stored = take(packed, "codes", "uint8", (-(-count * width // 8),))
+    if not clean(stored, count * width):
         fail("coo-delta/codes", "bits after the last code are set")
-    codes = np.zeros(count, np.int64)
-    for digit in bits[: count * width].reshape(count, width).T:
-        codes = 2 * codes + digit
-    is_value = codes < (1 << width) - 1
-    values = take(packed, "values", dtype_of(packed).name, (int(is_value.sum(dtype=np.int64)),))
-    places = (np.cumsum(codes + is_value) - 1)[is_value]
-    check_range("coo-delta/codes", places, n)
+    values = take(packed, "values", dtype_of(packed).name, (None,))
     w = np.zeros(n, dtype_of(packed))
-    w[places] = values
+    reached, used = 0, 0  # weights and values behind the codes that are read
+    for part in pieces(count):
+        codes = read_bits(stored, width * np.arange(part.start, part.stop), width)
+        is_value = codes < (1 << width) - 1
+        ends = reached + np.cumsum(codes + is_value)
+        places = ends[is_value] - 1
+        check_range("coo-delta/codes", places, n)
+        if used + places.size > values.size:
+            fail("coo-delta/values", f"shape {list(values.shape)}, too few for the codes")
+        w[places] = values[used : used + places.size]
+        reached, used = int(ends[-1]), used + places.size
+    take(packed, "values", dtype_of(packed).name, (used,))
     return w.reshape(packed.shape)
 
 

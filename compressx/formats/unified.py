@@ -17,21 +17,22 @@ the layout is ours.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from compressx.formats.base import Format, Packed, choice, dtype_of, fail, only, take
-from compressx.formats.parts import check_shape, fits, part
+from compressx.formats.base import PIECE, Format, Packed, choice, dtype_of, fail, nbytes, only, pieces, take
+from compressx.formats.parts import check_shape, clean, count_flags, fits, part, read_flags
 from compressx.formats.quantized import (
-    Coded,
+    check_codes,
     coded,
+    decoded,
     pack_codes,
+    read_codes,
     read_levels,
     to_signed,
     to_unsigned,
-    unpack_codes,
-    weights,
     width,
     write_levels,
 )
@@ -56,16 +57,24 @@ def block_order(shape: tuple[int, ...], block: list[int]) -> tuple[np.ndarray, n
       shape: of the stored weight.
       block: two extents (positions, filters), or three (input channels, taps, output channels).
     """
-    extents: tuple[int, ...]
+    return _ordered(*_grid(shape, block))
+
+
+def _grid(shape: tuple[int, ...], block: list[int]) -> tuple[tuple[int, ...], list[int]]:
+    """The axes that blocks cut, of the weight and of a block."""
     if len(block) == 2:
-        extents, step = (math.prod(shape[:-1]), shape[-1]), block
-    else:
-        extents, step = (math.prod(shape[:-2]), shape[-2], shape[-1]), [block[1], block[0], block[2]]
-    ids = np.zeros(extents, np.int64)
+        return (math.prod(shape[:-1]), shape[-1]), block
+    return (math.prod(shape[:-2]), shape[-2], shape[-1]), [block[1], block[0], block[2]]
+
+
+def _ordered(extents: tuple[int, ...], step: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    dtype = np.int32 if math.prod(extents) <= np.iinfo(np.int32).max else np.int64
+    ids = np.zeros(extents, dtype)
     for a, (n, b) in enumerate(zip(extents, step, strict=True)):
         along = [1] * len(extents)
         along[a] = n
-        ids = ids * -(-n // b) + (np.arange(n) // b).reshape(along)
+        ids *= -(-n // b)
+        ids += (np.arange(n) // b).astype(dtype).reshape(along)
     flat = ids.reshape(-1)
     return np.argsort(flat, kind="stable"), np.bincount(flat)
 
@@ -115,62 +124,127 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     return Packed("unified", w.shape, w.dtype.name, arrays, meta)
 
 
-def _mask(packed: Packed, name: str, n: int) -> np.ndarray:
+def _flags(packed: Packed, name: str, n: int) -> np.ndarray:
+    """The string of n bits of that name; without the array no bit is set."""
     if name not in packed.arrays:
-        return np.zeros(n, bool)
-    bits = np.unpackbits(take(packed, name, "uint8", (-(-n // 8),)))
-    if bits[n:].any():
+        return np.zeros(-(-n // 8), np.uint8)
+    stored = take(packed, name, "uint8", (-(-n // 8),))
+    if not clean(stored, n):
         fail(f"unified/{name}", "bits after the last one are set")
-    return bits[:n].astype(bool)
+    return stored
 
 
-def _unpack(packed: Packed) -> np.ndarray:
-    only(packed, "pruned", "unified", "signs", "magnitudes", "free", "levels")
+def _cut(packed: Packed) -> tuple[tuple[int, ...], list[int]]:
+    """The axes that blocks cut, of the weight and of a block, checked."""
     check_shape(packed, 2)
-    dtype = dtype_of(packed)
-    if dtype.name not in ("float64", "float32", "float16", "bfloat16"):
-        fail("unified", f"dtype {packed.dtype!r} has no signs and magnitudes")
     block = packed.meta.get("block")
     if (
         not isinstance(block, list)
         or len(block) not in (2, 3)
         or not all(type(b) is int and 1 <= b <= MAX_EXTENT for b in block)
     ):
-        fail("unified/block", f"{block!r} is not a list of two or three extents")
-    order, sizes = block_order(packed.shape, block)
-    pruned = _mask(packed, "pruned", sizes.size)
-    unified = np.zeros(sizes.size, bool)
-    unified[~pruned] = _mask(packed, "unified", int((~pruned).sum()))
-    free = ~pruned & ~unified
-    tied, loose = int(sizes[unified].sum()), int(sizes[free].sum())
-    negative = _mask(packed, "signs", tied)
-    number = int(unified.sum())
-    in_unified, in_free = np.repeat(unified, sizes), np.repeat(free, sizes)
-    flat = np.empty(order.size, np.int64)
-    flat[order] = np.arange(order.size)
-    if not choice(packed, "coded", (True, False)):
-        if "levels" in packed.arrays:
-            fail("unified/levels", "present, though the weights are raw")
-        high = _bits_of(take(packed, "magnitudes", dtype.name, (number,)))
-        top = high.dtype.type(1 << (8 * dtype.itemsize - 1))
-        if (high & top).any():
-            fail("unified/magnitudes", "a magnitude is negative")
-        bits = np.zeros(order.size, high.dtype)
-        bits[in_unified] = np.repeat(high, sizes[unified]) | np.where(negative, top, high.dtype.type(0))
-        bits[in_free] = _bits_of(take(packed, "free", dtype.name, (loose,)))
-        return bits[flat].view(dtype).reshape(packed.shape)
+        fail("unified/block", f"{str(block)[:80]} is not a list of two or three extents")
+    return _grid(packed.shape, block)
+
+
+def _workspace(packed: Packed) -> int:
+    """Strips of whole blocks are read together: the order, the kind and the code of each of their weights."""
+    extents, step = _cut(packed)
+    return 48 * min(step[0], extents[0]) * math.prod(extents[1:]) + nbytes(packed)
+
+
+def _strips(packed: Packed) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """Strip by strip of blocks along the first axis: its indices, the blocks' sizes, which are unified, which free."""
+    extents, step = _cut(packed)
+    number = math.prod(-(-n // b) for n, b in zip(extents, step, strict=True))
+    pruned = _flags(packed, "pruned", number)
+    unified = _flags(packed, "unified", number - count_flags(pruned))
+    across = np.ones(1, np.int64)
+    for n, b in zip(extents[1:], step[1:], strict=True):
+        across = (across[:, None] * np.minimum(b, n - np.arange(0, n, b))).reshape(-1)
+    blocks, left = 0, 0
+    for strip in pieces(extents[0], step[0] * max(1, PIECE // (step[0] * math.prod(extents[1:])))):
+        along = np.minimum(step[0], strip.stop - np.arange(strip.start, strip.stop, step[0]))
+        sizes = (along[:, None] * across).reshape(-1)
+        stay = ~read_flags(pruned, slice(blocks, blocks := blocks + sizes.size))
+        tied = np.zeros(sizes.size, bool)
+        tied[stay] = read_flags(unified, slice(left, left := left + int(np.count_nonzero(stay))))
+        yield strip, sizes, tied, stay & ~tied
+
+
+def _unpack(packed: Packed) -> np.ndarray:
+    only(packed, "pruned", "unified", "signs", "magnitudes", "free", "levels")
+    dtype = dtype_of(packed)
+    if dtype.name not in ("float64", "float32", "float16", "bfloat16"):
+        fail("unified", f"dtype {packed.dtype!r} has no signs and magnitudes")
+    extents, step = _cut(packed)
+    blocks, tied, loose = 0, 0, 0  # unified blocks, weights in them, weights of free blocks
+    for _, sizes, unified, free in _strips(packed):
+        blocks += int(np.count_nonzero(unified))
+        tied, loose = tied + int(sizes[unified].sum()), loose + int(sizes[free].sum())
+    signs = _flags(packed, "signs", tied)
+    values = (_coded if choice(packed, "coded", (True, False)) else _raw)(packed, blocks, loose)
+    across = math.prod(extents[1:])
+    w = np.empty(extents[0] * across, dtype)
+    blocks, tied, loose = 0, 0, 0
+    for strip, sizes, unified, free in _strips(packed):
+        order, _ = _ordered((strip.stop - strip.start, *extents[1:]), step)
+        in_unified, in_free = order[np.repeat(unified, sizes)], order[np.repeat(free, sizes)]
+        magnitude = values.magnitudes(slice(blocks, blocks := blocks + int(np.count_nonzero(unified))))
+        each = np.repeat(magnitude, sizes[unified])
+        negative = read_flags(signs, slice(tied, tied := tied + each.size))
+        x = np.zeros(order.size, each.dtype)
+        x[in_unified] = np.where(negative, values.negated(each), each)
+        x[in_free] = values.free(slice(loose, loose := loose + in_free.size))
+        at = slice(strip.start * across, strip.stop * across)
+        w[at] = values.weights(x, at.start)
+    return w.reshape(packed.shape)
+
+
+class _Values(NamedTuple):
+    """How the magnitudes of unified blocks and the free weights are stored: as integers, of which weights are made."""
+
+    magnitudes: Callable[[slice], np.ndarray]
+    free: Callable[[slice], np.ndarray]
+    negated: Callable[[np.ndarray], np.ndarray]
+    weights: Callable[[np.ndarray, int], np.ndarray]
+
+
+def _raw(packed: Packed, blocks: int, loose: int) -> _Values:
+    """The bits of weights."""
+    if "levels" in packed.arrays:
+        fail("unified/levels", "present, though the weights are raw")
+    dtype = dtype_of(packed)
+    high = _bits_of(take(packed, "magnitudes", dtype.name, (blocks,)))
+    held = _bits_of(take(packed, "free", dtype.name, (loose,)))
+    top = high.dtype.type(1 << (8 * dtype.itemsize - 1))
+    if any((high[part] & top).any() for part in pieces(blocks)):
+        fail("unified/magnitudes", "a magnitude is negative")
+    return _Values(lambda at: high[at], lambda at: held[at], lambda x: x | top, lambda x, _: x.view(dtype))
+
+
+def _coded(packed: Packed, blocks: int, loose: int) -> _Values:
+    """Indices of levels."""
     levels, structure = read_levels(packed)
     b = width(levels)
-    stored = take(packed, "magnitudes", "uint8", (-(-number * (b - 1) // 8),))
-    k = unpack_codes("unified/magnitudes", stored, number, b - 1)
-    if k.size and not 1 <= int(k.min()) <= int(k.max()) <= levels.top:
-        fail("unified/magnitudes", f"indices {int(k.min())}..{int(k.max())} of 1..{levels.top}")
-    each = np.repeat(k, sizes[unified])
-    codes = np.zeros(order.size, np.int32)
-    codes[in_unified] = np.where(negative, -each, each)
-    stored = unpack_codes("unified/free", take(packed, "free", "uint8", (-(-loose * b // 8),)), loose, b)
-    codes[in_free] = to_signed("unified/free", stored, b, levels.top)
-    return weights(Coded(codes[flat].reshape(packed.shape), structure, levels), dtype)
+    stored = take(packed, "magnitudes", "uint8", (-(-blocks * (b - 1) // 8),))
+    held = take(packed, "free", "uint8", (-(-loose * b // 8),))
+    check_codes("unified/magnitudes", stored, blocks * (b - 1))
+    check_codes("unified/free", held, loose * b)
+
+    def magnitudes(at: slice) -> np.ndarray:
+        k = read_codes(stored, at, b - 1)
+        if k.size and not 1 <= int(k.min()) <= int(k.max()) <= levels.top:
+            fail("unified/magnitudes", f"indices {int(k.min())}..{int(k.max())} of 1..{levels.top}")
+        return k
+
+    def weights(codes: np.ndarray, start: int) -> np.ndarray:
+        return decoded(codes, start, structure, levels, dtype_of(packed))
+
+    def free(at: slice) -> np.ndarray:
+        return to_signed("unified/free", read_codes(held, at, b), b, levels.top)
+
+    return _Values(magnitudes, free, np.negative, weights)
 
 
-UNIFIED = Format("unified", supports, _pack, _unpack)
+UNIFIED = Format("unified", supports, _pack, _unpack, _workspace)

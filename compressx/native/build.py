@@ -206,10 +206,11 @@ def obtain(library: Library, tell: Callable[[str], None]) -> ctypes.CDLL:
         if seal is not None:
             try:
                 return _open(path, library)
-            except UnavailableError:
-                if not command or seal.maker == maker:  # the same compiler would build the same
+            except UnavailableError as error:
+                same = seal.maker == maker and cache.obstacle(folder, _SPACE) is None
+                if not command or same:  # the same compiler would build the same in the same folder
                     raise
-                fault = "it cannot be opened, and another compiler than this one built it"
+                fault = f"it cannot be opened ({error.__cause__})"
         if not command:
             faults += [f"{path}: {fault}"] if fault else []
             continue
