@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from compressx.admm import AdmmState
@@ -119,7 +118,7 @@ def outside(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, i
     """`count_violations` of concrete arrays, compiled, of the numbers as they are: no float64 is cut to float32."""
     bound, leaves = resolve(rules, params), jax.tree.leaves(params)
     held = {b.name: b.take(leaves) for b in bound}
-    cut = any(x.dtype == np.float64 for x in jax.tree.leaves(held)) and not jax.config.jax_enable_x64
+    cut = any(jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype for x in jax.tree.leaves(held))
     with jax.enable_x64(True) if cut else nullcontext():
         count = jax.jit(lambda w, s: {b.name: violations(b.constraint, w[b.name], s[b.name]) for b in bound})
         counts = jax.device_get(count(held, {b.name: structure[b.name] for b in bound}))

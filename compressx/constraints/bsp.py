@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array
 
 from compressx.constraints.base import Constraint, check_density, count
-from compressx.constraints.gates import matrix_set
 from compressx.constraints.floats import nonzero
+from compressx.constraints.gates import matrix_set
 from compressx.constraints.select import energy, top_k_mask
 
 
