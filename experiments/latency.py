@@ -47,8 +47,8 @@ def of_images(
         compressed = kernels.compile(saved._replace(model={"name": saved.model["name"], "options": options}))
         if compressed.path == "xla":
             return None, {"reason": NO_KERNELS}
-        if not compressed.layers(x):
-            return None, {"reason": "the network has no convolution"}
+        if not any(line.on == compressed.path for line in compressed.layers(x)):
+            return None, {"reason": "the network has no convolution that the kernels run"}
         model = models.build(saved.model["name"], **options)
         runs = {"dense": kernels.compile(model, dense, path="xla"), "compressed": compressed}
         taken = _interleaved(runs, x, budget)
