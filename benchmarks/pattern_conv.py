@@ -193,7 +193,7 @@ def build(case: str, rate: float, args: argparse.Namespace) -> tuple[dict[str, C
             del runs[name]
     for name, why in left_out.items():
         print(f"{case}: {name} is left out: {why}")
-    layers = ours.layers(x)
+    layers = [line for line in ours.layers(x) if line.kind == "convolution"]
     dense = sum(round(r.macs / max(r.density, 1e-12)) for r in layers)
     macs = sum(r.macs for r in layers)
     weights = sum(int(np.prod(r.shape)) for r in layers)

@@ -255,8 +255,8 @@ def _dual_step(
         size = jnp.maximum(_norm(again, top), jnp.finfo(jnp.float32).tiny)
         primal[b.name], dual[b.name] = (_in_range(jnp.stack(n) / size) for n in (residuals, moves))
         old = rho[b.name]
-        lengths = [_in_range(scale(_norm(n), top)) for n in (residuals, moves)]
-        rho[b.name] = schedules[b.name].update(old, *lengths, number)
+        far, moved = (_in_range(scale(_norm(n), top)) for n in (residuals, moves))
+        rho[b.name] = schedules[b.name].update(old, far, moved, number)
         ratio = old / rho[b.name] if rescale_dual else jnp.ones((), jnp.float32)
         for k, (z, u) in enumerate(zip(done, duals, strict=True)):
             b.put(pulls[k], jax.tree.map(lambda z, u, s=ratio: z - u * s.astype(u.dtype), z, u))

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from compressx._admm import AdmmState
@@ -118,7 +117,7 @@ def prove(params: Any, rules: Rules, structure: dict[str, Any], chosen: bool) ->
 
 def in_their_precision(tree: Any) -> AbstractContextManager[Any]:
     """A context in which the arrays of a tree are computed with as they are: no float64 is cut to float32."""
-    cut = any(x.dtype == np.float64 for x in jax.tree.leaves(tree)) and not jax.config.jax_enable_x64
+    cut = any(jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype for x in jax.tree.leaves(tree))
     return jax.enable_x64(True) if cut else nullcontext()
 
 

@@ -233,9 +233,10 @@ def _violations(model: SavedModel, arguments: argparse.Namespace) -> dict[str, i
         with in_their_precision(given):
             if kind not in programs:
                 programs[kind] = program = jax.jit(partial(violations, b.constraint)).lower(*given).compile()
-                needed, most = program.memory_analysis().temp_size_in_bytes, 4 * arguments.max_bytes
-                if needed > most:
-                    raise _Refused(f"{arguments.FILE}: {b.name}: checking it takes {needed} bytes, more than {most}")
+                about, most = program.memory_analysis(), 4 * arguments.max_bytes
+                if about is not None and about.temp_size_in_bytes > most:
+                    needed = f"checking it takes {about.temp_size_in_bytes} bytes, more than {most}"
+                    raise _Refused(f"{arguments.FILE}: {b.name}: {needed}")
             counts[b.name] = int(programs[kind](*given))
     return counts
 

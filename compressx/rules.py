@@ -103,9 +103,14 @@ def _check(b: Bound, leaves: Sequence[Any]) -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"{path}: only floating-point leaves can be constrained, got {dtype or type(leaf)}")
+        if not leaf.size:
+            raise ValueError(
+                f"{path} {tuple(leaf.shape)}: it has no weights, so {b.constraint} holds nothing there; leave it out "
+                f"by a rule ({re.escape(path)!r}, None) before this one"
+            )
     try:
         jax.eval_shape(run, w)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         shapes = ", ".join(f"{p} {tuple(leaf.shape)}" for p, leaf in zip(b.paths, jax.tree.leaves(w), strict=True))
         raise ValueError(f"{shapes}: {b.constraint} does not fit: {error}") from None
 

@@ -1,6 +1,6 @@
 """A traced function as a flat list of operations on numbered values, calls inlined."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -35,6 +35,7 @@ class Program(NamedTuple):
       ops: in order.
       outputs: the values returned.
       shapes: of every value.
+      dtypes: of every value.
       treedef: of the returned tree.
     """
 
@@ -44,6 +45,7 @@ class Program(NamedTuple):
     ops: tuple[Op, ...]
     outputs: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[Any, ...]
     treedef: Any
 
     def readers(self) -> dict[int, list[tuple[int, int]]]:
@@ -79,12 +81,37 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
     spec = jax.tree.map(shape, (variables, x))
     with lax_only():
         closed, out = jax.make_jaxpr(function_of(model), return_shape=True)(*spec)
+    return flatten(closed, tuple(paths(variables)), jax.tree.structure(out))
+
+
+def of_nothing(model: nn.Module | Function, variables: Any, x: Any) -> Any:
+    """Shapes and dtypes of the outputs for inputs of batch 0, or None where an output is not one for each input.
+
+    The axes that grow with the batch are those that differ between batches of 1 and 2: many networks cannot be traced
+    with nothing in them (`y.reshape(y.shape[0], -1)` divides by 0).
+    """
+
+    def outputs(n: int) -> Any:
+        batch = lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]) if leaf.shape[:1] == (0,) else leaf.shape, leaf.dtype)
+        spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), variables)
+        return jax.eval_shape(function_of(model), spec, jax.tree.map(batch, x))
+
+    one, two = outputs(1), outputs(2)
+    sizes = lambda a, b: tuple(m if m == n else 0 for m, n in zip(a.shape, b.shape, strict=True))
+    empty = jax.tree.map(lambda a, b: jax.ShapeDtypeStruct(sizes(a, b), a.dtype), one, two)
+    return empty if all(0 in leaf.shape for leaf in jax.tree.leaves(empty)) else None
+
+
+def flatten(closed: Any, names: tuple[str, ...] = (), treedef: Any = None) -> Program:
+    """A closed jaxpr as a program, calls inlined; its first arguments are variables of these names."""
     shapes: list[tuple[int, ...]] = []
+    dtypes: list[Any] = []
     constants: dict[int, Any] = {}
     ops: list[Op] = []
 
     def new(aval: Any) -> int:
         shapes.append(tuple(aval.shape))
+        dtypes.append(aval.dtype)
         return len(shapes) - 1
 
     def constant(value: Any, aval: Any) -> int:
@@ -103,8 +130,8 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
             values = [read(v) for v in equation.invars]
             inner = next((equation.params[k] for k in ("jaxpr", "call_jaxpr") if k in equation.params), None)
             if equation.primitive.name in _CALLS and inner is not None:
-                closed = isinstance(inner, ClosedJaxpr)
-                results = run(inner.jaxpr if closed else inner, inner.consts if closed else (), values)
+                held = isinstance(inner, ClosedJaxpr)
+                results = run(inner.jaxpr if held else inner, inner.consts if held else (), values)
             else:
                 results = [new(v.aval) for v in equation.outvars]
                 ops.append(Op(equation.primitive, dict(equation.params), tuple(values), tuple(results)))
@@ -113,16 +140,9 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
 
     arguments = [new(v.aval) for v in closed.jaxpr.invars]
     outputs = run(closed.jaxpr, closed.consts, arguments)
-    names = tuple(paths(variables))
-    return Program(
-        names,
-        tuple(arguments[len(names) :]),
-        constants,
-        _needed(ops, outputs),
-        tuple(outputs),
-        tuple(shapes),
-        jax.tree.structure(out),
-    )
+    inputs = tuple(arguments[len(names) :])
+    made = (constants, _needed(ops, outputs), tuple(outputs), tuple(shapes), tuple(dtypes), treedef)
+    return Program(names, inputs, *made)
 
 
 def _needed(ops: Sequence[Op], outputs: Sequence[int]) -> tuple[Op, ...]:
@@ -133,3 +153,35 @@ def _needed(ops: Sequence[Op], outputs: Sequence[int]) -> tuple[Op, ...]:
             wanted.update(op.inputs)
             kept.append(op)
     return tuple(reversed(kept))
+
+
+def settled(program: Program, followed: Container[str]) -> Program:
+    """The program with what constants alone make as constants, as far as that helps to follow channels.
+
+    Computed are operations that are not `followed` (such as `iota`), and the indices of gathers and slices. What depends
+    on an extent that is free (the batch's, when a program is exported) stays.
+    """
+    made = {v: op for op in program.ops for v in op.outputs}
+    constants = dict(program.constants)
+    fixed = set(constants)  # depends on neither variables nor inputs, and has a size
+    for op in program.ops:
+        sizes = (n for v in op.outputs for n in program.shapes[v])
+        if all(v in fixed for v in op.inputs) and all(isinstance(n, int) for n in sizes):
+            fixed |= set(op.outputs)
+
+    def compute(value: int) -> Any:
+        if value not in constants:
+            op = made[value]
+            out = op.primitive.bind(*map(compute, op.inputs), **op.params)
+            constants.update(zip(op.outputs, out if op.primitive.multiple_results else [out], strict=True))
+        return constants[value]
+
+    with jax.ensure_compile_time_eval():
+        for op in program.ops:
+            indices = op.inputs[1:] if op.primitive.name in ("gather", "dynamic_slice") else ()
+            for v in indices if op.primitive.name in followed else op.outputs:
+                if v in fixed:
+                    compute(v)
+    ops = _needed([op for op in program.ops if op.outputs[0] not in constants], program.outputs)
+    used = {v for op in ops for v in op.inputs} | set(program.outputs)
+    return program._replace(ops=ops, constants={v: c for v, c in constants.items() if v in used})

@@ -14,6 +14,7 @@ import pytest
 
 import compressx as cx
 from compressx import cli, compaction, doctor, formats
+from compressx.formats import container
 from experiments.common import models
 
 RULES = [("a/kernel", cx.unstructured(keep=12)), ("b/kernel", cx.filters(0.5) & cx.columns(0.5))]
@@ -90,7 +91,12 @@ def test_verify_names_the_leaf_that_is_outside(
     wrong = jax.tree.map(np.array, hard)
     wrong["a"]["kernel"].flat[np.flatnonzero(wrong["a"]["kernel"] == 0)[:3]] = 0.01
     path = str(tmp_path / "wrong")
-    formats.save_model(path, wrong, RULES)
+    with pytest.raises(cx.ConstraintViolation, match=r"a/kernel: 3 entries outside unstructured\(keep=12"):
+        formats.save_model(path, wrong, RULES)
+    formats.save_model(path, wrong, [("a/kernel", cx.unstructured(keep=15)), RULES[1]])
+    content, arrays, _ = container.read(Path(path), 1 << 20)
+    content["rules"][0]["spec"]["keep"] = 12  # what another program may claim
+    container.write(Path(path), content, arrays)
     code, out, _ = _run(capsys, "verify", path)
     assert code == 1
     assert "VIOLATED a/kernel: unstructured(keep=12, scope=leaf): 3 entries outside" in out

@@ -7,8 +7,8 @@ import flax.linen as nn
 import numpy as np
 from scipy import sparse
 
-from compressx.compaction.primitives import LABELS, Axes, Axis, Contraction, Units
-from compressx.trace import Function, Program, trace
+from compressx.compaction.primitives import LABELS, MANY, WHOLE, Axes, Axis, Contraction, Units
+from compressx.trace import Function, Program, settled, trace
 
 
 class CompactionError(ValueError):
@@ -72,7 +72,8 @@ def channels(model: nn.Module | Function, variables: Any, x: Any, keep: Sequence
 
     Channels are followed through the traced program: convolutions and matrix products make them on the output axis of
     a weight and read them on the input axis of the next; what is added or multiplied elementwise is joined;
-    concatenation, slices, padding and reshapes map them. Outputs and inputs of the network are fixed.
+    concatenation, slices, padding and reshapes map them. Outputs and inputs of the network are fixed, and so is what
+    depends on no variable.
 
     Args:
       model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
@@ -83,12 +84,15 @@ def channels(model: nn.Module | Function, variables: Any, x: Any, keep: Sequence
     Raises:
       CompactionError: channels pass through a primitive that has no rule and is not in `keep`.
     """
-    program = trace(model, variables, x)
+    program = settled(trace(model, variables, x), LABELS.keys() - WHOLE)
     weights = set(range(len(program.paths))) | set(program.constants)
+    touched = set(range(len(program.paths)))  # what depends on the variables at all: only that has channels
     for op in program.ops:
         if all(v in weights for v in op.inputs):
             weights |= set(op.outputs)
-    u = Units(weights)
+        if any(v in touched for v in op.inputs):
+            touched |= set(op.outputs)
+    u = Units(weights, program.constants)
     axes: dict[int, Axes] = {}
     blocks: list[tuple[int, int, int]] = []  # first unit, leaf, axis
     for value in (*range(len(program.paths)), *program.constants):
@@ -104,9 +108,9 @@ def channels(model: nn.Module | Function, variables: Any, x: Any, keep: Sequence
         name, outs = op.primitive.name, [program.shapes[v] for v in op.outputs]
         if name in LABELS:
             given = LABELS[name](u, number, op, ins, [program.shapes[v] for v in op.inputs], outs[0])
-            results = given if name == "split" else [given] * len(outs)
+            results = given if name in MANY else [given] * len(outs)
         else:
-            free = any(units is not None for operand in ins for units in operand)
+            free = any(units is not None for v in op.inputs if v in touched for units in axes[v])
             if free and name not in keep:
                 shapes = ", ".join(str(program.shapes[v]) for v in op.inputs)
                 raise CompactionError(

@@ -11,9 +11,9 @@ import numpy as np
 from compressx.compaction.channels import Channels, CompactionError, channels
 from compressx.compaction.dead import Dead, dead
 from compressx.compaction.gathered import gathered_conv
-from compressx.compaction.primitives import shrink
+from compressx.compaction.shrink import shrink
 from compressx.native.convolve import convolve
-from compressx.trace import Function, Op
+from compressx.trace import Function, Op, of_nothing
 from compressx.tree import paths
 
 _NHWC, _HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # jax's names of dimensions: batch or filters, channels, rows, columns
@@ -85,6 +85,10 @@ def smaller(
     def apply(small: Any, x: Any) -> Any:
         shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), x)
         leaves, treedef = jax.tree.flatten(shape)
+        if any(s.shape[:1] == (0,) for s in leaves):
+            empty = of_nothing(model, spec, shape)  # outputs are never cut
+            if empty is not None:
+                return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), empty)
         key = (treedef, tuple((s.shape, s.dtype) for s in leaves))
         if key not in traced:
             whole = channels(model, spec, shape, keep)
@@ -139,7 +143,8 @@ def _run(
     for op in program.ops:
         before, after = [masks(v) for v in op.inputs], [masks(v) for v in op.outputs]
         if any(m is not None for axes in (*before, *after) for m in axes):
-            op = op._replace(params=shrink(op, before, after, [shape(v) for v in op.outputs]))
+            shapes = [program.shapes[v] for v in op.inputs], [shape(v) for v in op.outputs]
+            op = shrink(op, before, after, *shapes, program.constants)
         arguments = [values[v] for v in op.inputs]
         gathered = next((held[v] for v in op.inputs if v in held), None)
         if gathered is None:

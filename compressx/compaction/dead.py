@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from compressx.compaction.channels import Channels, channels
+from compressx.compaction.channels import Channels, CompactionError, channels
 from compressx.compaction.known import Flow, flows
 from compressx.trace import Function
 
@@ -53,8 +53,11 @@ def dead(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, .
       keep: see `channels`.
 
     Raises:
-      CompactionError: see `channels`.
+      CompactionError: see `channels`; or inputs without an element, of which every channel would be dead.
     """
+    for leaf in jax.tree.leaves(x):
+        if 0 in leaf.shape:
+            raise CompactionError(f"inputs of shape {leaf.shape} hold nothing: give those of a batch of 1")
     found = channels(model, variables, x, keep)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     carried, vectors = jax.device_get(jax.jit(lambda v: flows(found, v, spec))(variables))

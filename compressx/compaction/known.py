@@ -1,5 +1,6 @@
 """What is known of a network's values without its inputs: exact zeros and constants, and which products can matter."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,15 @@ import numpy as np
 from jax import Array, lax
 
 from compressx.compaction.channels import Channels
-from compressx.compaction.primitives import ELEMENTWISE, REDUCTIONS, STRUCTURE, WINDOWS, Contraction, reaches_border
+from compressx.compaction.primitives import (
+    CUMULATIVE,
+    ELEMENTWISE,
+    REDUCTIONS,
+    STRUCTURE,
+    WINDOWS,
+    Contraction,
+    reaches_border,
+)
 from compressx.trace import Op
 
 
@@ -85,11 +94,17 @@ def _step(op: Op, ins: list[Value]) -> list[Value]:
     unknown: list[Array]
     if name in ELEMENTWISE:
         unknown = [_any_of(name, ins, shapes[0].shape)]
-    elif name in STRUCTURE or name == "split":
+    elif name in STRUCTURE:
         unknown = _bind(op, *(x.mask() for x in ins))
+    elif name in ("gather", "dynamic_slice", "dynamic_update_slice"):
+        return _moved(op, ins)
+    elif name in CUMULATIVE or name in ("sort", "top_k"):
+        along = op.params.get("axis", op.params.get("dimension", -1))
+        mixed = [jnp.any(x.mask(), axis=along, keepdims=True) for x in ins]
+        unknown = [jnp.broadcast_to(functools.reduce(jnp.logical_or, mixed), s.shape) for s in shapes]
     elif name == "pad":
         unknown = _bind(op, ins[0].mask(), jnp.zeros((), bool))
-    elif name in REDUCTIONS:
+    elif name in REDUCTIONS or name in ("argmax", "argmin"):
         unknown = [jnp.any(ins[0].mask(), axis=op.params["axes"])]
     elif name in WINDOWS:
         p = {k: op.params[k] for k in ("window_dimensions", "window_strides", "padding", "base_dilation")}
@@ -100,6 +115,30 @@ def _step(op: Op, ins: list[Value]) -> list[Value]:
         return [Value(jnp.zeros(s.shape, s.dtype), jnp.ones(s.shape, bool)) for s in shapes]
     results = _bind(op, *(x.value for x in ins))
     return [Value(jnp.where(u, jnp.zeros((), v.dtype), v), u) for v, u in zip(results, unknown, strict=True)]
+
+
+def _moved(op: Op, ins: list[Value]) -> list[Value]:
+    """A selection by indices: of unknown ones, known is only what is one number wherever they point."""
+    x, indices = ins[0], ins[2:] if op.primitive.name == "dynamic_update_slice" else ins[1:]
+    if all(i.unknown is None for i in indices):
+        (value,) = _bind(op, *(i.value for i in ins))
+        moved = [i.mask() for i in ins[: len(ins) - len(indices)]]
+        if op.primitive.name == "gather" and op.params["fill_value"] is not None:
+            op = op._replace(params={**op.params, "fill_value": False})
+        (unknown,) = _bind(op, *moved, *(i.value for i in indices))
+        return [Value(jnp.where(unknown, jnp.zeros((), value.dtype), value), unknown)]
+    (shape,) = jax.eval_shape(lambda *a: _bind(op, *a), *(i.value for i in ins))
+    nothing = Value(jnp.zeros(shape.shape, shape.dtype), jnp.ones(shape.shape, bool))
+    if op.primitive.name == "dynamic_update_slice":
+        return [nothing]
+    if op.primitive.name == "gather" and op.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        return [nothing]  # beyond the operand there is another number
+    axes = tuple(a for a, (n, size) in enumerate(zip(op.params["slice_sizes"], x.value.shape, strict=True)) if n != size)
+    flat = ~jnp.any(x.mask(), axes, keepdims=True)
+    flat &= x.value.max(axes, keepdims=True) == x.value.min(axes, keepdims=True)
+    (value,) = _bind(op, x.value, *(i.value for i in indices))
+    (same,) = _bind(op, jnp.broadcast_to(flat, x.value.shape), *(i.value for i in indices))
+    return [Value(jnp.where(same, value, jnp.zeros((), value.dtype)), ~same)]
 
 
 def _any_of(name: str, ins: list[Value], shape: tuple[int, ...]) -> Array:

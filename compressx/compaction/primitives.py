@@ -7,7 +7,7 @@ the results; a primitive without a rule fixes everything it touches.
 """
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +17,6 @@ from compressx.trace import Op
 Axis = np.ndarray | None  # units along an axis; None: fixed
 Axes = list[Axis]
 Shape = tuple[int, ...]
-Masks = list[np.ndarray | None]
-
 
 class Contraction(NamedTuple):
     """Where one unit's values flow into others: a sum over an axis that both operands of an op share.
@@ -37,8 +35,9 @@ class Contraction(NamedTuple):
 class Units:
     """Collects which units are joined, and which are fixed and why, while a program is walked."""
 
-    def __init__(self, weights: Container[int]) -> None:
+    def __init__(self, weights: Container[int], constants: Mapping[int, Any] | None = None) -> None:
         self.weights = weights  # values that depend on the variables alone
+        self.constants = constants or {}
         self.count = 1  # unit 0 is the fixed one
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
         self.fixed: list[tuple[np.ndarray, str]] = []
@@ -133,6 +132,8 @@ def _reshape(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape]
     if op.params.get("dimensions") is not None:
         return _fixed(u, number, op, ins, shapes, out)
     axes: Axes = [None] * len(out)
+    if 0 in shapes[0]:
+        return _fixed(u, number, op, ins, shapes, out)
     for mine, theirs in _factors(shapes[0], out):
         named = [a for a in mine if ins[0][a] is not None]
         if len(named) > 1:  # what was broadcast keeps its extent, and another axis may still be cut
@@ -206,20 +207,81 @@ def _slice(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], 
     strides = p["strides"] or (1,) * len(out)
     axes: Axes = []
     for units, start, limit, stride in zip(ins[0], p["start_indices"], p["limit_indices"], strides, strict=True):
-        if stride != 1:
-            u.fix(units, "a slice takes every few of it")
-            units = None
-        axes.append(units if units is None else units[start:limit])
+        axes.append(units if units is None else units[start:limit:stride])
     return axes
 
 
 def _dynamic_slice(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    picks = picked(op, shapes[0], u.constants)
     axes: Axes = []
-    for units, size, n in zip(ins[0], out, shapes[0], strict=True):
-        if size != n:
+    for a, (units, size, n) in enumerate(zip(ins[0], out, shapes[0], strict=True)):
+        if size == n:
+            axes.append(units)
+        elif picks is not None:
+            axes.append(units if units is None else units[picks[a]])
+        else:
             u.fix(units, "dynamic_slice takes a part of it")
-        axes.append(units if size == n else None)
+            axes.append(None)
     return axes
+
+
+def _dynamic_update_slice(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    axes: Axes = []
+    for units, new, n, size in zip(ins[0], ins[1], shapes[0], shapes[1], strict=True):
+        if size == n:
+            axes.append(u.join(units, new, "dynamic_update_slice meets an axis that cannot be cut"))
+        else:
+            u.fix(units, "dynamic_update_slice writes into a part of it")
+            u.fix(new, "dynamic_update_slice writes it into a part of another axis")
+            axes.append(None)
+    return axes
+
+
+def _gather(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    numbers, picks = op.params["dimension_numbers"], picked(op, shapes[0], u.constants)
+    u.fix_all(ins[1], "they are the indices of gather")
+    axes: Axes = [None] * len(out)
+    rest = [a for a in range(len(shapes[0])) if a not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
+    for to, a in zip(numbers.offset_dims, rest, strict=True):
+        if picks is not None and a in picks:
+            units = ins[0][a]
+            axes[to] = units if units is None else units[picks[a]]
+        elif a not in numbers.start_index_map and op.params["slice_sizes"][a] == shapes[0][a]:
+            axes[to] = ins[0][a]
+        else:
+            u.fix(ins[0][a], "gather takes a part of it")
+    for a in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims):
+        units = ins[0][a]
+        if picks is not None and a in picks:
+            axes[a] = units if units is None else units[picks[a]]
+        else:
+            u.fix(units, "gather picks from it")
+    return axes
+
+
+def picked(op: Op, shape: Shape, constants: Mapping[int, Any]) -> dict[int, np.ndarray] | None:
+    """Axis -> indices, where a `gather` or `dynamic_slice` takes constant ones along axes; None where it does not."""
+    p, name = op.params, op.primitive.name
+    if name == "dynamic_slice":
+        if not all(v in constants for v in op.inputs[1:]):
+            return None
+        starts = [int(np.asarray(constants[v])) for v in op.inputs[1:]]
+        cut = zip(starts, p["slice_sizes"], shape, strict=True)
+        return {a: np.arange(size) + min(max(at, 0), n - size) for a, (at, size, n) in enumerate(cut) if size != n}
+    numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
+    if op.inputs[1] not in constants or numbers.operand_batching_dims:
+        return None
+    ids, axes = np.asarray(constants[op.inputs[1]]).astype(np.int64), numbers.start_index_map
+    if ids.ndim == 1 and not numbers.collapsed_slice_dims:  # one window, which slices are where the batch is free
+        picks = {a: at + np.arange(sizes[a]) for a, at in zip(axes, ids, strict=True)}
+    elif ids.ndim == 2 and len(axes) == 1 and axes == numbers.collapsed_slice_dims:  # points along one axis
+        picks = {axes[0]: ids[:, 0]}
+        if tuple(numbers.offset_dims) != tuple(a for a in range(len(shape)) if a != axes[0]):
+            return None
+    else:
+        return None
+    whole = all(sizes[a] == n for a, n in enumerate(shape) if a not in picks)
+    return picks if whole and all(((at >= 0) & (at < shape[a])).all() for a, at in picks.items()) else None
 
 
 def _pad(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
@@ -261,6 +323,45 @@ def _split(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], 
         [x if x is None or a != along else x[start : start + n] for a, x in enumerate(ins[0])]
         for start, n in zip(starts, sizes, strict=False)
     ]
+
+
+def _stack(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    axes = list(ins[0])
+    for other in ins[1:]:
+        axes = [u.join(x, y, "stack meets an axis that cannot be cut") for x, y in zip(axes, other, strict=True)]
+    axes.insert(op.params["axis"], None)
+    return axes
+
+
+def _unstack(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    along = op.params["axis"]
+    u.fix(ins[0][along], "unstack takes it apart")
+    return [x for a, x in enumerate(ins[0]) if a != along]
+
+
+def _tile(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    return [None if x is None else np.tile(x, n) for x, n in zip(ins[0], op.params["reps"], strict=True)]
+
+
+def _sort(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    axes = list(ins[0])
+    for other in ins[1:]:
+        axes = [u.join(x, y, "sort meets an axis that cannot be cut") for x, y in zip(axes, other, strict=True)]
+    along = op.params["dimension"]
+    for x in (axes[along], *(other[along] for other in ins)):
+        u.fix(x, "sort orders along it")
+    axes[along] = None
+    return axes
+
+
+def _top_k(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    along = op.params.get("axis", len(shapes[0]) - 1)
+    u.fix(ins[0][along], "top_k picks from it")
+    return [None if a == along else x for a, x in enumerate(ins[0])]
+
+
+def _same(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> list[Axes]:
+    return ins
 
 
 def _reduce(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
@@ -348,24 +449,30 @@ def _fixed(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], 
 
 
 ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy cos cosh "
-    "digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt "
-    "max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square "
-    "stop_gradient sub tan tanh xor".split()
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz conj "
+    "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow "
+    "is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or population_count pow real "
+    "reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh "
+    "sqrt square stop_gradient sub tan tanh xor".split()
 )
 REDUCTIONS = {f"reduce_{k}": "max" for k in ("max", "min", "sum", "prod", "and", "or")}
 WINDOWS = frozenset(f"reduce_window_{k}" for k in ("max", "min", "sum"))
-STRUCTURE = frozenset("broadcast_in_dim reshape transpose squeeze rev slice concatenate".split())  # move values only
+STRUCTURE = frozenset(  # move values only
+    "broadcast_in_dim concatenate optimization_barrier reshape rev slice split squeeze stack tile transpose unstack".split()
+)
+CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+MANY = ("split", "optimization_barrier")  # the axes of their results differ
 
-# They number places or move values by computed indices: the channels that meet them are fixed.
-_WHOLE = ("iota", "argmax", "argmin", "gather", "dynamic_update_slice", "sort", "top_k", "scatter", "scatter-add")
+# They number places or write values by computed indices: the channels that meet them are fixed.
+WHOLE = ("iota", "scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")
 
 LABELS: dict[str, Label] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(WINDOWS, _window),
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _cumulative),
-    **dict.fromkeys(_WHOLE, _fixed),
+    **dict.fromkeys(("argmax", "argmin"), _reduce),
+    **dict.fromkeys(CUMULATIVE, _cumulative),
+    **dict.fromkeys(WHOLE, _fixed),
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
     "transpose": _transpose,
@@ -373,46 +480,17 @@ LABELS: dict[str, Label] = {
     "rev": _rev,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
+    "sort": _sort,
+    "top_k": _top_k,
+    "optimization_barrier": _same,
     "pad": _pad,
     "concatenate": _concatenate,
     "split": _split,
     "conv_general_dilated": _conv,
     "dot_general": _dot,
 }
-
-
-def shrink(op: Op, ins: list[Masks], outs: list[Masks], shapes: list[Shape]) -> dict[str, Any]:
-    """The params of an op whose operands lost indices.
-
-    Args:
-      op: the op of the whole program.
-      ins: per operand and axis, a mask of the indices that stay; None where all do.
-      outs: the same of the results.
-      shapes: of the results that are left.
-
-    Returns:
-      Params with which the primitive computes those results.
-    """
-    p, name, shape = dict(op.params), op.primitive.name, shapes[0]
-    if name == "broadcast_in_dim":
-        p["shape"] = shape
-    elif name == "reshape":
-        p["new_sizes"] = shape
-    elif name == "dynamic_slice":
-        p["slice_sizes"] = shape
-    elif name == "slice":
-        for key in ("start_indices", "limit_indices"):
-            p[key] = tuple(i if m is None else int(m[:i].sum()) for i, m in zip(p[key], ins[0], strict=True))
-    elif name == "pad":
-        cut = []
-        for (low, high, interior), mask in zip(p["padding_config"], outs[0], strict=True):
-            ends = (low, high) if mask is None else (int(mask[:low].sum()), int(mask[mask.size - high :].sum()))
-            cut.append((*ends, interior))
-        p["padding_config"] = tuple(cut)
-    elif name == "split":
-        p["sizes"] = tuple(s[p["axis"]] for s in shapes)
-    elif name == "conv_general_dilated" and p["feature_group_count"] != 1:
-        mask = ins[0][p["dimension_numbers"].lhs_spec[1]]
-        if mask is not None:
-            p["feature_group_count"] = int(mask.sum())
-    return p

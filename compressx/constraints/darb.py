@@ -67,11 +67,11 @@ def darb(
 
     The sizes are the structure, int32 `[R]`, places in `allowed`. `init` and `refresh` choose them: the weights are
     pruned by magnitude to `density`, which leaves row r a share d_r (`row_density`); B_r is the allowed size nearest to
-    c / d_r in ratio, for a common scale c that brings sum_r ceil(L / B_r) to the target density * R * L. As c grows, rows
-    step to the next size (sorted by the c at which they do; equal ones by index). A step that would pass the target is
-    left out, and later ones that still fit are made: dense rows step by many weights, sparse rows by few. Or all is
-    stepped past the target, and the last steps are taken back that fit; whichever ends nearer. With a hundred rows the
-    total is within 1 % of its target. Weights that were hardened get sizes under which they stay as they are.
+    c / d_r in ratio, for a common scale c that brings sum_r ceil(L / B_r) to the target density * R * L. As c grows,
+    rows step to their next size (in the order of the c at which they do; equal ones by index), dense rows by many
+    weights, sparse ones by few. A step that would pass the target is left out, and later ones that still fit are made;
+    or one step more is made, and of the last ones those are taken back that fit; whichever ends nearer. With a hundred
+    rows the total is within 1 % of its target. Hardened weights get sizes under which they stay as they are.
 
     Args:
       density: share of weights kept in all.
@@ -79,8 +79,8 @@ def darb(
       axis: "outputs" or "inputs", along which blocks run.
       gates: "apart" or "together".
       assignment: "adaptive"; or a control with as many weights: "permuted" (the same sizes, dealt to rows by chance),
-        "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row order, with
-        the total nearest to its target).
+        "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row order; the
+        total is the nearest that these have).
       seed: of "permuted".
 
     Raises:
@@ -335,9 +335,9 @@ def _fill(place: Array, made: Array, grain: Array, room: Array) -> tuple[Array, 
 
 
 def _fitting(x: Array, sizes: Sequence[int], target: int, choice: Array) -> Array:
-    """Places of the largest sizes under which the rows of x stay as they are, where no more stays than `_solve` aims at.
+    """Places of the largest sizes under which the rows of x stay as they are, where they keep no more than the target.
 
-    It ends above its target only by less than any step could have saved. `choice` where more would stay.
+    Or more, but by less than any step would save, as `_solve` may have to. Where they keep more than that: `choice`.
     """
     live, (rows, length) = nonzero(x), x.shape
     places = jnp.full(rows, -1, jnp.int32)
@@ -346,9 +346,9 @@ def _fitting(x: Array, sizes: Sequence[int], target: int, choice: Array) -> Arra
         fits = jnp.all(jnp.sum(parts, axis=2, dtype=jnp.int32) <= 1, axis=1)
         places = jnp.where(fits, place, places)
     weights = np.array([-(-length // s) for s in sizes], np.int32)
-    spared = np.append(weights[:-1] - weights[1:], 0)
-    spared = jnp.asarray(np.where(spared > 0, spared, np.iinfo(np.int32).max))[places]
-    held = jnp.all(places >= 0) & (jnp.sum(jnp.asarray(weights)[places]) - target < jnp.min(spared))
+    steps = np.append(weights[:-1] - weights[1:], 0)
+    least = jnp.min(jnp.asarray(np.where(steps > 0, steps, np.iinfo(np.int32).max))[places])
+    held = jnp.all(places >= 0) & (jnp.sum(jnp.asarray(weights)[places]) - target < least)
     return jnp.where(held, places, choice)
 
 

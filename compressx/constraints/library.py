@@ -169,8 +169,8 @@ def cover(energies: Sequence[Array], masks: Array, k: int) -> Array:
       k: how many to take.
     """
     outside = jnp.where(masks, 0.0, 1.0).T
-    batch = max(1, _CHUNK // masks.shape[0])  # kernels at once, here a row of `supports`
-    flat = jnp.concatenate([e.reshape(-1, e.shape[-1]) for e in energies]) > 0
+    flat = jnp.concatenate([e.reshape(-1, e.shape[-1]) > 0 for e in energies])
+    batch = max(1, min(_CHUNK // masks.shape[0], flat.shape[0]))  # kernels at once, here a row of `supports`
     rows = -(-flat.shape[0] // batch)
     supports = jnp.pad(flat, ((0, rows * batch - flat.shape[0]), (0, 0))).reshape(rows, batch, -1).astype(jnp.float32)
 
@@ -182,8 +182,11 @@ def cover(energies: Sequence[Array], masks: Array, k: int) -> Array:
 
     def take(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         places, left = state
-        worth = jnp.zeros(masks.shape[0], jnp.float32)
-        worth, _ = lax.scan(lambda sum, x: (sum + x[1] @ covers(x[0], outside).astype(jnp.float32), None), worth, (supports, left))
+        worth, _ = lax.scan(
+            lambda sum, x: (sum + x[1] @ covers(x[0], outside).astype(jnp.float32), None),
+            jnp.zeros(masks.shape[0], jnp.float32),
+            (supports, left),
+        )
         best = jnp.argmax(worth.at[places].set(-1.0, mode="drop")).astype(jnp.int32)
         return places.at[i].set(best), jnp.where(covers(supports, outside[:, best]), 0.0, left)
 

@@ -14,6 +14,7 @@ import numpy as np
 from compressx import views
 from compressx.constraints import library as lib
 from compressx.constraints.pattern import Patterns, assign
+from compressx.constraints.select import energy
 
 TOP = (4, 8, 12)  # prefixes whose coverage is reported
 
@@ -44,7 +45,7 @@ def use_of(leaves: Sequence[Any], masks: Any, live: Any = None) -> Use:
     """
     masks = np.asarray(masks)
     alive = np.ones(len(masks), bool) if live is None else np.asarray(live)
-    energies = [lib.energy(views.kernels().to(jnp.asarray(w))) for w in leaves]
+    energies = [energy(views.kernels().to(jnp.asarray(w))) for w in leaves]
     counts = np.asarray(lib.use(energies, jnp.asarray(masks), jnp.asarray(alive)))
     order = [i for i in np.argsort(-counts, kind="stable") if alive[i]]
     kept = counts[order]

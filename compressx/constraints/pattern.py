@@ -22,7 +22,7 @@ from compressx import views
 from compressx.constraints import library as lib
 from compressx.constraints.base import Constraint, check_density, count, first_that_holds, tree_where
 from compressx.constraints.floats import nonzero
-from compressx.constraints.select import top_k_mask
+from compressx.constraints.select import energy, top_k_mask
 
 Aligned = str | int | None
 _VIEW = views.kernels()
@@ -139,7 +139,7 @@ def pattern_connectivity(
 
 def assign(w: Array, structure: Patterns) -> Array:
     """The pattern of every kernel, int32 `[cin, cout]`: its place in `structure.masks`; -1 for an all-zero kernel."""
-    e = lib.energy(_VIEW.to(w))
+    e = energy(_VIEW.to(w))
     return jnp.where(jnp.any(e > 0, axis=-1), lib.nearest(e, structure.masks, structure.live), -1)
 
 
@@ -299,7 +299,7 @@ def _kernel_set(spec: dict[str, Any], connections: Connections | None) -> Constr
             if patterned:
                 lib.check_leaf(x.shape, kernel)
         ranks = rank or (None,) * len(leaves(w))
-        return [_gather(lib.energy(_VIEW.to(x)), aligned, r) for x, r in zip(leaves(w), ranks, strict=True)]
+        return [_gather(energy(_VIEW.to(x)), aligned, r) for x, r in zip(leaves(w), ranks, strict=True)]
 
     def init(w: Any) -> Patterns:
         grouped = isinstance(aligned, int)
@@ -323,7 +323,7 @@ def _kernel_set(spec: dict[str, Any], connections: Connections | None) -> Constr
             order = jnp.argsort(-lib.use(e, masks, live), stable=True)
             return order[lib.cover(e, masks[order], k or 0)]
 
-        choice = choose(lambda x: _rank(lib.energy(x)), used)
+        choice = choose(lambda x: _rank(energy(x)), used)
         if not (grouped or chosen):
             return choice
         # may these be hardened weights? dense ones have kernels with more taps than a pattern, and none without

@@ -164,7 +164,7 @@ def gaps_closed(w: Array, fragment: int, order: str = "W") -> Array:
     kept = jax.ops.segment_sum(live.astype(jnp.int32), number, rows // fragment + 1)
     dead = jnp.cumsum(~live, dtype=jnp.int32)
     begin = jax.ops.segment_min(jnp.arange(rows, dtype=jnp.int32), number, rows // fragment + 1)
-    place = dead - jnp.concatenate([jnp.zeros(1, jnp.int32), dead])[begin[number]]  # among the zero rows of its fragment
+    place = dead - jnp.concatenate([jnp.zeros(1, jnp.int32), dead])[begin[number]]  # among its fragment's zero rows
     return ~live & (place > fragment - kept[number])
 
 

@@ -99,7 +99,7 @@ def save_model(
       The bytes before and after.
 
     Raises:
-      ConstraintViolation: weights that do not lie in their sets with that structure, to the bit: verify would refuse it.
+      ConstraintViolation: weights that do not lie in their sets with that structure, to the bit.
       ValueError: a name, format, structure or header that could not be read back.
       OSError: the file cannot be written.
     """

@@ -10,9 +10,10 @@
 """
 
 from compressx.kernels.native import active_path, available
-from compressx.kernels.network import Compiled, LayerReport, compile
+from compressx.kernels.network import Compiled, compile
 from compressx.kernels.pattern_conv import Convolution, prepare, reference, supports, xla
 from compressx.kernels.recurrent import Product, Recurrent, prepare_product, prepare_recurrent
+from compressx.kernels.report import LayerReport
 from compressx.kernels.schedule import Geometry, Plan, Sparse
 
 __all__ = [

@@ -9,9 +9,10 @@ bias, residual addition and rectifier inside. Where the native kernels do not ru
 on a GPU or TPU with Pallas for the layers whose weights have enough blocks of zeros.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +23,11 @@ from compressx.formats.file import SavedModel
 from compressx.kernels import native, pallas, pattern_conv, plans, schedule, tuning
 from compressx.kernels.graph import Conv, Other, Pool, Step, steps
 from compressx.kernels.grid import Grid, grid, valid, window_source
-from compressx.kernels.schedule import Loads, Plan, Sparse
-from compressx.trace import Program, trace
+from compressx.kernels.report import LayerReport, Lines
+from compressx.kernels.schedule import Loads, Sparse
+from compressx.trace import Program, of_nothing, trace
 
-
-class LayerReport(NamedTuple):
-    """What became of one convolution: its leaf, shapes, weights kept, and what it runs on.
-
-    Natively there are also its plan, and its vector loads in an inference (`schedule.loads` of all output vectors).
-    """
-
-    path: str | None
-    shape: tuple[int, ...]
-    image: tuple[int, ...]
-    density: float
-    macs: int
-    plan: Plan | None
-    on: str = "xla"
-    loads: Loads | None = None
+_MISSING = "there are no native kernels: no compiler, COMPRESSX_NATIVE=off, or not on the CPU"
 
 
 class Compiled:
@@ -64,6 +52,7 @@ class Compiled:
             self.path = f"pallas/{'interpret' if interpret else backend}"
         else:
             self.path = "xla"
+        self._why = "path='xla' was asked for" if path == "xla" else _MISSING
         self._most = 1.0 if path == "pallas" else 0.5
         self._ready: dict[tuple[Any, ...], tuple[Callable[..., Any], Any, list[LayerReport]]] = {}
         self._lock = threading.Lock()
@@ -72,12 +61,16 @@ class Compiled:
         key = (tuple(x.shape), np.dtype(x.dtype).name)
         with self._lock:
             if key not in self._ready:
-                spec = jax.ShapeDtypeStruct(x.shape, x.dtype)
-                program = trace(self._model, self._variables, spec)
-                builder = _Builder(
-                    program, self._variables, self._packed, self._threads, self._tune, self.path, self._most
-                )
-                self._ready[key] = builder.build()
+                shape, empty = x.shape, None
+                if shape[:1] == (0,):
+                    empty = of_nothing(self._model, self._variables, x)
+                    shape = shape if empty is None else (1, *shape[1:])
+                spec = jax.ShapeDtypeStruct(shape, x.dtype)
+                given = (self._packed, self._threads, self._tune, self.path, self._most, self._why)
+                with jax.ensure_compile_time_eval():  # also within somebody's jit
+                    program = trace(self._model, self._variables, spec)
+                    f, arrays, lines = _Builder(program, self._variables, *given).build()
+                self._ready[key] = f if empty is None else _nothing(empty), arrays, lines
             return self._ready[key]
 
     def lower(self, x: Any) -> tuple[Callable[[Any, Any], Any], Any]:
@@ -86,11 +79,16 @@ class Compiled:
         return f, arrays
 
     def layers(self, x: Any) -> list[LayerReport]:
-        """What became of every convolution, for inputs like x."""
+        """What became of every operation that has parameters, for inputs like x, and why: see `LayerReport`.
+
+        A batch of 0 is not computed at all; its lines are those of a batch of 1.
+        """
         return self._specialise(x)[2]
 
     def __call__(self, x: Any) -> Any:
         """The network's outputs."""
+        if isinstance(x, np.ndarray) and not x.dtype.isnative:
+            x = x.astype(x.dtype.newbyteorder("="))
         f, arrays, _ = self._specialise(x)
         return f(arrays, x)
 
@@ -129,8 +127,13 @@ def compile(
     if path not in (None, "native", "pallas", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")
     if path == "native" and not native.available():
-        raise ValueError("the native path does not run: no compiler, COMPRESSX_NATIVE=off, or not on the CPU")
+        raise ValueError(f"the native path does not run: {_MISSING}")
     return Compiled(model, variables, packed, threads, tune, path)
+
+
+def _nothing(outputs: Any) -> Callable[[Any, Any], Any]:
+    """The function of a batch of 0."""
+    return jax.jit(lambda arrays, x: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), outputs))
 
 
 class _Groups:
@@ -173,13 +176,14 @@ class _Builder:
         tune: bool,
         path: str,
         most: float,
+        why: str,
     ):
         self.program, self.packed, self.threads, self.tune = program, packed, threads, tune
         self.steps, self.known = steps(program, variables)
         self.isa = path.removeprefix("native/") if path.startswith("native") else None
-        self.path, self.most = path, most
+        self.path, self.most, self.why = path, most, why
         self.arrays: dict[str, Any] = {}
-        self.reports: list[LayerReport] = []
+        self.reports = Lines(program, self.known, packed)
         self.groups = _Groups()
 
     def build(self) -> tuple[Callable[..., Any], Any, list[LayerReport]]:
@@ -199,7 +203,7 @@ class _Builder:
             return jax.tree.unflatten(treedef, [known[v] if v in known else env.images(v) for v in outputs])
 
         arrays = jax.tree.map(jnp.asarray, self.arrays)
-        return jax.jit(forward), arrays, self.reports
+        return jax.jit(forward), arrays, self.reports.lines
 
     def _shape(self, v: int) -> tuple[int, ...]:
         return self.program.shapes[v]
@@ -240,6 +244,7 @@ class _Builder:
 
     def _closure(self, number: int, s: Step, images: set[int]) -> Callable[["_Values", dict[str, Any]], None]:
         if isinstance(s, Other):
+            self.reports.other(s.op)
             return _other(s)
         if isinstance(s, Pool):
             return self._pool(number, s)
@@ -263,28 +268,31 @@ class _Builder:
 
         return pool
 
-    def _sparse(self, s: Conv) -> Sparse:
+    def _sparse(self, s: Conv) -> tuple[Sparse, bool]:
+        """The scaled weights, and whether they come from packed arrays."""
         held = self.packed.get(s.path or "")
-        if held is not None and held.format in schedule.FKW:
-            found = schedule.from_fkw(held)
-        else:
-            found = schedule.from_weight(s.w)
+        packed = held is not None and held.format in schedule.FKW
+        found = schedule.from_fkw(held) if held is not None and packed else schedule.from_weight(s.w)
         scale = s.scale[found.order[found.place]].astype(np.float32)
         with np.errstate(invalid="ignore", over="ignore"):
-            return found._replace(weight=found.weight * scale[:, None])
+            return found._replace(weight=found.weight * scale[:, None]), packed
 
     def _conv(self, number: int, s: Conv) -> Callable[["_Values", dict[str, Any]], None]:
         n, h, w, cin = self._shape(s.x)
-        oh, ow = s.geometry.out(h, w)
         name, geometry = f"step{number}", s.geometry
-        live = np.count_nonzero(s.w)
-        report = LayerReport(s.path, s.w.shape, (n, h, w, cin), live / s.w.size, int(live) * oh * ow * n, None)
+        report = self.reports.convolution(s, self._shape(s.x), self._shape(s.y))
         if self.isa is None:
-            found = "" if self.path == "xla" else pallas.prepared(s.w, geometry, (n, h, w, cin), self.most)
-            self.reports.append(report if isinstance(found, str) else report._replace(on=self.path))
+            found = self.why if self.path == "xla" else pallas.prepared(s.w, geometry, (n, h, w, cin), self.most)
+            stored = self.reports.stored(report.path)
             # a weight that a scale of 0 makes zero still takes part where its input is NaN: the sums are scaled
             self.arrays[name] = {"w": s.w if isinstance(found, str) else found, "bias": s.bias, "scale": s.scale}
-            multiply = pattern_conv.xla if isinstance(found, str) else pattern_conv.on_blocks
+            if isinstance(found, str):
+                self.reports.lines.append(report._replace(why=f"XLA runs it: {found}{stored}"))
+                multiply = functools.partial(pattern_conv.xla, precision=s.precision)
+            else:
+                why = f"Pallas runs it: blocks of zeros are skipped{stored}"
+                self.reports.lines.append(report._replace(on=self.path, why=why))
+                multiply = pattern_conv.on_blocks
 
             def dense(env: "_Values", arrays: dict[str, Any]) -> None:
                 residual = env.images(s.residual) if s.residual >= 0 else None
@@ -295,7 +303,7 @@ class _Builder:
                 )
 
             return dense
-        sparse, g, wide, reach = self._sparse(s), self._grid(s.y), self._grid(s.x), geometry.reach()
+        (sparse, packed), g, wide, reach = self._sparse(s), self._grid(s.y), self._grid(s.x), geometry.reach()
         strided = geometry.strides != (1, 1)
         phases = pattern_conv.phase_grid(geometry, g, h, w)._replace(margin=reach[0] * g.row + reach[1])
         inside = phases if strided else wide
@@ -305,7 +313,10 @@ class _Builder:
             plan = plans.guess(sparse, geometry, g, plans.cores(self.threads))
         ready = pattern_conv.layer(sparse, geometry, g, plan, s.bias, s.activation, inside, s.residual_after, (h, w))
         loads = Loads(*(round(count * g.segment) for count in ready.loads))
-        self.reports.append(report._replace(plan=plan, on=f"native/{self.isa}", loads=loads))
+        weights = "its packed arrays" if packed else f"its weight{self.reports.stored(report.path)}"
+        why = f"the native kernels run it from {weights}"
+        on = {"plan": plan, "on": f"native/{self.isa}", "loads": loads, "packed": packed}
+        self.reports.lines.append(report._replace(**on, why=why))
         arrays = dict(ready.arrays)
         if strided:
             arrays["source"] = window_source(wide, inside, geometry.strides, geometry.phases())

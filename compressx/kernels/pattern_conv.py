@@ -94,12 +94,13 @@ def xla(
     residual: jax.Array | None = None,
     residual_after: bool = False,
     scale: jax.Array | None = None,
+    precision: Any = None,
 ) -> jax.Array:
     """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers; the fallback.
 
-    `scale` `[cout]` multiplies the sums before the bias is added.
+    `scale` `[cout]` multiplies the sums before the bias is added; `precision` is the product's, as in lax.
     """
-    y = exact.linear(exact.dense_conv(geometry), x, w, geometry.groups)
+    y = exact.linear(exact.dense_conv(geometry, precision), x, w, geometry.groups)
     return finish(y, bias, activation, residual, residual_after, scale)
 
 

@@ -260,7 +260,7 @@ NOINLINE void RunTile(const Conv& c, int64_t block, int64_t j, float* sums) {
   }
   if (Met(probe)) {
     ExactSums(c, block, j, F, sums);
-    Finish<F>(c, first, count, j, sums, &probe);
+    for (int k = 0; k < count; ++k) Finish<F>(c, first + k, 1, j, sums + (int64_t)k * F * kLanes, &probe);
   }
 }
 

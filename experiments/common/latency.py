@@ -50,8 +50,8 @@ def of_images(
         compressed = kernels.compile(model, saved)
         if compressed.path == "xla":
             return None, {"reason": NO_KERNELS}
-        if not compressed.layers(x):
-            return None, {"reason": "the network has no convolution"}
+        if not any(line.on == compressed.path for line in compressed.layers(x)):
+            return None, {"reason": "the network has no convolution that the kernels run"}
         runs = {"dense": kernels.compile(model, dense, path="xla"), "compressed": compressed}
         taken = interleaved({name: partial(run, x) for name, run in runs.items()}, seconds=budget)
     except (ValueError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:

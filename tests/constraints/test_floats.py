@@ -10,7 +10,8 @@ import pytest
 from compressx.constraints import floats
 
 EDGES = [0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 1.1754942e-38, 1.1754944e-38, -1.2e-38, 1.0, -1.5, 3.4028235e38]
-JITTED = {f: jax.jit(f) for f in (floats.nonzero, floats.negative, floats.differ, floats.bits, floats.lift, floats.scale)}
+_ALL = (floats.nonzero, floats.negative, floats.differ, floats.bits, floats.lift, floats.scale)
+JITTED = {f: jax.jit(f) for f in _ALL}
 anything = st.one_of(st.floats(width=32, allow_nan=False), st.sampled_from(EDGES))
 
 

@@ -22,6 +22,7 @@ from compressx.constraints import (
     violations,
 )
 from compressx.constraints.pattern import assign
+from compressx.constraints.select import energy
 
 CENTRE = 4
 
@@ -312,7 +313,7 @@ def test_refresh_drops_the_rarest_patterns(shrink, sizes):
     constraint = pattern("all", 8, shrink=shrink)
     s = constraint.init(w)
     for size in sizes[1:]:
-        used = library.use([library.energy(jnp.asarray(kernels(w)))], s.masks, s.live)
+        used = library.use([energy(jnp.asarray(kernels(w)))], s.masks, s.live)
         counts = np.where(np.asarray(s.live), np.asarray(used), -1)
         best = np.argsort(-counts, kind="stable")[:size]
         s = jax.jit(constraint.refresh)(w, s)

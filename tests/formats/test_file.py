@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import json
 import lzma
 import os
 import pickle
@@ -25,6 +24,8 @@ from hypothesis import strategies as st
 import compressx as cx
 from compressx.formats import CompressedFileError, SavedModel, container, load_model, save_model
 from compressx.tree import paths
+from tests.formats.hostile import forge as _forge
+from tests.formats.hostile import opened as _open
 
 RULES = [
     ("params/conv/kernel", cx.filters_and_columns(0.5, 0.5)),
@@ -283,18 +284,6 @@ def test_mutated_bytes_load_as_they_were_or_are_refused(
 # --- forged files: the checksum is right, the content is not
 
 
-def _open(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["compressx"])
-    return header, container._stored_arrays(data)  # safetensors.numpy.load knows no bfloat16
-
-
-def _forge(path: Path, header: Any, arrays: dict[str, np.ndarray], text: str | None = None) -> None:
-    text = json.dumps(header) if text is None else text
-    digest = container._digest(text, arrays)
-    path.write_bytes(safetensors.numpy.save(arrays, {"compressx": text, "sha256": digest}))
-
-
 def _at(tree: Any, *keys: Any) -> Any:
     for key in keys:
         tree = tree[key]
@@ -318,7 +307,9 @@ def _leaf(path: str, key: str, value: Any) -> Callable[[Any, Any], None]:
 CONV, DENSE = "params/conv/kernel", "params/dense1/kernel"
 FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "version": (_change("version", value=2), "header/version: 2 cannot be read"),
-    "version type": (_change("version", value=True), "header/version: True cannot be read"),
+    "version bool": (_change("version", value=True), "header/version: True cannot be read"),
+    "version fraction": (_change("version", value=1.0), "header/version: 1.0 cannot be read"),
+    "version string": (_change("version", value="1"), "header/version: '1' cannot be read"),
     "content": (_change("content", value=[]), "must be JSON objects"),
     "leaves": (_change("content", "leaves", value={}), "leaves: is not a list"),
     "leaves gone": (_change("content", "leaves", value=[]), "rules\\[0\\]: its paths are not leaves"),
@@ -346,7 +337,10 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "spec kind": (_change("content", "rules", 0, "spec", "kind", value="system"), "unknown constraint 'system'"),
     "spec kind type": (_change("content", "rules", 0, "spec", "kind", value=["all"]), "is refused"),
     "spec argument": (_change("content", "rules", 0, "spec", "command", value="ls"), "is refused"),
-    "spec density": (_change("content", "rules", 0, "spec", "filter_density", value=1e-9), "rules: "),
+    "spec density": (_change("content", "rules", 0, "spec", "filter_density", value=1e-9), f"{CONV}: .* does not fit"),
+    "spec type": (_change("content", "rules", 0, "spec", "filter_density", value=True), "is not of the type float"),
+    "rule path twice": (_change("content", "rules", 1, "paths", value=[DENSE, DENSE]), "rules.1.: its paths are not"),
+    "model name": (_change("content", "model", "name", value="x" * 2000), "model: .* is not a name"),
     "structure": (_change("content", "rules", 0, "structure", value=["x"]), "its structure has 1 arrays"),
     "model": (_change("content", "model", value=["small"]), "model: .* is not a name"),
     "description": (_change("arrays", f"{CONV}:matrix", value=None), "its description is not understood"),

@@ -13,6 +13,7 @@ import compressx
 from compressx import kernels
 from compressx.kernels import graph, native
 from compressx.trace import trace
+from compressx.tree import paths
 from experiments.common import models
 
 
@@ -53,7 +54,10 @@ def agree(name, shape, options):
     expected = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, x)
     f = kernels.compile(model, variables)
     close(f(x), expected)
-    assert len(f.layers(x)) == sum(np.ndim(w) == 4 for w in jax.tree.leaves(variables))
+    leaves = dict(zip(paths(variables), jax.tree.leaves(variables), strict=True))
+    lines = [(line.kind, line.path, line.on) for line in f.layers(x)]
+    assert [p for kind, p, on in lines if kind == "convolution" and on == f.path] == [p for _, p, _ in lines if np.ndim(leaves[p]) == 4]
+    assert sorted(p for _, p, _ in lines) == sorted(p for p, w in leaves.items() if p.endswith("kernel"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -402,3 +402,27 @@ def check_unified(seed):
 @given(seeds)
 def test_unified_products_spread_what_their_terms_have(seed):
     check_unified(seed)
+
+
+def test_derivatives_are_those_of_the_dense_product_and_batches_those_of_its_rows():
+    rng = np.random.default_rng(0)
+    x, w, d = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 4), (4, 5), (3, 4)))
+    w = w * jnp.asarray(rng.random((4, 5)) < 0.5, jnp.float32)
+    ours, plain = (lambda x, w: exact.linear(jnp.matmul, x, w)), jnp.matmul
+    for f in (lambda p: jax.vjp(p, x, w)[1](jnp.ones((3, 5))), lambda p: jax.jvp(p, (x, w), (d, w))[1]):
+        jax.tree.map(np.testing.assert_array_equal, f(ours), f(plain))
+    one = lambda p: jax.grad(lambda x: jnp.sum(jnp.sin(p(x, w))))(x)
+    np.testing.assert_array_equal(one(ours), one(plain))
+    broken = x.at[1, 2].set(jnp.nan)
+    same(jax.vmap(ours, (0, None))(broken[:, None], w)[:, 0], product(np.asarray(broken), np.asarray(w)))
+
+
+@pytest.mark.parametrize("cell", recurrent.CELLS)
+def test_derivatives_of_cells_are_those_of_the_dense_recurrence(cell):
+    rng = np.random.default_rng(1)
+    f = kernels.prepare_recurrent(cell, [np.eye(4, dtype=np.float32)] * (4 if cell == "lstm" else 3), path="xla")
+    x, h = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 3, f.u.shape[1]), (3, 4)))
+    zeros = (jnp.zeros((3, 4)), jnp.zeros(4))
+    ours = jax.grad(lambda x, h: jnp.sum(jnp.sin(f(x, h)[0])), (0, 1))(x, h)
+    plain = jax.grad(lambda x, h: jnp.sum(jnp.sin(recurrent.dense(cell, x, f.u, h, *zeros)[0])), (0, 1))(x, h)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, plain)
