@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from compressx import formats
 from compressx._harden import prove
 from compressx._harden import structures as initial_structures
 from compressx.constraints import Constraint, on_leaf
-from compressx.formats import container
-from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native
+from compressx.formats import container, packing
+from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
 from compressx.formats.file_rules import claim, pattern_of, read_rules
 from compressx.rules import Bound, Rules, resolve
 from compressx.tree import paths
@@ -123,10 +122,10 @@ def save_model(
     packed_bytes = 0
     for name, leaf in zip(names, leaves, strict=True):
         try:
-            packed = formats.pack(leaf, *alone.get(name, (None, None)), fixed.get(name))
+            packed = packing.pack(leaf, *alone.get(name, (None, None)), fixed.get(name))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        packed_bytes += formats.nbytes(packed)
+        packed_bytes += nbytes(packed)
         held = {key: f"{name}:{key}" for key in packed.arrays}
         arrays |= {held[key]: a for key, a in packed.arrays.items()}
         entries.append(
@@ -193,7 +192,7 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
     except CompressedFileError as error:
         raise CompressedFileError(f"{target}: {error}") from None
     dense = sum(x.nbytes for x in jax.tree.leaves(params))
-    sizes = Sizes(dense, sum(map(formats.nbytes, packed.values())), stored, size)
+    sizes = Sizes(dense, sum(map(nbytes, packed.values())), stored, size)
     rules = [(pattern_of(b), b.constraint) for b in bound]
     return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
 
@@ -263,7 +262,7 @@ def _leaves(listed: Any, arrays: dict[str, np.ndarray], max_bytes: int) -> tuple
         taken = {key: claim(arrays, name, entry) for key, name in held.items()}
         item = Packed(format, shape, about["dtype"], taken, meta)
         try:
-            w = formats.unpack(item, left, 2 * max_bytes)
+            w = packing.unpack(item, left, 2 * max_bytes)
         except CompressedFileError as error:
             fail(entry, str(error))
         left -= extent(item) * w.dtype.itemsize
