@@ -117,9 +117,8 @@ def compile(
       ValueError: a model that cannot be called, or a path that does not run here.
     """
     if isinstance(model, SavedModel):
-        raise ValueError(
-            "a saved model holds weights, not a network: call compile(model, saved) with the module or function"
-        )
+        named = f" of {model.model['name']!r}" if model.model else ""
+        raise ValueError(f"a saved model holds weights{named}, not a network: call compile(model, saved)")
     packed: Mapping[str, Packed] = {}
     variables = weights
     if isinstance(weights, SavedModel):

@@ -19,6 +19,7 @@ import safetensors.numpy
 import compressx
 from compressx import (
     ConstraintViolation,
+    admm,
     bank_balanced,
     block,
     bsp,
@@ -36,19 +37,14 @@ from compressx import (
     polarize,
     prune_blocks,
     quantize,
+    retrain,
     top_k_mask,
     unify,
 )
-from compressx import (
-    _admm as admm,
-)
-from compressx import (
-    _retrain as retrain,
-)
 from compressx._retrain import find_state as find_retrain_state
+from compressx.cache import cache_folder
 from compressx.compaction import CompactionError
 from compressx.formats import container
-from compressx.native import build as compiled
 
 # Named as the cases name them; where one is renamed, a function here keeps the old spelling.
 __all__ = [
@@ -279,7 +275,7 @@ def compile(model: Any, variables: Any) -> Any:
 
 def compile_file(path: Path) -> Any:
     """The network of a saved model in compressed form."""
-    return compressx.compile(formats.load_model(path))
+    return compressx.compile(formats.load_model(path), None)
 
 
 def layer_lines(network: Any, x: Any) -> list[str]:
@@ -305,7 +301,7 @@ print(f.path)
 
 def copy_native_libraries(cache: Path) -> None:
     """Puts this machine's libraries where `compile_in_a_process` looks: building one takes half a minute."""
-    held = compiled.cache_folder()
+    held = cache_folder()
     for library in held.rglob("*.so"):
         copy = cache / "compressx" / library.relative_to(held)
         copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
