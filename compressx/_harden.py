@@ -108,8 +108,8 @@ def prove(params: Any, rules: Rules, structure: dict[str, Any], chosen: bool) ->
     advice = "were they hardened with these rules, and moved inside their sets since (retrain, retract)?"
     if chosen:
         advice += (
-            " What the sets leave open (libraries, orders, sizes, scales) was chosen anew for these weights. If hardening"
-            " chose otherwise, pass its choice on: structures(params, rules, state) of the weights before"
+            " What the sets leave open (libraries, orders, sizes, scales) was chosen anew for these weights. If"
+            " hardening chose otherwise, pass its choice on: structures(params, rules, state) of the weights before"
             " harden(params, rules, state) is what retrain, check and save_model take"
         )
     raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}\n{advice}")

@@ -92,9 +92,12 @@ def of_nothing(model: nn.Module | Function, variables: Any, x: Any) -> Any:
     """
 
     def outputs(n: int) -> Any:
-        batch = lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]) if leaf.shape[:1] == (0,) else leaf.shape, leaf.dtype)
+        def sized(leaf: Any) -> jax.ShapeDtypeStruct:
+            shape = np.shape(leaf)
+            return jax.ShapeDtypeStruct((n, *shape[1:]) if shape[:1] == (0,) else shape, leaf.dtype)
+
         spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), variables)
-        return jax.eval_shape(function_of(model), spec, jax.tree.map(batch, x))
+        return jax.eval_shape(function_of(model), spec, jax.tree.map(sized, x))
 
     one, two = outputs(1), outputs(2)
     sizes = lambda a, b: tuple(m if m == n else 0 for m, n in zip(a.shape, b.shape, strict=True))
@@ -158,8 +161,8 @@ def _needed(ops: Sequence[Op], outputs: Sequence[int]) -> tuple[Op, ...]:
 def settled(program: Program, followed: Container[str]) -> Program:
     """The program with what constants alone make as constants, as far as that helps to follow channels.
 
-    Computed are operations that are not `followed` (such as `iota`), and the indices of gathers and slices. What depends
-    on an extent that is free (the batch's, when a program is exported) stays.
+    Computed are operations that are not `followed` (such as `iota`), and the indices of gathers and slices. What
+    depends on an extent that is free (the batch's, when a program is exported) stays.
     """
     made = {v: op for op in program.ops for v in op.outputs}
     constants = dict(program.constants)

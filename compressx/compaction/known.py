@@ -133,7 +133,8 @@ def _moved(op: Op, ins: list[Value]) -> list[Value]:
         return [nothing]
     if op.primitive.name == "gather" and op.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         return [nothing]  # beyond the operand there is another number
-    axes = tuple(a for a, (n, size) in enumerate(zip(op.params["slice_sizes"], x.value.shape, strict=True)) if n != size)
+    sizes = op.params["slice_sizes"]
+    axes = tuple(a for a, size in enumerate(x.value.shape) if sizes[a] != size)
     flat = ~jnp.any(x.mask(), axes, keepdims=True)
     flat &= x.value.max(axes, keepdims=True) == x.value.min(axes, keepdims=True)
     (value,) = _bind(op, x.value, *(i.value for i in indices))

@@ -18,6 +18,7 @@ Axis = np.ndarray | None  # units along an axis; None: fixed
 Axes = list[Axis]
 Shape = tuple[int, ...]
 
+
 class Contraction(NamedTuple):
     """Where one unit's values flow into others: a sum over an axis that both operands of an op share.
 
@@ -241,7 +242,8 @@ def _gather(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape],
     numbers, picks = op.params["dimension_numbers"], picked(op, shapes[0], u.constants)
     u.fix_all(ins[1], "they are the indices of gather")
     axes: Axes = [None] * len(out)
-    rest = [a for a in range(len(shapes[0])) if a not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
+    dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    rest = [a for a in range(len(shapes[0])) if a not in dropped]
     for to, a in zip(numbers.offset_dims, rest, strict=True):
         if picks is not None and a in picks:
             units = ins[0][a]
@@ -250,7 +252,7 @@ def _gather(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape],
             axes[to] = ins[0][a]
         else:
             u.fix(ins[0][a], "gather takes a part of it")
-    for a in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims):
+    for a in dropped:
         units = ins[0][a]
         if picks is not None and a in picks:
             axes[a] = units if units is None else units[picks[a]]
@@ -458,7 +460,8 @@ ELEMENTWISE = frozenset(
 REDUCTIONS = {f"reduce_{k}": "max" for k in ("max", "min", "sum", "prod", "and", "or")}
 WINDOWS = frozenset(f"reduce_window_{k}" for k in ("max", "min", "sum"))
 STRUCTURE = frozenset(  # move values only
-    "broadcast_in_dim concatenate optimization_barrier reshape rev slice split squeeze stack tile transpose unstack".split()
+    "broadcast_in_dim concatenate optimization_barrier reshape rev slice split squeeze stack tile transpose "
+    "unstack".split()
 )
 CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 MANY = ("split", "optimization_barrier")  # the axes of their results differ

@@ -228,9 +228,7 @@ def _each(sets: Sequence[Constraint], w: Any, choose: Callable[[Constraint, Any,
     return tuple(structure)
 
 
-def first_that_holds(
-    project: Callable[[Any, Any], Any], w: Any, choice: Any, *others: Callable[[], Any]
-) -> Any:
+def first_that_holds(project: Callable[[Any, Any], Any], w: Any, choice: Any, *others: Callable[[], Any]) -> Any:
     """Of some structures the first with which w lies in the set; `choice` where there is none.
 
     A weight that was hardened lies in a set for some structure; chosen by its energies alone another one may be found,

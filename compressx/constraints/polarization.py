@@ -98,9 +98,7 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
     )
 
 
-def polarity(
-    w: Array, fragment: int, order: str = "W", rule: str = "sum", pruned: Array | None = None
-) -> Polarity:
+def polarity(w: Array, fragment: int, order: str = "W", rule: str = "sum", pruned: Array | None = None) -> Polarity:
     """Row order and fragment signs chosen for a weight, see `polarize`.
 
     Args:

@@ -330,8 +330,15 @@ def _conv(op: Op, known: dict[int, Any], program: Program) -> Conv | None:
         int(p["feature_group_count"]),
     )
     return Conv(
-        *(op.inputs[0], op.outputs[0], w, program.paths[kernel] if kernel < len(program.paths) else None),
-        *(np.ones(w.shape[3]), np.zeros(w.shape[3]), geometry, -1, "none"),
+        x=op.inputs[0],
+        y=op.outputs[0],
+        w=w,
+        path=program.paths[kernel] if kernel < len(program.paths) else None,
+        scale=np.ones(w.shape[3]),
+        bias=np.zeros(w.shape[3]),
+        geometry=geometry,
+        residual=-1,
+        activation="none",
         precision=p["precision"],
         kernel=kernel,
     )

@@ -287,7 +287,7 @@ class _Builder:
             self.arrays[name] = {"w": s.w if isinstance(found, str) else found, "bias": s.bias, "scale": s.scale}
             if isinstance(found, str):
                 self.reports.lines.append(report._replace(why=f"XLA runs it: {found}{stored}"))
-                multiply = functools.partial(pattern_conv.xla, precision=s.precision)
+                multiply: Callable[..., Any] = functools.partial(pattern_conv.xla, precision=s.precision)
             else:
                 why = f"Pallas runs it: blocks of zeros are skipped{stored}"
                 self.reports.lines.append(report._replace(on=self.path, why=why))
@@ -314,8 +314,8 @@ class _Builder:
         loads = Loads(*(round(count * g.segment) for count in ready.loads))
         weights = "its packed arrays" if packed else f"its weight{self.reports.stored(report.path)}"
         why = f"the native kernels run it from {weights}"
-        on = {"plan": plan, "on": f"native/{self.isa}", "loads": loads, "packed": packed}
-        self.reports.lines.append(report._replace(**on, why=why))
+        report = report._replace(plan=plan, on=f"native/{self.isa}", loads=loads, packed=packed, why=why)
+        self.reports.lines.append(report)
         arrays = dict(ready.arrays)
         if strided:
             arrays["source"] = window_source(wide, inside, geometry.strides, geometry.phases())

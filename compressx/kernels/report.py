@@ -172,7 +172,9 @@ class _Walk:
         density = self.lines.density(self.sources[value])
         shape = self.program.shapes[value]
         self.owner |= dict.fromkeys(op.outputs, len(self.lines.lines))
-        self.lines.lines.append(LayerReport(path, shape, image, density, 0, None, "xla", None, kind, why, False, others))
+        self.lines.lines.append(
+            LayerReport(path, shape, image, density, 0, None, "xla", None, kind, why, False, others)
+        )
 
     def _elementwise(self, op: Op, weights: frozenset[int]) -> None:
         """A shift right after a product of its module is its bias; what else a module scales and shifts is one line."""

@@ -101,7 +101,9 @@ KEEPS: dict[str, Callable[[Image], Image]] = {
     "resize": lambda y: jax.image.resize(y, (y.shape[0], 2 * y.shape[1], *y.shape[2:]), "bilinear"),
     "nearest": lambda y: jax.image.resize(y, (y.shape[0], 3, *y.shape[2:]), "nearest"),
     "mean of rows": lambda y: jnp.broadcast_to(y.mean(1, keepdims=True), y.shape) + y,
-    "largest pools": lambda y: lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, *(1,) * (y.ndim - 2)), (1,) * y.ndim, "SAME"),
+    "largest pools": lambda y: lax.reduce_window(
+        y, -jnp.inf, lax.max, (1, 2, *(1,) * (y.ndim - 2)), (1,) * y.ndim, "SAME"
+    ),
     "sum pools": lambda y: lax.reduce_window(y, 0.0, lax.add, (1, 2, *(1,) * (y.ndim - 2)), (1,) * y.ndim, "SAME"),
 }
 # Channels are mixed, shifted or counted: the network must stay the same, whatever can go.
@@ -132,8 +134,11 @@ MIXES: dict[str, Callable[[Image], Image]] = {
     "constant below": lambda y: jnp.concatenate([y, jnp.zeros_like(y) + jnp.arange(_channels(y))], 1),
     "noise": lambda y: y + jax.random.normal(jax.random.key(1), y.shape[1:])[None],
     "ones": lambda y: y + jnp.ones((1,) * y.ndim),
-    "triangle": lambda y: y * jnp.tril(jnp.ones((y.shape[1], _channels(y))))[None].reshape(
-        1, y.shape[1], *(1,) * (y.ndim - 3), _channels(y)
+    "triangle": lambda y: (
+        y
+        * jnp.tril(jnp.ones((y.shape[1], _channels(y))))[None].reshape(
+            1, y.shape[1], *(1,) * (y.ndim - 3), _channels(y)
+        )
     ),
     "unstack channels": lambda y: sum(jnp.unstack(y, axis=-1))[..., None] + y,
     "mean of the batch": lambda y: y - y.mean(0, keepdims=True),
@@ -183,7 +188,11 @@ def network(rng: Numbers, operations: dict[str, Callable[[Image], Image]], most:
 
         def embed(v: Any, s: list[Image]) -> Image:
             n, length = s[0].shape
-            at = jnp.tile(jnp.arange(length), (n, 1)) if tiled else jnp.broadcast_to(jnp.arange(length)[None], (n, length))
+            at = (
+                jnp.tile(jnp.arange(length), (n, 1))
+                if tiled
+                else jnp.broadcast_to(jnp.arange(length)[None], (n, length))
+            )
             return v[table][s[0]] + v[position][at]
 
         push("embedding", embed)
@@ -192,7 +201,8 @@ def network(rng: Numbers, operations: dict[str, Callable[[Image], Image]], most:
         for _ in range(int(rng.integers(0, most))):
             name = str(rng.choice(m.kinds))
             f = operations[name]
-            push(name, lambda v, s, f=f, at=len(spec) - 1: f(s[at]))
+            last = len(spec) - 1
+            push(name, lambda v, s, f=f, at=last: f(s[at]))
         if rng.random() < 0.3:
             same = [i for i, s in enumerate(spec[1:], 1) if s.shape == spec[-1].shape and s.dtype == jnp.float32]
             other, last = int(rng.choice(same)), len(spec) - 1

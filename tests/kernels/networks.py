@@ -71,7 +71,9 @@ class _Maker:
 
 def _conv(m: _Maker, source: int, name: str) -> None:
     n, h, w, c = m.shapes[source]
-    kind = m.pick("plain", "plain", "plain", "plain", "dilated", "transposed", "bfloat16", "nchw", "negative", "computed")
+    kind = m.pick(
+        "plain", "plain", "plain", "plain", "dilated", "transposed", "bfloat16", "nchw", "negative", "computed"
+    )
     size = (min(h, m.pick(1, 2, 3)), min(w, m.pick(1, 3)))
     groups = m.pick(1, 1, c, next(g for g in (2, 1) if c % g == 0))
     cout = groups * m.pick(1, 2, 3)
@@ -215,9 +217,7 @@ def _head(m: _Maker, source: int, name: str) -> None:
     n, h, w, c = m.shapes[source]
     flat = m.pick(True, False)
     m.weight(name, "kernel", (h * w * c if flat else c, 4), kernel=True)
-    m.add(
-        lambda v, x: (x.reshape(x.shape[0], -1) if flat else x.mean((1, 2))) @ v["kernel"], (source,), name
-    )
+    m.add(lambda v, x: (x.reshape(x.shape[0], -1) if flat else x.mean((1, 2))) @ v["kernel"], (source,), name)
 
 
 def _lookup(m: _Maker, source: int, name: str) -> None:
@@ -272,9 +272,7 @@ def _token(m: _Maker, source: int, name: str) -> None:
     """A row of variables before the others."""
     n, h, w, c = m.shapes[source]
     m.weight(name, "token", (1, 1, w, c))
-    m.add(
-        lambda v, x: jnp.concatenate([jnp.broadcast_to(v["token"], (x.shape[0], 1, w, c)), x], 1), (source,), name
-    )
+    m.add(lambda v, x: jnp.concatenate([jnp.broadcast_to(v["token"], (x.shape[0], 1, w, c)), x], 1), (source,), name)
 
 
 def _attend(m: _Maker, source: int, name: str) -> None:

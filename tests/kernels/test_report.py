@@ -65,7 +65,11 @@ class Layer(nn.Module):
 
 ONE = {
     "dilated": (nn.Conv(8, (3, 3), kernel_dilation=2), (2, 8, 8, 4), "its kernel is dilated by 2x2"),
-    "transposed": (nn.ConvTranspose(8, (3, 3), strides=(2, 1)), (2, 8, 8, 4), "transposed: its image is dilated by 2x1"),
+    "transposed": (
+        nn.ConvTranspose(8, (3, 3), strides=(2, 1)),
+        (2, 8, 8, 4),
+        "transposed: its image is dilated by 2x1",
+    ),
     "bfloat16": (nn.Conv(8, (3, 3), dtype=jnp.bfloat16), (2, 8, 8, 4), "computes in bfloat16"),
     "one axis": (nn.Conv(8, (3,)), (2, 8, 4), "slides along one axis"),
     "causal": (nn.Conv(8, (3,), padding="CAUSAL"), (2, 8, 4), "slides along one axis"),
@@ -128,7 +132,9 @@ def test_packed_weights_say_whether_they_are_run_as_they_are_stored(tmp_path):
     ours = f.path.startswith("native")
     assert {path for path, line in lines.items() if line.packed} == ({"params/c2/kernel"} if ours else set())
     assert held["params/c1/kernel"] == "(csr) is expanded"
-    assert held["params/c2/kernel"] == ("the native kernels run it from its packed arrays" if ours else "(fkw) is expanded")
+    assert held["params/c2/kernel"] == (
+        "the native kernels run it from its packed arrays" if ours else "(fkw) is expanded"
+    )
     assert all(held[path] == "(csr) is expanded" for path in lines if "/f" in path)
 
 
@@ -141,9 +147,9 @@ class Whole(nn.Module):
         x = nn.relu(nn.BatchNorm(use_running_average=True, name="an")(x))
         x = nn.BatchNorm(use_running_average=True, name="alone")(x)
         x = nn.GroupNorm(2, name="groups")(nn.Conv(4, (1, 1), kernel_dilation=2, name="b")(x))
-        x = nn.MultiHeadDotProductAttention(2, name="attention")(x.reshape(x.shape[0], -1, 4)) + nn.Embed(3, 4, name="table")(
-            jnp.argmax(x[..., :3].reshape(x.shape[0], -1, 3), -1)
-        )
+        x = nn.MultiHeadDotProductAttention(2, name="attention")(x.reshape(x.shape[0], -1, 4)) + nn.Embed(
+            3, 4, name="table"
+        )(jnp.argmax(x[..., :3].reshape(x.shape[0], -1, 3), -1))
         return nn.Dense(2, name="head")(nn.RNN(nn.GRUCell(3), name="rnn")(x))
 
 
