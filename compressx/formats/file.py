@@ -104,17 +104,17 @@ def save_model(
     """
     names = paths(params)
     _nest(names)
-    given_leaves, treedef = jax.tree.flatten(params)
-    leaves = _native(names, given_leaves)
-    pairs = zip(given_leaves, leaves, strict=True)
-    params = jax.tree.unflatten(treedef, [x if isinstance(x, jax.Array) else w for x, w in pairs])
+    leaves, params = _native(names, params)
     bound = resolve(rules, params) if rules else ()
     given = dict(structures) if structures is not None else initial_structures(params, rules) if rules else {}
     if given.keys() != {b.name for b in bound}:
         odd = sorted(given.keys() ^ {b.name for b in bound})[0]
         raise ValueError(f"structures and rules disagree on {odd!r}; take them from harden.structures")
+    parts_of = {}
+    for b in bound:
+        parts_of[b.name], given[b.name] = _native(f"{b.name}: its structure", given[b.name])
     if bound:
-        prove(jax.tree.unflatten(jax.tree.structure(params), leaves), rules, given, chosen=structures is None)
+        prove(params, rules, given, chosen=structures is None)
     fixed = _layout(layout, names)
     arrays: dict[str, np.ndarray] = {}
     entries, described = [], []
@@ -139,8 +139,7 @@ def save_model(
             }
         )
     for number, b in enumerate(bound):
-        open_parts = jax.tree.leaves(given[b.name])
-        parts = _native([f"{b.name}: structure {i}" for i in range(len(open_parts))], open_parts)
+        parts = parts_of[b.name]
         if parts and b.constraint.joint and list(b.paths) != sorted(b.paths, key=lambda p: p.split("/")):
             raise ValueError(
                 f"{b.name}: the leaves of a joint constraint with a structure must come in the order of their names, "
@@ -197,15 +196,21 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
     return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
 
 
-def _native(names: Sequence[str], leaves: Sequence[Any]) -> list[np.ndarray]:
-    """The leaves as NumPy arrays in this machine's byte order; ValueError naming one that is no array of numbers."""
-    out = []
-    for name, leaf in zip(names, leaves, strict=True):
+def _native(names: Sequence[str] | str, tree: Any) -> tuple[list[np.ndarray], Any]:
+    """The leaves as NumPy arrays in this machine's byte order, and the tree with these in place of foreign ones.
+
+    Raises:
+      ValueError: a leaf is no array of numbers; the text begins with its name, or with the one name of all.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = []
+    for i, leaf in enumerate(leaves):
         try:
-            out.append(native(jax.device_get(leaf)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-    return out
+            arrays.append(native(jax.device_get(leaf) if isinstance(leaf, jax.Array) else leaf))
+        except ValueError as error:
+            raise ValueError(f"{names if isinstance(names, str) else names[i]}: {error}") from None
+    held = [a if isinstance(x, np.ndarray) else x for a, x in zip(arrays, leaves, strict=True)]
+    return arrays, jax.tree.unflatten(treedef, held)
 
 
 def _layout(layout: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[str, str]:

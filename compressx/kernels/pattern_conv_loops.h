@@ -64,11 +64,12 @@ INLINE Vec Activate(Vec v, int activation) {
   return v;
 }
 
-// The larger of two; NaN if either is, and of two zeros the positive one.
+// The larger of two, and of two zeros the positive one; NaN, if kNan, where either is.
+template <bool kNan>
 INLINE Vec Larger(Vec a, Vec b) {
-  const Vec least = reinterpret_cast<Vec>(reinterpret_cast<IVec>(a) & reinterpret_cast<IVec>(b));
-  const Vec larger = a > b ? a : b;
-  return a != a ? a : a == b ? least : larger;
+  const Vec one = a > b ? a : b, other = b > a ? b : a;
+  const Vec larger = reinterpret_cast<Vec>(reinterpret_cast<IVec>(one) & reinterpret_cast<IVec>(other));
+  return kNan ? (a != a ? a : b != b ? b : larger) : larger;
 }
 
 // True if a probe has met NaN or an infinity: it adds up 0 * v.
@@ -322,17 +323,26 @@ NOINLINE float Peak(int64_t n) {
   return sum + (float)(2 * kSums * kLanes);
 }
 
-// The largest, see `Larger`, of the rows * columns window at every vector from which it fits, in `to`.
-void WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
+// The largest of the rows * columns window at every vector from which it fits, in `to`; returns a probe of what it saw.
+template <bool kNan>
+INLINE Vec Largest(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
+  Vec probe = {};
   for (int64_t j = 0; j < vectors - (rows - 1) * row - (columns - 1); ++j) {
     __builtin_prefetch(from + (j + (rows - 1) * row + 32) * kLanes);
     Vec v = Load(from + j * kLanes);
+    probe += v * Splat(0.f);
     for (int r = 0; r < rows; ++r)
-      for (int k = 0; k < columns; ++k) {
-        if (r || k) v = Larger(v, Load(from + (j + r * row + k) * kLanes));
-      }
+      for (int k = 0; k < columns; ++k) v = Larger<kNan>(v, Load(from + (j + r * row + k) * kLanes));
     Store(to + j * kLanes, v);
   }
+  return probe;
+}
+
+void WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
+  const int64_t last = (rows - 1) * row + columns - 1;
+  Vec probe = Largest<false>(from, vectors, row, rows, columns, to);
+  for (int64_t j = vectors - last; j < vectors; ++j) probe += Load(from + j * kLanes) * Splat(0.f);
+  if (Met(probe)) Largest<true>(from, vectors, row, rows, columns, to);
 }
 
 // Fills a plane from chosen elements of another.
