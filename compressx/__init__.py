@@ -21,48 +21,39 @@ if TYPE_CHECKING:
     from compressx._harden import ConstraintViolation, check, count_violations, harden, structures
     from compressx._retrain import RetrainState, retract, retrain
     from compressx._retrain import find_state as find_retrain_state
-    from compressx.constraints import (
+    from compressx.constraints import from_spec
+    from compressx.constraints.base import (
         LEVEL,
         SIGN,
         SUPPORT,
         TIE,
         Constraint,
-        balanced_block_max,
-        bank_balanced,
-        block,
-        block_max,
-        bsp,
-        bsp_columns,
-        bsp_rows,
-        channels,
-        columns,
-        connectivity,
         count,
-        coupled_filters,
-        crossbar_aware,
-        darb,
-        filters,
-        filters_and_columns,
-        from_spec,
         intersection,
-        n_of_m,
-        network_structure,
         on_leaf,
-        pattern,
-        pattern_connectivity,
-        polarize,
-        prune_blocks,
-        quantize,
-        quantize_activations,
-        select_library,
         support,
-        top_k_mask,
-        top_k_masks,
-        unify,
-        unify_and_prune,
-        unstructured,
         violations,
     )
+    from compressx.constraints.bsp import bsp, bsp_columns, bsp_rows
+    from compressx.constraints.coupled import coupled_filters
+    from compressx.constraints.crossbar_prune import crossbar_aware
+    from compressx.constraints.darb import balanced_block_max, bank_balanced, block_max, darb
+    from compressx.constraints.library import select_library
+    from compressx.constraints.network import network_structure
+    from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
+    from compressx.constraints.polarization import polarize
+    from compressx.constraints.quantization import quantize, quantize_activations
+    from compressx.constraints.select import top_k_mask, top_k_masks
+    from compressx.constraints.sparsity import (
+        block,
+        channels,
+        columns,
+        filters,
+        filters_and_columns,
+        n_of_m,
+        unstructured,
+    )
+    from compressx.constraints.unification import prune_blocks, unify, unify_and_prune
     from compressx.formats import load_model, save_model
     from compressx.kernels import Compiled, compile
     from compressx.native.memory import keep_memory

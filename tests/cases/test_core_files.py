@@ -75,7 +75,6 @@ def test_inf_in_a_free_leaf() -> None:
     api.harden({"attn": {"kernel": normal(4, 4), "mask": mask}}, [(".*kernel", api.unstructured(0.5))])
 
 
-@open_case(raises=AssertionError, match=r"TypeError: JAX array with PRNGKey dtype .* \(names no leaf\)")
 def test_save_rng_key(tmp_path: Path) -> None:
     m = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
     error = raised_by(lambda: api.save(tmp_path / "r.safetensors", nnx.state(m)))
@@ -88,7 +87,6 @@ def test_save_rng_key(tmp_path: Path) -> None:
 # Right: "'my_vit' is none of the models here; build it and call compile(module, saved.params)".
 
 
-@open_case(raises=AssertionError, match="the saved model says nowhere how many classes its network has")
 def test_own_model_name(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     api.save(path, {"k": normal(4, 4)}, model={"name": "my_vit", "options": {}})
