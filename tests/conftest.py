@@ -65,6 +65,9 @@ def _set_environment() -> None:
     os.environ["XLA_FLAGS"] = " ".join(flags)
     os.environ["JAX_PLATFORMS"] = os.environ.get("COMPRESSX_TEST_PLATFORM", "cpu")
     os.environ.setdefault("MPLBACKEND", "Agg")
+    # Drivers are run from a checkout and are not installed: processes that tests start find them by this.
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     # A cached program gives the same bits as a fresh one.
     cache = os.environ.get("COMPRESSX_TEST_CACHE", str(_ROOT / ".pytest_cache" / "xla"))
     if cache:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 import compressx
-from compressx import compaction, constraints, formats, kernels, rules
+from compressx import compaction, constraints, formats, kernels
+from compressx.tree import paths
 from experiments.common import models
 
 
@@ -69,7 +70,7 @@ def save(
 def load(path: Path) -> Loaded:
     """Reads a saved model."""
     s = compressx.load_model(path)
-    leaves = dict(zip(rules.paths(s.params), map(np.asarray, jax.tree.leaves(s.params)), strict=True))
+    leaves = dict(zip(paths(s.params), map(np.asarray, jax.tree.leaves(s.params)), strict=True))
     return Loaded(leaves, s.structures, {p: x.format for p, x in s.packed.items()}, s.sizes.packed, s)
 
 
@@ -99,12 +100,12 @@ def shapes_of(model: Any, shape: Sequence[int]) -> tuple[list[str], list[tuple[i
     key, x = jax.random.key(0), jax.ShapeDtypeStruct(tuple(shape), np.float32)
     tree = jax.eval_shape(model.init, key, x)
     leaves, treedef = jax.tree.flatten(tree)
-    return rules.paths(tree), [leaf.shape for leaf in leaves], treedef
+    return paths(tree), [leaf.shape for leaf in leaves], treedef
 
 
 def compiled(model: Any, variables: Any = None) -> Callable[[Any], Any]:
     """A network, or a saved one, in compressed form."""
-    return compressx.compile(model, variables)
+    return compressx.compile(models.named(model), model) if variables is None else compressx.compile(model, variables)
 
 
 def compacted(model: Any, variables: Any, x: np.ndarray) -> tuple[Callable[[Any, Any], Any], Any]:
@@ -125,9 +126,9 @@ def product(w: np.ndarray, format: str) -> Callable[[Any], Any]:
 
 def run(driver: str, variant: str, changes: Mapping[str, Any], workdir: Path) -> dict[str, Any]:
     """The summary of a driver's run; `changes` are settings by dotted key."""
-    options = importlib.import_module("experiments.driver").Options
-    module = importlib.import_module(f"experiments.{driver}")
-    read = importlib.import_module("experiments.speech_config").read if driver == "gru_speech" else module.read
+    options = importlib.import_module("experiments.common.driver").Options
+    module = importlib.import_module(f"experiments.{driver}.task")
+    read = importlib.import_module(f"experiments.{driver}.config").read
     settings = importlib.import_module(f"configs.{driver}").get_config(variant).unlock()
     settings.update_from_flattened_dict(dict(changes))
     summary = module.train_and_evaluate(read(settings), options(workdir, command="golden"))

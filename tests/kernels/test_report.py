@@ -126,7 +126,7 @@ def test_packed_weights_say_whether_they_are_run_as_they_are_stored(tmp_path):
     about = {"name": "digits_cnn", "options": {"classes": 10}}
     layout = [(".*/c1/kernel", "csr"), (".*/c2/kernel", "fkw"), (".*/f.*/kernel", "csr")]
     compressx.save_model(tmp_path / "m.safetensors", variables, model=about, layout=layout)
-    f = compressx.compile(compressx.load_model(tmp_path / "m.safetensors"))
+    f = compressx.compile(model, compressx.load_model(tmp_path / "m.safetensors"))
     lines = {line.path: line for line in f.layers(x)}
     held = {path: line.why.rpartition("its packed form ")[2] for path, line in lines.items()}
     ours = f.path.startswith("native")
