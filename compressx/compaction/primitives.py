@@ -133,8 +133,6 @@ def _reshape(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape]
     if op.params.get("dimensions") is not None:
         return _fixed(u, number, op, ins, shapes, out)
     axes: Axes = [None] * len(out)
-    if 0 in shapes[0]:
-        return _fixed(u, number, op, ins, shapes, out)
     for mine, theirs in _factors(shapes[0], out):
         named = [a for a in mine if ins[0][a] is not None]
         if len(named) > 1:  # what was broadcast keeps its extent, and another axis may still be cut
@@ -147,11 +145,18 @@ def _reshape(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape]
             for a in named:
                 u.fix(ins[0][a], "reshape merges two axes that could be cut")
             continue
-        if not named:
+        if not named or (0 in out and not theirs):  # an axis of one that is left out of nothing
             continue
         units = ins[0][named[0]]
         assert units is not None
         sizes = [shapes[0][a] for a in mine]
+        if sizes == [out[a] for a in theirs]:
+            for a, to in zip(mine, theirs, strict=True):
+                axes[to] = ins[0][a]
+            continue
+        if 0 in sizes or math.prod(sizes) != math.prod(out[a] for a in theirs):
+            u.fix(units, "reshape merges it with an axis of nothing")
+            continue
         column = np.expand_dims(units, [i for i, a in enumerate(mine) if a != named[0]])
         grid = np.broadcast_to(column, sizes).reshape([out[a] for a in theirs])
         place = _varies(grid)
@@ -172,8 +177,15 @@ def _varies(grid: np.ndarray) -> int | None:
 
 
 def _factors(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of old and new axes with equal products, of a reshape without empty axes."""
+    """The shortest runs of old and new axes with equal products; around an axis of nothing, those that stay."""
     runs: list[tuple[list[int], list[int]]] = []
+    if 0 in old:
+        shorter = min(len(old), len(new))
+        end = next((k for k in range(shorter) if old[-1 - k] != new[-1 - k]), shorter)
+        start = next((k for k in range(shorter - end) if old[k] != new[k]), shorter - end)
+        runs = [([k], [k]) for k in range(start)]
+        runs += [(list(range(start, len(old) - end)), list(range(start, len(new) - end)))]
+        return runs + [([len(old) - k], [len(new) - k]) for k in range(end, 0, -1)]
     i = j = 0
     while i < len(old) and j < len(new):
         mine, theirs = [i], [j]

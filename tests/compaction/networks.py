@@ -35,6 +35,11 @@ def _channels(y: Image) -> int:
     return y.shape[-1]
 
 
+def _along(numbers: Any, y: Image) -> Image:
+    """Numbers by channel, as wide as y."""
+    return jnp.expand_dims(numbers, tuple(range(y.ndim - 1)))
+
+
 def _ids(y: Image, k: int) -> np.ndarray:
     """Channels in an order of their own, some twice, some missing."""
     return np.random.default_rng(_channels(y)).integers(0, _channels(y), k)
@@ -89,13 +94,12 @@ KEEPS: dict[str, Callable[[Image], Image]] = {
     "transpose": lambda y: jnp.tanh(jnp.moveaxis(y, -1, 0)).transpose(*range(1, y.ndim), 0),
     "split": lambda y: jnp.concatenate(jnp.split(y, [1], -1)[::-1], -1),
     "dynamic slice": lambda y: lax.dynamic_slice_in_dim(y, 1, _channels(y) - 1, y.ndim - 1) if _channels(y) > 2 else y,
-    "dynamic row": lambda y: lax.dynamic_slice_in_dim(y, jnp.argmax(y.sum((0, *range(2, y.ndim)))), 1, 1) + y,
     "write a row": lambda y: lax.dynamic_update_slice_in_dim(y, 2 * y[:, :1], 1, 1),
     "barrier": lambda y: sum(lax.optimization_barrier((y, 2 * y))),
     "gate": lambda y: y * jax.nn.sigmoid(y),
-    "constant by channel": lambda y: y * jnp.cos(jnp.arange(_channels(y)) + 0.0),
-    "constant tiled": lambda y: y * jnp.tile(jnp.arange(1.0, 3.0), _channels(y))[: _channels(y)],
-    "positions": lambda y: y * jnp.expand_dims(jnp.arange(y.shape[1]) + 1.0, (0, *range(2, y.ndim))),
+    "constant by channel": lambda y: y * _along(jnp.cos(jnp.arange(0.0, _channels(y))), y),
+    "constant tiled": lambda y: y * _along(jnp.tile(jnp.arange(1.0, 3.0), _channels(y))[: _channels(y)], y),
+    "positions": lambda y: y * jnp.expand_dims(jnp.arange(1.0, y.shape[1] + 1.0), (0, *range(2, y.ndim))),
     "mask": lambda y: jnp.where(jnp.expand_dims(jnp.arange(y.shape[1]) > 0, (0, *range(2, y.ndim))), y, 0.0),
     "clamp": lambda y: lax.clamp(-1.0, y, 1.0),
     "resize": lambda y: jax.image.resize(y, (y.shape[0], 2 * y.shape[1], *y.shape[2:]), "bilinear"),
@@ -125,13 +129,14 @@ MIXES: dict[str, Callable[[Image], Image]] = {
     "add at": lambda y: y.at[:, np.array([0, 1])].add(1.0),
     "reflect channels": lambda y: jnp.pad(y, (*((0, 0),) * (y.ndim - 1), (1, 0)), mode="edge"),
     "pad with ones": lambda y: jnp.pad(y, (*((0, 0),) * (y.ndim - 1), (1, 1)), constant_values=1.0),
+    "row by input": lambda y: lax.dynamic_slice_in_dim(y, jnp.argmax(y.sum((0, *range(2, y.ndim)))), 1, 1) + y,
     "pick by input": lambda y: lax.dynamic_slice_in_dim(y, jnp.int32(y.sum() > 0), 1, y.ndim - 1) + y,
     "outer": lambda y: jnp.einsum("...i,...j->...ij", y, y[..., :2]).reshape(*y.shape[:-1], -1),
     "with itself": lambda y: jnp.einsum("nr...c,ns...c->nrs", y, y),
     "sum of channels": lambda y: y + y.sum(-1, keepdims=True),
     "channels before": lambda y: jnp.moveaxis(jnp.cumsum(jnp.moveaxis(y, -1, 1), 1), 1, -1),
     "constant beside": lambda y: jnp.concatenate([y, jnp.ones((*y.shape[:-1], 2))], -1),
-    "constant below": lambda y: jnp.concatenate([y, jnp.zeros_like(y) + jnp.arange(_channels(y))], 1),
+    "constant below": lambda y: jnp.concatenate([y, jnp.zeros_like(y) + _along(jnp.arange(0.0, _channels(y)), y)], 1),
     "noise": lambda y: y + jax.random.normal(jax.random.key(1), y.shape[1:])[None],
     "ones": lambda y: y + jnp.ones((1,) * y.ndim),
     "triangle": lambda y: (
@@ -235,7 +240,6 @@ def _layer(m: _Maker, push: Callable[..., bool], spec: list[Any], number: int) -
     cout = int(rng.integers(2, 6))
     kind = str(rng.choice(["conv", "dense", "depthwise", "transposed"])) if ndim == 4 else "dense"
     bias = m.leaf(f"{number}/bias", c if kind == "depthwise" else cout) if rng.random() < 0.7 else None
-    wide = lambda b, y: jnp.expand_dims(b, tuple(range(y.ndim - 1)))
     if kind == "dense":
         w = m.leaf(f"{number}/kernel", c, cout)
         product = lambda v, y: y @ v[w]
@@ -254,7 +258,7 @@ def _layer(m: _Maker, push: Callable[..., bool], spec: list[Any], number: int) -
     if bias is None:
         push(kind, lambda v, s: product(v, s[last]))
     else:
-        push(kind, lambda v, s: (y := product(v, s[last])) + wide(v[bias], y))
+        push(kind, lambda v, s: (y := product(v, s[last])) + _along(v[bias], y))
 
 
 def emptied(variables: Any, found: tuple[Group, ...], rng: Numbers) -> tuple[Any, list[np.ndarray]]:

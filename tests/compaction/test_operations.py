@@ -146,7 +146,7 @@ def test_what_happens_to_the_input_alone_hinders_nothing(name):
 def test_constants_along_channels_are_cut_with_them():
     def f(v, x):
         y = x @ v["a"] * (1.0 + jnp.tile(jnp.arange(3.0), 2))[None]
-        return (y + jax.random.normal(jax.random.key(0), (6,))[None] * (y != 0)) @ v["b"]
+        return (y + jax.random.normal(jax.random.key(0), (6,))[None] * jnp.sign(y)) @ v["b"]
 
     assert widths(f, draw(a=(3, 6), b=(6, 2)), jnp.ones((2, 3))) == {"a": (3, 3), "b": (3, 2)}
 
@@ -165,6 +165,16 @@ def test_channels_taken_by_constant_indices_are_followed(mode, ids):
     if 0 <= min(ids) and max(ids) < 6:
         live = sorted({k for k in ids if k not in (0, 5)})
         assert small.variables["a"].shape[1] == max(1, len(live))
+
+
+def test_a_row_that_the_input_picks_keeps_zero_channels_zero():
+    def f(v, x):
+        y = x @ v["a"]
+        row = lax.dynamic_slice_in_dim(y, jnp.argmax(x.sum((0, 2))), 1, 1)
+        return (row * y + y[:, jnp.argmax(x[0, :, 0])][:, None]) @ v["b"]
+
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 5, 3)), jnp.float32)
+    assert widths(f, draw(a=(3, 6), b=(6, 2)), x) == {"a": (3, 3), "b": (3, 2)}
 
 
 def test_reasons_name_the_operation_that_keeps_channels_whole():
