@@ -39,7 +39,7 @@ def best_filters(v: np.ndarray, k: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_two_sets_follow_the_extended_admm_written_in_numpy(rescale: bool) -> None:
-    schedule = cx.rho.staged(0.5, 2.0, every=1, maximum=1.5)
+    schedule = cx.schedules.staged(0.5, 2.0, every=1, maximum=1.5)
     tx = optax.chain(cx.admm(RULES, rho=schedule, every=2, rescale_dual=rescale), optax.sgd(0.1))
     p = params()
     state = tx.init(p)
@@ -171,7 +171,7 @@ def test_vmap_over_seeds_equals_the_loop() -> None:
 
 def test_rho_per_leaf_by_pattern() -> None:
     rules = [("w", cx.unstructured(0.5)), ("b", cx.unstructured(0.4))]
-    state = cx.admm(rules, rho=[("b", 0.2), (".*", cx.rho.staged(0.1))], every=1).init(params())
+    state = cx.admm(rules, rho=[("b", 0.2), (".*", cx.schedules.staged(0.1))], every=1).init(params())
     assert {k: float(v) for k, v in state.rho.items()} == pytest.approx({"w": 0.1, "b": 0.2})
     with pytest.raises(ValueError, match="no rho given for w"):
         cx.admm(rules, rho=[("b", 0.2)], every=1).init(params())

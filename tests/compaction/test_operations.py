@@ -8,8 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from compressx import _harden as harden
-from compressx import unstructured
+from compressx import harden, unstructured
 from compressx.compaction import CompactionError, channels, compact, dead, groups
 from compressx.constraints import filters
 from compressx.tree import paths

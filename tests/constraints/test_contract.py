@@ -250,7 +250,7 @@ def test_admm_moves_weights_into_the_set(name: str) -> None:
     target = draw(constraint, shape, 3)
     params = {"w": target}
     # rho * U grows with rho here: with the dual kept instead, two sets at once can settle between them
-    pull = cx.admm([(".*", constraint)], rho=cx.rho.staged(0.1, 1.15, 1, 20.0), every=10, rescale_dual=False)
+    pull = cx.admm([(".*", constraint)], rho=cx.schedules.staged(0.1, 1.15, 1, 20.0), every=10, rescale_dual=False)
     tx = optax.chain(pull, optax.sgd(0.02))
 
     def body(carry: Any, _: None) -> tuple[Any, None]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressx import _harden as harden
+from compressx import harden
 from compressx.compaction import channels, compact, coupled_rules, groups
 from compressx.constraints.coupled import coupled_filters, expand, runs
 

@@ -134,7 +134,7 @@ def test_weights_of_all_sizes_together_stay_finite_and_inside(name: str, dtype: 
 @functools.cache
 def admm_steps(name: str) -> Callable[..., Any]:
     constraint = EXAMPLES[name][0]
-    rho = cx.rho.residual_balancing(1e-3)
+    rho = cx.schedules.residual_balancing(1e-3)
     tx = cx.admm([(".*", constraint)], rho=rho, every=1, refresh_every=2)
 
     def run(params: list[jax.Array]) -> Any:
