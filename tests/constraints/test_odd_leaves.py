@@ -35,12 +35,13 @@ def test_odd_shapes_are_held_or_refused_by_name(name: str, shape: tuple[int, ...
     number = len(example) if constraint.joint else 1
     params, rules = leaves(constraint, number, shape, jnp.float32), [("layer.*", constraint)]
     try:
+        chosen = cx.structures(params, rules)
         hard = cx.harden(params, rules)
     except ValueError as error:
         text = str(error)
     else:
         assert 0 not in shape and hard["layer0"].shape == shape
-        cx.retrain(rules).init(hard)
+        cx.retrain(rules, chosen).init(hard)
         cx.admm(rules).init(params)
         return
     assert text.startswith("layer0") and str(shape) in text, text
