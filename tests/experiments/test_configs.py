@@ -6,7 +6,7 @@ import pytest
 
 from compressx.rules import resolve
 from configs import cnn as configs
-from experiments.cnn import task as cnn
+from experiments.cnn import config as cnn_config
 from experiments.common import models
 from experiments.common.training import phases
 
@@ -15,7 +15,7 @@ SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 
 
 @pytest.mark.parametrize("variant", [*configs.VARIANTS, *(f"{v}_tiny" for v in configs.VARIANTS)])
 def test_every_variant_fits_its_network(variant) -> None:
-    config = cnn.read(configs.get_config(variant))
+    config = cnn_config.read(configs.get_config(variant))
     assert config.variant == variant
     model = models.build(config.model.name, classes=10, **config.model.options)
     x = jax.ShapeDtypeStruct((1, *SHAPES[config.data.name]), jnp.float32)
@@ -49,7 +49,7 @@ def _rate(todo, params) -> float:
 
 def test_tiny_is_tiny() -> None:
     for variant in configs.VARIANTS:
-        config = cnn.read(configs.get_config(f"{variant}_tiny"))
+        config = cnn_config.read(configs.get_config(f"{variant}_tiny"))
         assert config.data.train <= 96
         todo = phases.plan(config.plan)
         assert sum(p.fit.epochs for p in todo) <= 4 * len(todo)

@@ -13,12 +13,13 @@ import pytest
 from compressx import cli, formats
 from compressx.kernels import native
 from configs import cnn as configs
+from experiments.cnn import config as cnn_config
 from experiments.cnn import task as cnn
 from experiments.common.driver import Options
 from experiments.common.report.summary import check_summary, read_summary
 from experiments.common.training import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "checkpoints")
 PLOTS = ("training.png", "residuals.png", "rho.png", "histograms.png", "kept.png", "masks.png")
 
@@ -31,7 +32,7 @@ def _config(variant: str = "digits_tiny", **changes):
         for part in path:
             target = target[int(part)] if part.isdecimal() else target[part]
         target[last] = value
-    return cnn.read(settings)
+    return cnn_config.read(settings)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from experiments.common import models
 from experiments.common.driver import Options
 from experiments.common.report.summary import check_summary, read_summary
 from experiments.common.training import ConfigError, Weights, phases
+from experiments.crossbar import config as crossbar_config
 from experiments.crossbar import forms as crossbar_forms
 from experiments.crossbar import sot as crossbar_sot
 from experiments.crossbar import task as crossbar
@@ -38,7 +39,7 @@ def _config(variant="digits_tiny", **changes):
         for part in path:
             target = target[part]
         target[last] = value
-    return crossbar.read(settings)
+    return crossbar_config.read(settings)
 
 
 def _short():
@@ -48,7 +49,7 @@ def _short():
     settings.variation.update({"models": ("full_8",), "sweep": ()})
     settings.noise_aware.start = ""
     settings.one_shot = False
-    return crossbar.read(settings)
+    return crossbar_config.read(settings)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_sets_that_no_engine_holds_are_refused_before_training(spec, engine, wor
     settings.main, settings.variation.models, settings.noise_aware.start = "x", (), ""
     settings.hardware.engine, settings.hardware.input_bits = engine, 8
     with pytest.raises(ConfigError, match=words):
-        crossbar.run(crossbar.read(settings), Options(tmp_path))
+        crossbar.run(crossbar_config.read(settings), Options(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -233,7 +234,7 @@ def test_a_fragment_whose_parts_are_not_published_has_accuracy_and_arrays_but_no
     settings = configs.get_config("digits_fragments_tiny").unlock()
     settings.branches = tuple(b for b in settings.branches if b["name"] in ("pruned", "full_4", "full_32"))
     settings.main = "full_32"
-    s = crossbar.run(crossbar.read(settings), Options(tmp_path))
+    s = crossbar.run(crossbar_config.read(settings), Options(tmp_path))
     found = s["crossbar"]
     assert found["models"]["full_32"]["fragment"] == 32 and found["models"]["full_32"]["proven_share"] == 1.0
     assert found["engines"]["unknown"] == [32] and "FORMS-4, compressed" in found["engines"]["rows"]
@@ -279,7 +280,7 @@ def test_sot_mram(tmp_path, monkeypatch):
     monkeypatch.setattr(crossbar_sot, "INPUT_WIDTHS", (8, 2))
     settings = configs.get_config("digits_sot_tiny").unlock()
     settings.one_shot, settings.hardware.images = False, 1000
-    summary = crossbar.run(crossbar.read(settings), Options(tmp_path))
+    summary = crossbar.run(crossbar_config.read(settings), Options(tmp_path))
     found = summary["crossbar"]
     assert found["images"] == summary["dataset"]["test"] == 50  # what there is, not what was asked for
     assert all(configs.get_config(v).hardware.images == 0 for v in configs.VARIANTS)
@@ -307,7 +308,7 @@ _LONG = ("mnist_lenet5_forms_orders", "cifar_resnet20_forms")
 )
 def test_every_variant_fits_its_network(variant):
     for name in (variant, f"{variant}_tiny"):
-        config = crossbar.read(configs.get_config(name))
+        config = crossbar_config.read(configs.get_config(name))
         model = models.build(config.model.name, classes=10, **config.model.options)
         x = jax.ShapeDtypeStruct((1, *SHAPES[config.data.name]), jnp.float32)
         params = {"params": jax.eval_shape(model.init, jax.random.key(0), x)["params"]}

@@ -17,6 +17,7 @@ from configs import language_model as models
 from experiments.common import runner
 from experiments.common.driver import Options
 from experiments.common.training import ConfigError
+from experiments.language_model import config as language_model_config
 from experiments.language_model import curves as language_curves
 from experiments.language_model import task as language_model
 
@@ -72,7 +73,7 @@ def test_a_rule_that_names_its_seed_keeps_it() -> None:
     for given, seed in (({}, 3), ({"seed": 7}, 7)):
         both = {"kind": "all", "parts": ({**spec, **given}, {"kind": "quantize", "bits": 4})}
         settings.plan.stages[0]["rules"] = (("softmax", both), ("lstm", {**spec, **given}), ("bias", None))
-        (_, a), (_, b), (_, c) = language_model.read(settings).plan.stages[0].rules
+        (_, a), (_, b), (_, c) = language_model_config.read(settings).plan.stages[0].rules
         assert a["parts"][0]["seed"] == b["seed"] == seed and a["parts"][1] == both["parts"][1] and c is None
 
 
@@ -142,7 +143,7 @@ def test_a_tiny_comparison_from_end_to_end(tmp_path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="a comparison has no model"):
         language_curves.evaluate(config, Options(tmp_path / "c"))
     one = tmp_path / "c" / "runs" / "darb-16x-s0"
-    base = language_model.read(configs.get_config("generated_tiny").base)
+    base = language_model_config.read(configs.get_config("generated_tiny").base)
     assert language_model.evaluate(base, Options(one))["metric"]["compressed"] == s["metric"]["compressed"]
 
     # another seed of one point: what was run is reused, the table has both

@@ -37,7 +37,7 @@ def _config(variant: str, **changes):
     settings = configs.get_config(variant).unlock()
     for key, value in changes.items():
         settings[key] = value
-    return pneumonia.read(settings)
+    return pneumonia_config.read(settings)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def done(images, tmp_path_factory):
 
 @pytest.mark.parametrize("variant", [v for name in configs.VARIANTS for v in (name, f"{name}_tiny")])
 def test_every_variant_is_read(variant) -> None:
-    config = pneumonia.read(configs.get_config(variant))
+    config = pneumonia_config.read(configs.get_config(variant))
     assert config.variant == variant and config.points[0].method == "admm"
     if not variant.endswith("tiny"):
         assert any(p.rate >= 8 for p in config.points)
@@ -227,7 +227,7 @@ def test_bad_settings_are_named(changes, text) -> None:
             target = target[part]
         target[last] = value
     with pytest.raises(ConfigError, match=text):
-        pneumonia.read(settings)
+        pneumonia_config.read(settings)
 
 
 def test_missing_data_are_named(tmp_path, monkeypatch) -> None:

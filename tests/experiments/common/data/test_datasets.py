@@ -267,6 +267,6 @@ assert "tensorflow" not in sys.modules
 
 
 def test_no_tensorflow_is_imported(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     strict = ["-W", "error", "-W", "ignore:label() is deprecated:DeprecationWarning"]  # tfds, with protobuf 6
     subprocess.run([sys.executable, *strict, "-c", WITHOUT_TENSORFLOW, str(tmp_path)], check=True, cwd=root)

@@ -121,7 +121,7 @@ assert all((out[name] == array).all() for name, array in t.ARRAYS.items())
 
 def start(*args: str) -> subprocess.Popen[bytes]:
     script = KILLED_AND_RACING.format(tests=str(Path(__file__).parent))
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
     return subprocess.Popen([sys.executable, "-c", script, *args], env=env)
 
 

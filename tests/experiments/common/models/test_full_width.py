@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 LIMIT = 8e9  # bytes; measured: see docs/pneumonia.md
 
 PROGRAM = """

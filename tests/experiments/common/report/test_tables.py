@@ -225,7 +225,7 @@ def test_a_damaged_summary_stops_everything(root, capsys):
 
 
 def test_the_projects_own_tables_and_documents_are_up_to_date():
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[4]
     assert [table.name for table in read_tables(root / tables.DECLARATIONS)]
     if not (root / "README.md").exists():
         pytest.skip("no README.md beside the package")

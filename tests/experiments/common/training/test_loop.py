@@ -75,7 +75,7 @@ def _crc(folder: Path) -> dict[str, int]:
 
 
 def _child(tiny, folder: Path, when: str) -> int:
-    env = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {"XLA_FLAGS": FLAGS, "PYTHONPATH": str(Path(__file__).parents[4])}
     command = [sys.executable, tiny.__file__, str(folder), when]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr

@@ -133,7 +133,7 @@ assert again.results == out.results
 print(json.dumps(out.results))
 """
     )
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[4])}
     port = str(_free_port())
     children = [
         subprocess.Popen([sys.executable, str(script), str(n), port], env=env, stdout=-1, stderr=-1, text=True)
