@@ -31,7 +31,6 @@ def step(case: str, rate: float, path: str | None) -> Callable[[], Any]:
 
     from benchmarks import pattern_conv, recurrent
     from compressx import formats, kernels
-    from experiments.common import models
 
     rng = np.random.default_rng(0)
     if case.startswith("gru"):
@@ -41,6 +40,8 @@ def step(case: str, rate: float, path: str | None) -> Callable[[], Any]:
         x = jax.device_put(rng.standard_normal((10, 1, 3 * 1024), dtype=np.float32))
         return lambda: jax.block_until_ready(cell(x)[0])
     if case == "mobilenet_v2":
+        from experiments.common import models
+
         model = models.build(case, classes=1000)
         image = rng.standard_normal((1, 224, 224, 3), dtype=np.float32)
 
