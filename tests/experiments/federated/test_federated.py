@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from compressx.federated import algorithm
 from compressx.federated.simulate import Simulation
 from configs import federated as configs
 from experiments.common import artifacts
@@ -55,7 +54,7 @@ def test_a_density_that_matches_nothing_is_named(tmp_path) -> None:
     config = frozen("digits_tiny", algorithm__density=(("params/nothing", 0.1),))
     setting = setup.make(config, Options(tmp_path))
     with pytest.raises(ConfigError, match="'params/nothing' matches nothing"):
-        algorithm.layout(config.algorithm, setting.model)
+        setup.check(config, config.algorithm, setting)
 
 
 def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
@@ -110,7 +109,7 @@ def test_dense_messages_are_counted_as_training_counts_them(tmp_path) -> None:
     setting = setup.make(config, Options(tmp_path))
     for value_type in ("float32", "int8"):
         alg = federated_arms.dense(config.algorithm, value_type)
-        trained = Simulation(setting.task, alg, setting.model, setting.train, setting.split, 0, padded=True)
+        trained = Simulation(setting.loss, alg, setting.model, setting.train, setting.split, 0, padded=True)
         ledger = trained.run(trained.start(), 0, 1)[1]
         like = federated_costs.Sent(config.algorithm, ledger.down, ledger.up, (), ())
         counted = federated_costs.dense_messages(config, setting, like, value_type)

@@ -60,7 +60,6 @@ def test_every_seed_trains_one_dense_network(tmp_path) -> None:
         ({"methods": ("magic",)}, "methods=.* is impossible"),
         ({"seeds": (1, 1)}, "seeds=.* give different ones"),
         ({"points": ()}, "points must have names"),
-        ({"together": "maybe"}, "together='maybe' is impossible"),
         ({"against": "joules"}, "against='joules' is impossible; it must be weights, bytes, multiplications"),
         ({"budgets": (0.5,)}, "budgets=.* is impossible"),
     ],
