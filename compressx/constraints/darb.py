@@ -299,9 +299,9 @@ def _solve(kept: Array, length: int, sizes: Sequence[int], target: int, mixed: b
     if not mixed or not len(steps):
         made = place < jnp.argmin(jnp.abs(after - target))
         return jnp.sum(made, axis=1, dtype=jnp.int32)
-    most = jnp.sum(after >= target, dtype=jnp.int32) - 1  # as many steps can be made before the total is too small
+    most = jnp.argmin(jnp.where(after >= target, after, after[0] + 1)).astype(jnp.int32)  # then the total is too small
     down, over = _fill(place, place < most, grain, after[most] - target)
-    past = jnp.minimum(most + 1, order.size)
+    past = jnp.minimum(jnp.sum(after >= target, dtype=jnp.int32), order.size)
     left, under = _fill(-place[:, ::-1], place[:, ::-1] >= past, grain[::-1], target - after[past])
     return jnp.sum(jnp.where(over <= under, down, ~left[:, ::-1]), axis=1, dtype=jnp.int32)
 

@@ -72,7 +72,7 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
 
     def init(w: Array) -> Polarity:
         def again() -> Polarity:
-            return polarity(w, fragment, order, rule, gaps_closed(w, fragment, order))
+            return polarity(w, fragment, order, rule, left_out(w, fragment, order))
 
         return first_that_holds(project, w, choose(w), again)
 
@@ -120,7 +120,7 @@ def polarity(w: Array, fragment: int, order: str = "W", rule: str = "sum", prune
     return Polarity(rows, jnp.where(mixed, jnp.sum(x, axis=1) < 0, below))
 
 
-def gaps_closed(w: Array, fragment: int, order: str = "W") -> Array:
+def left_out(w: Array, fragment: int, order: str = "W") -> Array:
     """Which zero rows of a polarized weight to leave out of its fragments: bool `[P]`, rows in the order of fragments.
 
     Polarizing may empty a row that was kept; where it is left out, later rows move up and meet others. So rows are
