@@ -184,12 +184,12 @@ def test_vmap_over_inputs_and_over_arrays(rng):
 
 def test_chunks_of_inputs_and_tables_built_on_the_way_change_nothing(rng, monkeypatch):
     from compressx.crossbar import mvm
-    from compressx.crossbar import program as programming
+    from compressx.crossbar import arrays
 
     design = DESIGNS["polarized 8, flip"].but(encoding="saturating", adc_bits=3)
     w, x = _weights(rng, design, 19, 4), _inputs(rng, design, 7, 19)
     monkeypatch.setattr(mvm, "_CHUNK_VALUES", 60)
-    monkeypatch.setattr(programming, "TABLE_BYTES", 10)
+    monkeypatch.setattr(arrays, "TABLE_BYTES", 10)
     programmed = program(w, design, rows=np.arange(19))
     assert programmed.path == "table" and programmed.tables is None
     got = crossbar_matmul(jnp.asarray(x, jnp.int32), programmed)
