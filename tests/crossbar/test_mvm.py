@@ -183,8 +183,7 @@ def test_vmap_over_inputs_and_over_arrays(rng):
 
 
 def test_chunks_of_inputs_and_tables_built_on_the_way_change_nothing(rng, monkeypatch):
-    from compressx.crossbar import mvm
-    from compressx.crossbar import arrays
+    from compressx.crossbar import arrays, mvm
 
     design = DESIGNS["polarized 8, flip"].but(encoding="saturating", adc_bits=3)
     w, x = _weights(rng, design, 19, 4), _inputs(rng, design, 7, 19)
