@@ -537,7 +537,7 @@ def test_processes_that_start_together_all_succeed(workshop: Workshop, lock: boo
 def start(workshop: Workshop, place: Path, **environment: str) -> subprocess.Popen:
     """A process of its own that builds, for one that is killed."""
     code = (
-        "import sys, pathlib; from compressx import compiled;"
+        "import sys, pathlib; from compressx.native import build as compiled;"
         "print(compiled.load(compiled.Library(pathlib.Path(sys.argv[1]), {}, ('-shared', '-fPIC'))).answer())"
     )
     environment = {"COMPRESSX_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp")} | environment

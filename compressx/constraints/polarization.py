@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from compressx import views
 from compressx.constraints.base import SIGN, Constraint, first_that_holds
-from compressx.constraints.floats import exponent, lift, negative, nonzero
+from compressx.constraints.floats import differ, exponent, lift, negative, nonzero
 from compressx.constraints.select import PEAK
 
 
@@ -77,8 +77,8 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
         return first_that_holds(project, w, choose(w), again)
 
     def settle(w: Array, structure: Polarity) -> Polarity:
-        anew = init(w)
-        moved = jnp.any(anew.order != structure.order)
+        anew = choose(w)
+        moved = jnp.any(anew.order != structure.order) & jnp.any(differ(project(w, structure), w))
         return jax.tree.map(lambda a, b: jnp.where(moved, a, b), anew, structure)
 
     def project(w: Array, structure: Polarity) -> Array:
@@ -107,7 +107,7 @@ def polarity(w: Array, fragment: int, order: str = "W", rule: str = "sum", prune
       pruned: bool `[P]`, the rows (in the order of fragments) that come last; None: all that are zero.
     """
     nested = jnp.asarray(views.position_order(w.shape, order))
-    m = views.gemm().to(w)
+    m = views.gemm().to(jnp.asarray(w))
     if pruned is None:
         pruned = ~jnp.any(nonzero(m), axis=1)[nested]
     rows = nested[jnp.argsort(pruned, stable=True)]
@@ -128,7 +128,7 @@ def left_out(w: Array, fragment: int, order: str = "W") -> Array:
     lies between them and was left out must be zero. Of the rows p at which a fragment may begin, the last one before q
     reaches farthest; so whether one may begin at q follows from that p alone. Of no use where there is no such deal.
     """
-    m = views.gemm().to(w)[jnp.asarray(views.position_order(w.shape, order))]
+    m = views.gemm().to(jnp.asarray(w))[views.position_order(w.shape, order)]
     rows = m.shape[0]
     index = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], m.shape)
 
@@ -175,7 +175,7 @@ def required(structure: Polarity, fragment: int) -> Array:
 
 def compact(w: Array, structure: Polarity, fragment: int) -> Array:
     """The fragments as they lie on the crossbar, kept rows first: `[ceil(P/fragment), fragment, F]`."""
-    return _cut(views.gemm().to(w)[structure.order], fragment)
+    return _cut(views.gemm().to(jnp.asarray(w))[structure.order], fragment)
 
 
 def sign_flips(before: Polarity, after: Polarity, fragment: int) -> Array:

@@ -273,14 +273,14 @@ def _table(levels: Levels) -> np.ndarray:
 def _exact(s: Array, top: Array, levels: Levels, dtype: Any) -> Array:
     """The scale s * 2**top, rounded so that its products with all levels are exact in the leaf's dtype.
 
-    Its mantissa is short, it is a positive multiple of the leaf's smallest number, and its largest product is finite.
+    Its mantissa is short, it is a normal number, a multiple of the leaf's smallest, and its largest product is finite.
     """
     s = lax.reduce_precision(s, jnp.finfo(s.dtype).nexp, _scale_bits(levels, dtype))
     above = jnp.minimum(top - least(dtype), 100)  # 2**above of the smallest numbers are 2**top, or a mantissa holds all
     times = jnp.maximum(jnp.rint(lift(s, above)), 1.0)
     whole = scale(jnp.where(times < 2.0 ** (jnp.finfo(s.dtype).nmant + 1), lift(times, -above), s), top)
     largest = float(2.0 ** np.floor(np.log2(float(jnp.finfo(dtype).max) / _table(levels)[-1]) - 1))
-    return jnp.where(s > 0, jnp.where(whole > largest, largest, whole), smallest(dtype))
+    return jnp.where(s > 0, jnp.clip(whole, smallest(dtype), largest), smallest(dtype))
 
 
 def _scale_bits(levels: Levels, dtype: Any) -> int:

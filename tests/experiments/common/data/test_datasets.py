@@ -254,7 +254,7 @@ WITHOUT_TENSORFLOW = """
 import sys
 from pathlib import Path
 import numpy as np
-from compressx import data
+from experiments.common import data
 info = data.Info(name="x", source="", licence="", classes=2, shape=(3,))
 read = lambda split, blobs: {"inputs": np.ones((4, 3), np.float32), "labels": np.zeros(4, np.int32)}
 source = data.Source(info, {"train": (data.File("x.bin", 10),)}, read)
