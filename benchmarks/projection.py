@@ -45,14 +45,14 @@ def cases(side: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
         "bank_balanced": (cx.bank_balanced(1 / 8, 64), matrix),
         "crossbar_aware": (cx.crossbar_aware(0.5, 0.5), matrix),
         "polarize": (cx.polarize(8), matrix),
-        "polarize_conv": (cx.polarize(8, "W", "energy"), conv),
+        "polarize_conv": (cx.polarize(8, order="W", rule="energy"), conv),
         "quantize": (cx.quantize(8), matrix),
-        "quantize_codebook": (cx.quantize(4, "codebook"), matrix),
+        "quantize_codebook": (cx.quantize(4, grid="codebook"), matrix),
         "unify": (cx.unify((4, 4), 0.5), matrix),
         "prune_blocks": (cx.prune_blocks((4, 4), 0.5), matrix),
         "unify_and_prune": (cx.unify_and_prune((4, 4), 0.3, 0.5), matrix),
-        "unify_and_prune_exact": (cx.unify_and_prune((4, 4), 0.3, 0.5, "exact"), matrix),
-        "forms": (pruned & cx.polarize(8) & cx.quantize(8, "cells"), matrix),
+        "unify_and_prune_exact": (cx.unify_and_prune((4, 4), 0.3, 0.5, selection="exact"), matrix),
+        "forms": (pruned & cx.polarize(8) & cx.quantize(8, grid="cells"), matrix),
     }
 
 

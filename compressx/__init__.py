@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compressx._admm import AdmmState, admm
     from compressx._admm import find_state as find_admm_state
     from compressx._admm import metrics as admm_metrics
-    from compressx._harden import ConstraintViolation, check, count_violations, harden, structures
+    from compressx._harden import ConstraintViolation, Hardened, check, count_violations, harden, structures
     from compressx._retrain import RetrainState, retract, retrain
     from compressx._retrain import find_state as find_retrain_state
     from compressx.constraints import from_spec
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TIE,
         Constraint,
         count,
+        factory,
         intersection,
         on_leaf,
         support,
@@ -66,6 +67,7 @@ _HOMES = {
     "find_admm_state": "compressx._admm.find_state",
     "admm_metrics": "compressx._admm.metrics",
     "ConstraintViolation": "compressx._harden.ConstraintViolation",
+    "Hardened": "compressx._harden.Hardened",
     "check": "compressx._harden.check",
     "count_violations": "compressx._harden.count_violations",
     "harden": "compressx._harden.harden",
@@ -110,6 +112,7 @@ __all__ = [
     "Compiled",
     "Constraint",
     "ConstraintViolation",
+    "Hardened",
     "RetrainState",
     "admm",
     "admm_metrics",
@@ -131,6 +134,7 @@ __all__ = [
     "coupled_filters",
     "crossbar_aware",
     "darb",
+    "factory",
     "filters",
     "filters_and_columns",
     "find_admm_state",

@@ -30,7 +30,7 @@ from jax import Array, lax
 from compressx import schedules as rho_schedules
 from compressx.constraints.base import TIE, Constraint
 from compressx.constraints.floats import exponent, lift, nonzero, scale
-from compressx.rules import Bound, Rules, resolve
+from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.schedules import RhoSchedule
 
 
@@ -42,7 +42,7 @@ class AdmmState(NamedTuple):
       updates: int32 [], Z and U updates done.
       z: one tree per set number, shaped as params; unconstrained leaves (and leaves with fewer sets) are
         `optax.MaskedNode()`, which stores nothing. Dtype and sharding of the leaf.
-      pull: Z_k - U_k, likewise: where the penalty pulls W to.
+      center: Z_k - U_k, likewise: the proximal centre, towards which the penalty moves W.
       structure: name -> tuple over sets of what the set leaves open.
       rho: name -> float32 [].
       primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update.
@@ -52,7 +52,7 @@ class AdmmState(NamedTuple):
     step: Array
     updates: Array
     z: tuple[Any, ...]
-    pull: tuple[Any, ...]
+    center: tuple[Any, ...]
     structure: dict[str, tuple[Any, ...]]
     rho: dict[str, Array]
     primal: dict[str, Array]
@@ -61,7 +61,7 @@ class AdmmState(NamedTuple):
     @property
     def u(self) -> tuple[Any, ...]:
         """The scaled duals U_k, shaped as `z`."""
-        return jax.tree.map(jnp.subtract, self.z, self.pull)
+        return jax.tree.map(jnp.subtract, self.z, self.center)
 
 
 Rho = float | Array | RhoSchedule | Sequence[tuple[str, float | RhoSchedule]]
@@ -121,7 +121,7 @@ def admm(
     refresh_every: int | None = None,
     rescale_dual: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Pulls the constrained leaves towards their sets while any optimizer trains them.
+    """Moves the constrained leaves towards their sets while any optimizer trains them.
 
     Put it before the optimizer, so that the penalty is part of the gradient: `optax.chain(admm(...), optax.adam(lr))`;
     or between `scale_by_adam` and `scale_by_learning_rate`, so that Adam does not normalise the penalty (decoupled).
@@ -144,6 +144,7 @@ def admm(
     for name, value in (("every", every), ("refresh_every", refresh_every)):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    rules = pairs(rules)
 
     def init_fn(params: Any) -> AdmmState:
         bound = resolve(rules, params)
@@ -151,24 +152,23 @@ def admm(
         leaves, treedef = jax.tree.flatten(params)
         depth = max((len(_sets(b)) for b in bound), default=0)
         z = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
-        pull = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
+        center = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
         structure: dict[str, tuple[Any, ...]] = {}
         for b in bound:
             w = b.take(leaves)
-            chosen = b.constraint.init(w)  # each set's for the weights as the sets before it leave them
-            structure[b.name] = chosen if b.constraint.parts else (chosen,)
+            structure[b.name] = b.choose(w)
             before: list[Any] = []
             for k, (part, s) in enumerate(zip(_sets(b), structure[b.name], strict=True)):
                 before.append(part.project(_kept(part, w, before), s))
                 b.put(z[k], before[-1])
-                b.put(pull[k], jax.tree.map(jnp.copy, before[-1]))  # U is zero
+                b.put(center[k], jax.tree.map(jnp.copy, before[-1]))  # U is zero
         # a distinct array for every entry: shared buffers cannot be donated
         residuals = [{b.name: jnp.full(len(_sets(b)), jnp.inf, jnp.float32) for b in bound} for _ in range(2)]
         return AdmmState(
             step=jnp.zeros((), jnp.int32),
             updates=jnp.zeros((), jnp.int32),
             z=tuple(jax.tree.unflatten(treedef, x) for x in z),
-            pull=tuple(jax.tree.unflatten(treedef, x) for x in pull),
+            center=tuple(jax.tree.unflatten(treedef, x) for x in center),
             structure=structure,
             rho={name: s.init() for name, s in schedules.items()},
             primal=residuals[0],
@@ -180,6 +180,7 @@ def admm(
         if params is None:
             raise ValueError("admm needs the parameters: call update(updates, state, params)")
         bound = resolve(rules, params)
+        _same_rules(state, bound)
         schedules = _schedules(rho, bound)
         leaves = jax.tree.leaves(params)
         gradients, treedef = jax.tree.flatten(updates)
@@ -195,7 +196,7 @@ def admm(
             lambda _, s: _dual_step(s, params, bound, schedules, refresh_every, rescale_dual),
             state._replace(step=optax.safe_increment(state.step)),
         )
-        trees = [_like(params, t) for t in state.pull]
+        trees = [_like(params, t) for t in state.center]
         for b in bound:
             g, r = b.take(gradients), state.rho[b.name]
             for k in range(len(_sets(b))):
@@ -205,6 +206,18 @@ def admm(
         return jax.tree.unflatten(treedef, gradients), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _same_rules(state: AdmmState, bound: Sequence[Bound]) -> None:
+    """Raises ValueError where a state was made by other rules, or for another tree."""
+    held = {name: len(each) for name, each in state.structure.items()}
+    now = {b.name: len(_sets(b)) for b in bound}
+    if held != now:
+        odd = sorted(n for n in held.keys() | now.keys() if held.get(n) != now.get(n))
+        raise ValueError(
+            f"the state of admm was made by other rules or for another tree: {', '.join(odd[:4])} has "
+            f"{held.get(odd[0], 0)} sets in the state and {now.get(odd[0], 0)} by the rules. Call init again"
+        )
 
 
 def _dual_step(
@@ -218,7 +231,7 @@ def _dual_step(
     """One Z and U update of every leaf, with the residuals and the next rho."""
     number = optax.safe_increment(state.updates)
     leaves, treedef = jax.tree.flatten(params)
-    trees_z, pulls = [_like(params, t) for t in state.z], [_like(params, t) for t in state.pull]
+    trees_z, centers = [_like(params, t) for t in state.z], [_like(params, t) for t in state.center]
     structure, rho, primal, dual = dict(state.structure), dict(state.rho), dict(state.primal), dict(state.dual)
     for b in bound:
         w = b.take(leaves)
@@ -228,7 +241,7 @@ def _dual_step(
         duals: list[Any] = []
         for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
             before = b.take(trees_z[k])
-            v = jax.tree.map(lambda w, z, t: w + (z - t), w, before, b.take(pulls[k]))
+            v = jax.tree.map(lambda w, z, t: w + (z - t), w, before, b.take(centers[k]))
             if refresh_every is not None:
                 earlier = list(zip(_sets(b), chosen, strict=False))
 
@@ -259,11 +272,11 @@ def _dual_step(
         rho[b.name] = schedules[b.name].update(old, far, moved, number)
         ratio = old / rho[b.name] if rescale_dual else jnp.ones((), jnp.float32)
         for k, (z, u) in enumerate(zip(done, duals, strict=True)):
-            b.put(pulls[k], jax.tree.map(lambda z, u, s=ratio: z - u * s.astype(u.dtype), z, u))
+            b.put(centers[k], jax.tree.map(lambda z, u, s=ratio: z - u * s.astype(u.dtype), z, u))
     return state._replace(
         updates=number,
         z=tuple(jax.tree.unflatten(treedef, t) for t in trees_z),
-        pull=tuple(jax.tree.unflatten(treedef, t) for t in pulls),
+        center=tuple(jax.tree.unflatten(treedef, t) for t in centers),
         structure=structure,
         rho=rho,
         primal=primal,
@@ -290,6 +303,7 @@ def watch_refreshes(
 
     Leaves none of whose sets has `Constraint.changed` are not watched. Read it with `changes`.
     """
+    rules = pairs(rules)
 
     def watched(params: Any) -> list[tuple[Bound, int]]:
         each = [(b, [k for k, part in enumerate(_sets(b)) if part.changed is not None]) for b in resolve(rules, params)]

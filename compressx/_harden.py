@@ -1,16 +1,17 @@
 """Hardening: the weights are projected once onto their sets, and the result is checked against every one of them."""
 
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from compressx._admm import AdmmState
-from compressx.constraints.base import Constraint, violations
+from compressx._admm import AdmmState, find_state
+from compressx.constraints.base import violations
 from compressx.constraints.floats import nonzero
-from compressx.rules import Bound, Rules, resolve
+from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import check_finite
 
 
@@ -18,32 +19,88 @@ class ConstraintViolation(ValueError):
     """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside."""
 
 
-def structures(params: Any, rules: Rules, state: AdmmState | None = None) -> dict[str, Any]:
+class Hardened(NamedTuple):
+    """Weights that lie in their sets, and what the sets left open; a pytree.
+
+    Attributes:
+      params: the tree that was given, every constrained leaf in its sets.
+      structures: name of a leaf (or of a joint rule) -> a structure for each set of its constraint (signs of fragments,
+        pattern library, block sizes, scale; `()` for a set that leaves nothing open).
+    """
+
+    params: Any
+    structures: dict[str, tuple[Any, ...]]
+
+
+def parts(weights: Any, structures: Any = None) -> tuple[Any, dict[str, Any] | None]:
+    """Parameters and structures, of a `Hardened` (or a `SavedModel`), or as they are given side by side.
+
+    Raises:
+      ValueError: structures are given twice.
+    """
+    if not (hasattr(weights, "params") and hasattr(weights, "structures")):
+        if isinstance(structures, Hardened):
+            structures = structures.structures
+        return weights, None if structures is None else dict(structures)
+    if structures is not None:
+        raise ValueError("structures are given twice: those of the hardened weights are used, leave the argument out")
+    return weights.params, dict(weights.structures)
+
+
+def structures(params: Any, rules: Rules, state: Any = None) -> dict[str, tuple[Any, ...]]:
     """What every set leaves open (signs, libraries, scales), by name: as in ADMM's state, or chosen for params.
 
     What in ADMM's state follows from the zeros of other sets (the order of the rows in polarized fragments) is formed
-    anew where these zeros are others by now.
+    anew where these zeros are others by now. Chosen for weights that lie in their sets already, structures are such
+    that the weights stay where they are, wherever those can be found; `check` tells.
 
-    Take them before hardening, for the weights that are hardened, and hand them to every later phase: hardened weights
-    do not always tell with which library, order or scale they were hardened. Chosen for weights that lie in their sets
-    already, they are such that the weights stay where they are, wherever those can be found; `check` tells.
+    Args:
+      params: any pytree of arrays.
+      rules: pairs (pattern, constraint).
+      state: an `AdmmState`, or any optimizer state that holds one; None: chosen for params.
     """
     leaves = jax.tree.leaves(params)
+    bound = resolve(rules, params)
+    if state is None:
+        return {b.name: b.choose(b.take(leaves)) for b in bound}
+    held = state if isinstance(state, AdmmState) else find_state(state)
+    given = agree(held.structure, bound, "ADMM's state")
+    return {b.name: _settled(b, b.take(leaves), given[b.name]) for b in bound}
+
+
+def agree(given: Mapping[str, Any], bound: tuple[Bound, ...], what: str) -> dict[str, tuple[Any, ...]]:
+    """Structures as a `Hardened` has them, a tuple over the sets for each name.
+
+    Raises:
+      ValueError: they are not those of these rules on this tree.
+    """
+    names = [b.name for b in bound]
+    if set(given) != set(names):
+        odd = ", ".join(sorted(set(given) ^ set(names))[:4])
+        raise ValueError(
+            f"{what} and the rules disagree on {odd}: it holds {_some(given)}, the rules apply to {_some(names)}. Use "
+            "the rules and the tree of parameters that it was made with (all variables of a model, or its params alone)"
+        )
     out = {}
-    for b in resolve(rules, params):
-        if state is None:
-            out[b.name] = b.constraint.init(b.take(leaves))
-        else:
-            each = _settled(b.constraint, b.take(leaves), state.structure[b.name])
-            out[b.name] = each if b.constraint.parts else each[0]
+    for b in bound:
+        try:
+            out[b.name] = tuple(s for _, s in b.constraint.each(given[b.name]))
+        except ValueError as error:
+            raise ValueError(f"{b.name}: {what} is of other rules: {error}") from None
     return out
 
 
-def _settled(constraint: Constraint, w: Any, each: tuple[Any, ...]) -> tuple[Any, ...]:
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "") or "nothing"
+
+
+def _settled(b: Bound, w: Any, structures: tuple[Any, ...]) -> tuple[Any, ...]:
     """The structures of an ADMM state, made to agree with the zeros that the projection of w will have."""
-    last = max((k for k, p in enumerate(constraint.sets) if p.settle), default=-1)
-    out = list(each)
-    for k, part in enumerate(constraint.sets[: last + 1]):
+    sets = b.constraint.each(structures)
+    last = max((k for k, (part, _) in enumerate(sets) if part.settle), default=-1)
+    out = list(structures)
+    for k, (part, _) in enumerate(sets[: last + 1]):
         if part.settle:
             out[k] = part.settle(w, out[k])
         if k < last:
@@ -51,57 +108,86 @@ def _settled(constraint: Constraint, w: Any, each: tuple[Any, ...]) -> tuple[Any
     return tuple(out)
 
 
-def project(params: Any, rules: Rules, structure: dict[str, Any]) -> Any:
+def project(params: Any, rules: Rules, structures: Mapping[str, Any]) -> Any:
     """Every constrained leaf at its nearest point of its set (pure, jits); the other leaves are untouched."""
     leaves, treedef = jax.tree.flatten(params)
     for b in resolve(rules, params):
-        b.put(leaves, b.constraint.project(b.take(leaves), structure[b.name]))
+        b.put(leaves, b.project(b.take(leaves), structures[b.name]))
     return jax.tree.unflatten(treedef, leaves)
 
 
-def count_violations(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, Array]:
+def count_violations(params: Any, rules: Rules, structures: Mapping[str, Any]) -> dict[str, Array]:
     """How many entries of every constrained leaf lie outside its sets, by name (int32; pure, jits)."""
     leaves = jax.tree.leaves(params)
-    return {b.name: violations(b.constraint, b.take(leaves), structure[b.name]) for b in resolve(rules, params)}
+    return {b.name: violations(b.constraint, b.take(leaves), structures[b.name]) for b in resolve(rules, params)}
 
 
-def harden(params: Any, rules: Rules, state: AdmmState | None = None) -> Any:
+def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False) -> Hardened:
     """Projects every constrained leaf onto its sets, once, and proves that it lies in all of them.
 
     Args:
       params: any pytree of concrete arrays.
       rules: pairs (pattern, constraint).
-      state: the ADMM state (`admm.find_state`), whose signs, libraries and scales are then used.
+      state: the optimizer's state after training with `admm`, in which the ADMM state is found; its signs, libraries
+        and scales are used.
+      fresh: choose them for these weights instead: for weights that ADMM did not train (one-shot baselines).
 
     Returns:
-      Parameters that satisfy every rule exactly.
+      The parameters, every rule satisfied exactly, and the structures under which it is: what `retrain`, `check`,
+      `save_model` and `compile` take.
 
     Raises:
-      ValueError: a leaf holds NaN or infinity.
+      ValueError: a leaf holds NaN or infinity; there is no state, and a set leaves something open (a scale, signs, a
+        library); the state is of other rules.
       ConstraintViolation: a projected leaf does not lie in one of its sets.
     """
+    if fresh and state is not None:
+        raise ValueError("harden takes ADMM's state or fresh=True, not both")
+    rules = pairs(rules)
     check_finite(params)
+    if state is None and not fresh:
+        _refuse_to_choose(params, rules)
     structure = structures(params, rules, state)
     hard = jax.jit(lambda p, s: project(p, rules, s))(params, structure)
     check(hard, rules, structure)
-    return hard
+    return Hardened(hard, structure)
 
 
-def check(params: Any, rules: Rules, structure: dict[str, Any] | None = None) -> None:
+def _refuse_to_choose(params: Any, rules: Rules) -> None:
+    """Raises ValueError where a set leaves something open, which training chose and nobody has given."""
+    bound, leaves = resolve(rules, params), jax.tree.leaves(params)
+    for b in bound:
+        for part, open_part in b.constraint.each(jax.eval_shape(b.choose, b.take(leaves))):
+            if jax.tree.leaves(open_part):
+                raise ValueError(
+                    f"{b.name}: {part} leaves open what training chose (signs, a library, a scale). Pass the "
+                    "optimizer's state, harden(params, rules, opt_state); or fresh=True to choose anew, for weights "
+                    "that ADMM did not train"
+                )
+
+
+def check(weights: Any, rules: Rules, structures: Mapping[str, Any] | None = None) -> None:
     """Raises `ConstraintViolation` unless every constrained leaf lies in its sets exactly, to the bit.
 
     Args:
-      params: any pytree of concrete arrays.
+      weights: a `Hardened`, or any pytree of concrete arrays.
       rules: pairs (pattern, constraint).
-      structure: what the sets leave open, as `structures` returned it before hardening; None: chosen anew for params.
+      structures: what the sets leave open, beside plain parameters; None: chosen anew for them.
     """
-    prove(params, rules, structures(params, rules) if structure is None else structure, structure is None)
+    rules = pairs(rules)
+    params, given = parts(weights, structures)
+    prove(params, rules, _choose(params, rules) if given is None else given, given is None)
 
 
-def prove(params: Any, rules: Rules, structure: dict[str, Any], chosen: bool) -> None:
-    """`check`, where the structure may just have been `chosen` for the weights: the error then says what to do."""
-    counts = outside(params, rules, structure)
-    bad = [(b, counts[b.name]) for b in resolve(rules, params) if counts[b.name]]
+_choose = structures  # `check` has an argument of that name
+
+
+def prove(params: Any, rules: Rules, structures: Mapping[str, Any], chosen: bool) -> None:
+    """`check`, where the structures may just have been `chosen` for the weights: the error then says what to do."""
+    bound = resolve(rules, params)
+    structures = agree(structures, bound, "what is given as structures")
+    counts = outside(params, rules, structures)
+    bad = [(b, counts[b.name]) for b in bound if counts[b.name]]
     if not bad:
         return
     lines = "\n  ".join(f"{b.name}: {n} entries outside {b.constraint}" for b, n in bad)
@@ -109,8 +195,8 @@ def prove(params: Any, rules: Rules, structure: dict[str, Any], chosen: bool) ->
     if chosen:
         advice += (
             " What the sets leave open (libraries, orders, sizes, scales) was chosen anew for these weights. If"
-            " hardening chose otherwise, pass its choice on: structures(params, rules, state) of the weights before"
-            " harden(params, rules, state) is what retrain, check and save_model take"
+            " hardening chose otherwise, pass its choice on: retrain, check and save_model take what"
+            " harden(params, rules, opt_state) returns, or its structures beside weights that have moved since"
         )
     raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}\n{advice}")
 
@@ -121,13 +207,13 @@ def in_their_precision(tree: Any) -> AbstractContextManager[Any]:
     return jax.enable_x64(True) if cut else nullcontext()
 
 
-def outside(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, int]:
+def outside(params: Any, rules: Rules, structures: Mapping[str, Any]) -> dict[str, int]:
     """`count_violations` of concrete arrays, compiled, of the numbers as they are."""
     bound, leaves = resolve(rules, params), jax.tree.leaves(params)
     held = {b.name: b.take(leaves) for b in bound}
     with in_their_precision(held):
         count = jax.jit(lambda w, s: {b.name: violations(b.constraint, w[b.name], s[b.name]) for b in bound})
-        counts = jax.device_get(count(held, {b.name: structure[b.name] for b in bound}))
+        counts = jax.device_get(count(held, {b.name: structures[b.name] for b in bound}))
     return {name: int(n) for name, n in counts.items()}
 
 

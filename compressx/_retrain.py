@@ -1,55 +1,62 @@
-"""Retraining inside the structure: an optax transform that keeps weights in the convex piece they landed in."""
+"""Retraining inside the structure: an optax transform that keeps weights in the convex part of their set."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from compressx._harden import prove, structures
-from compressx.rules import Bound, Rules, resolve
+from compressx._harden import Hardened, agree, parts, prove, structures
+from compressx.rules import Bound, Rules, pairs, resolve
 
 
 class RetrainState(NamedTuple):
     """State of `retrain`.
 
     Attributes:
-      piece: name -> the constraint's frozen piece (a mask, signs, ties, levels).
+      active: name -> the constraint's active set (a mask, signs, ties, levels).
+      structures: name -> what each of its sets left open when retraining began.
     """
 
-    piece: dict[str, Any]
+    active: dict[str, Any]
+    structures: dict[str, tuple[Any, ...]]
 
 
-def retrain(rules: Rules, structure: dict[str, Any] | None = None) -> optax.GradientTransformationExtraArgs:
+def retrain(rules: Rules, hard: Hardened | Mapping[str, Any] | None = None) -> optax.GradientTransformationExtraArgs:
     """Keeps every constrained leaf inside the part of its set in which it starts; put it **last** in the chain.
 
-        W <- P_piece(W + update),   piece = the mask, sign cone, tied magnitudes or levels of the hardened weights
+        W <- P_active(W + update),   active = the mask, sign cone, tied magnitudes or levels of the hardened weights
 
     Neither momentum nor weight decay can bring a pruned weight back: zeros stay exactly 0 after every step.
 
     Args:
       rules: the rules the weights were hardened with.
-      structure: what the sets left open, from `harden.structures` of the weights before hardening; by default chosen
-        anew from the hardened weights, which do not always tell.
+      hard: what `harden` returned, or its structures; None: chosen anew from the weights that `init` is given, which do
+        not always tell.
 
     Returns:
-      A transform with a `RetrainState`; `update` needs `params`. Its updates land in the piece up to one rounding of
-      the addition `params + update` (masks, signs and ties exactly); `retract` makes levels exact as well.
+      A transform with a `RetrainState`; `init` takes `hard.params`, `update` needs `params`. Its updates land in the
+      active set up to one rounding of the addition `params + update` (masks, signs and ties exactly); `retract` makes
+      levels exact as well.
 
     Raises:
-      ConstraintViolation: at `init`, the weights do not lie in their sets with that structure, so that the first step
+      ConstraintViolation: at `init`, the weights do not lie in their sets with those structures, so that the first step
         would take kept weights away. Where `init` is traced (under jit, vmap, eval_shape) there are no weights to look
-        at and nothing is raised: call `harden.check(params, rules, structure)` before.
+        at and nothing is raised: call `check(hard, rules)` before.
     """
+    rules = pairs(rules)
+    given = hard.structures if isinstance(hard, Hardened) else hard
 
     def init_fn(params: Any) -> RetrainState:
-        given = structures(params, rules) if structure is None else structure
-        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, given))):
-            prove(params, rules, given, chosen=structure is None)
-        leaves = jax.tree.leaves(params)
-        piece = {}
-        for b in resolve(rules, params):
-            piece[b.name] = b.constraint.freeze(b.take(leaves), given[b.name])
-        return RetrainState(piece)
+        params, held = parts(params, given if not isinstance(params, Hardened) else None)
+        chosen = structures(params, rules) if held is None else jax.tree.map(jnp.copy, held)
+        bound, leaves = resolve(rules, params), jax.tree.leaves(params)
+        chosen = agree(chosen, bound, "what is given as structures")
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, chosen))):
+            prove(params, rules, chosen, chosen=held is None)
+        active = {b.name: b.freeze(b.take(leaves), chosen[b.name]) for b in bound}
+        return RetrainState(active, jax.tree.map(jnp.copy, chosen))  # no buffer twice: the state may be donated
 
     def update_fn(updates: Any, state: RetrainState, params: Any = None, **extra_args: Any) -> tuple[Any, RetrainState]:
         del extra_args
@@ -67,15 +74,33 @@ def retrain(rules: Rules, structure: dict[str, Any] | None = None) -> optax.Grad
 
 
 def _retract(b: Bound, w: Any, state: RetrainState) -> Any:
-    return b.constraint.retract(w, state.piece[b.name])
+    return b.constraint.retract(w, state.active[b.name])
 
 
-def retract(params: Any, rules: Rules, state: RetrainState) -> Any:
-    """Every constrained leaf at the nearest point of its piece (pure); keeps levels exact where a loop wants that."""
+def retract(params: Any, rules: Rules, state: Any) -> Hardened:
+    """Retrained weights at the nearest point of their active sets, to the bit, with the levels they lie on (pure).
+
+    Args:
+      params: any pytree of arrays, as retraining left them.
+      rules: those of `retrain`.
+      state: the optimizer's state, or the `RetrainState` in it.
+
+    Returns:
+      What `check`, `save_model`, `compile` and a further `retrain` take. Scales and codebooks are those that retraining
+      moved to; signs, libraries and orders are as they were.
+    """
+    held = state if isinstance(state, RetrainState) else find_state(state)
     leaves, treedef = jax.tree.flatten(params)
+    moved = {}
     for b in resolve(rules, params):
-        b.put(leaves, _retract(b, b.take(leaves), state))
-    return jax.tree.unflatten(treedef, leaves)
+        w, active = b.take(leaves), held.active[b.name]
+        each = active if b.constraint.parts else (active,)
+        moved[b.name] = tuple(
+            part.moved(w, a) if part.moved else s
+            for (part, s), a in zip(b.constraint.each(held.structures[b.name]), each, strict=True)
+        )
+        b.put(leaves, _retract(b, w, held))
+    return Hardened(jax.tree.unflatten(treedef, leaves), moved)
 
 
 def find_state(opt_state: Any) -> RetrainState:

@@ -7,7 +7,7 @@ dictionaries, `nnx.split` state, Equinox modules, dataclasses, lists.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from compressx.constraints.base import Constraint
 from compressx.tree import paths
 
-Rules = Sequence[tuple[str, Constraint | None]]
+Rules = Iterable[tuple[str, Constraint | None]]
 
 
 class Bound(NamedTuple):
@@ -40,17 +40,53 @@ class Bound(NamedTuple):
             return tuple(leaves[i] for i in self.indices)
         return leaves[self.indices[0]]
 
+    def choose(self, w: Any) -> tuple[Any, ...]:
+        """What each of the sets leaves open, chosen for w as the sets before it leave it: a tuple over the sets."""
+        chosen = self.constraint.init(w)
+        return chosen if self.constraint.parts else (chosen,)
+
+    def project(self, w: Any, structures: tuple[Any, ...]) -> Any:
+        """The nearest point of the sets, with a structure for each."""
+        return self.constraint.project(w, self._own(structures))
+
+    def freeze(self, w: Any, structures: tuple[Any, ...]) -> Any:
+        """The active set around a w that lies in the sets with these structures."""
+        return self.constraint.freeze(w, self._own(structures))
+
+    def _own(self, structures: tuple[Any, ...]) -> Any:
+        """The structure as the constraint's own functions take it: of a single set not in a tuple."""
+        each = [s for _, s in self.constraint.each(structures)]
+        return tuple(each) if self.constraint.parts else each[0]
+
     def put(self, leaves: list[Any], value: Any) -> None:
         """Writes a value shaped like `take`'s answer back into a list of leaves."""
         for i, v in zip(self.indices, value if self.constraint.joint else (value,), strict=True):
             leaves[i] = v
 
 
+def pairs(rules: Rules) -> tuple[tuple[str, Constraint | None], ...]:
+    """Rules as a tuple, which an iterator (a `zip`) is only once; checked to be pairs of a pattern and a constraint.
+
+    Raises:
+      ValueError: an entry is something else, which the text says.
+    """
+    made = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+    for number, entry in enumerate(made):
+        pair = tuple(entry) if isinstance(entry, list | tuple) and not isinstance(entry, Constraint) else ()
+        if len(pair) != 2 or not isinstance(pair[0], str):
+            raise ValueError(f"rule {number}: a rule is a pair (pattern, constraint), got {entry!r}")
+        if pair[1] is not None and not isinstance(pair[1], Constraint):
+            called = getattr(pair[1], "__name__", None)
+            hint = f"; {called} makes one when it is called: {called}(...)" if callable(pair[1]) and called else ""
+            raise ValueError(f"rule {number}: {pair[0]!r} needs a constraint (or None), got {pair[1]!r}{hint}")
+    return tuple((pattern, constraint) for pattern, constraint in made)
+
+
 def resolve(rules: Rules, params: Any) -> tuple[Bound, ...]:
     """Binds rules to the leaves of a tree, and checks that every constraint fits its leaves.
 
     Args:
-      rules: ordered pairs (pattern, constraint or None).
+      rules: ordered pairs (pattern, constraint or None); functions that take rules take any iterable of them.
       params: any pytree of arrays (or of `jax.ShapeDtypeStruct`).
 
     Returns:
@@ -60,6 +96,7 @@ def resolve(rules: Rules, params: Any) -> tuple[Bound, ...]:
       ValueError: a rule takes no leaf (the text lists the paths), a pattern is no regular expression, or a constraint
         cannot hold on a leaf (the text names the leaf, its shape and why).
     """
+    rules = pairs(rules)
     leaves = jax.tree.leaves(params)
     names = paths(params)
     taken: dict[int, int] = {}

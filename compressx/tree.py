@@ -7,27 +7,60 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+Key = str | int
 
-def path_name(key_path: Sequence[Any]) -> str:
-    """The slash-joined name of a leaf; NNX's trailing `value` is left out, so that rules read alike everywhere."""
-    name = jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
-    return name.removesuffix("/value").removesuffix("/.value")
+
+def keys(tree: Any) -> list[tuple[Key, ...]]:
+    """The keys on the way to every leaf, in leaf order: strings, and integers where the tree has integers.
+
+    The box around an array that Flax has (an NNX variable, Linen's metadata) adds no key, so that rules read alike for
+    all trees; a leaf of the user's own that is called `value` keeps its name.
+    """
+    found: list[tuple[Key, ...]] = []
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_boxed):
+        inside = jax.tree_util.tree_leaves_with_path(node)
+        for more, _ in inside:
+            whole = path if _boxed(node) and len(inside) == 1 else (*path, *more)
+            found.append(tuple(map(_key, whole)))
+    return found
+
+
+def _boxed(node: Any) -> bool:
+    """Whether a node is Flax's box around one value (told by name: this module imports no Flax)."""
+    return any(f"{t.__module__}.{t.__name__}" in _BOXES for t in type(node).__mro__)
+
+
+_BOXES = ("flax.nnx.variablelib.Variable", "flax.nnx.statelib.VariableState", "flax.core.meta.AxisMetadata")
+
+
+def _key(entry: Any) -> Key:
+    """A key as it stands in the tree."""
+    for attribute in ("key", "idx", "name"):
+        value = getattr(entry, attribute, None)
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+    return jax.tree_util.keystr((entry,), simple=True)
+
+
+def path_name(key_path: Sequence[Key]) -> str:
+    """The name of a leaf: its keys, joined by slashes. Patterns of rules match this name."""
+    return "/".join(map(str, key_path))
 
 
 def paths(tree: Any) -> list[str]:
     """The names of all leaves, in leaf order."""
-    return [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return list(map(path_name, keys(tree)))
 
 
 def check_finite(params: Any, what: str = "weight") -> None:
     """Raises ValueError naming the first leaf that holds a NaN or an infinity (concrete arrays only)."""
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    numeric = [(p, x) for p, x in flat if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
+    named = zip(paths(params), jax.tree.leaves(params), strict=True)
+    numeric = [(name, x) for name, x in named if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
     finite: list[Array] = [jnp.all(jnp.isfinite(x)) for _, x in numeric]
-    for (path, leaf), ok in zip(numeric, jax.device_get(finite), strict=True):
+    for (name, leaf), ok in zip(numeric, jax.device_get(finite), strict=True):
         if not ok:
             bad = int(jnp.sum(~jnp.isfinite(leaf)))
             raise ValueError(
-                f"{path_name(path)} {tuple(leaf.shape)}: {bad} {what} values are NaN or infinite; "
+                f"{name} {tuple(leaf.shape)}: {bad} {what} values are NaN or infinite; "
                 "the training before this step diverged (lower the learning rate or rho)"
             )

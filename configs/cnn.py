@@ -297,7 +297,7 @@ def cifar(variant: str, rate: float, model: str = "resnet20") -> Settings:
     else:
         c["model"] |= {"name": model, "checkpoint": f"checkpoints/{model}_cifar10.npz"}
         dense = fit(5, 3e-4)
-    rules = ((KERNELS[model], {"kind": "unstructured", "density": 1 / rate, "scope": "global"}),)
+    rules = ((KERNELS[model], {"kind": "unstructured", "density": 1 / rate, "scope": "rule"}),)
     stages = (stage(rules, pull(6), fit(6, 1e-3)),)
     c["plan"] |= {"dense": dense, "stages": stages, "baselines": ("one_shot",)}
     return c
@@ -309,7 +309,7 @@ def patterned(variant: str, model: str = "resnet20") -> Settings:
     Cost: as `cifar`; the dense network of another run with the same network serves by `--config.init_from`.
     """
     c = cifar(variant, 8.1, model)
-    joint = {"kind": "pattern_connectivity", "density": 1 / 3.6, "library": "natural", "k": 8, "scope": "network"}
+    joint = {"kind": "pattern_connectivity", "density": 1 / 3.6, "library": "natural", "k": 8, "scope": "rule"}
     c["plan"]["stages"] = (stage(((INNER[model], joint),), pull(6, refresh_every=1), fit(6, 1e-3)),)
     return c
 

@@ -260,10 +260,10 @@ def random_masks(k: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
 
 def chosen(k: int) -> Settings:
     """A library that is extracted while training: all 126 masks, the rarer half dropped at every update."""
-    return {"kind": "pattern", "library": "all", "k": k, "scope": "network", "shrink": 0.5}
+    return {"kind": "pattern", "library": "all", "k": k, "scope": "rule", "shrink": 0.5}
 
 
-NATURAL = {"kind": "pattern", "library": "natural", "k": 8, "scope": "network"}
+NATURAL = {"kind": "pattern", "library": "natural", "k": 8, "scope": "rule"}
 
 
 def patterns(variant: str) -> Settings:
@@ -296,7 +296,7 @@ def patterns_8x(variant: str) -> Settings:
     By layer and by filter keep as many kernels at 4x, where a quarter of every filter's is a whole number.
     Cost: 7 points and the control, about 32 minutes.
     """
-    few, natural = 1 / 3.6, {"kind": "pattern_connectivity", "library": "natural", "scope": "network"}
+    few, natural = 1 / 3.6, {"kind": "pattern_connectivity", "library": "natural", "scope": "rule"}
     by_layer, by_filter = ({"kind": "connectivity", "density": 1 / 4, "balance": b} for b in ("layer", "filter"))
     specs: list[tuple[str, str, Settings]] = [
         ("connectivity", "kernels-3.6x", {"kind": "connectivity", "density": few}),

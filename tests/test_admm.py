@@ -74,7 +74,7 @@ def test_two_sets_follow_the_extended_admm_written_in_numpy(rescale: bool) -> No
 
 def test_residuals_by_set_name_what_lies_in_several_sets() -> None:
     two = cx.filters(0.5) & cx.filters(0.2)
-    joint = cx.unstructured(0.5, scope="global") & cx.quantize(4)
+    joint = cx.unstructured(0.5, scope="rule") & cx.quantize(4)
     rules = [("a", None), ("a.*", two), ("(b|c)", joint), (".*", cx.filters(0.5))]
     primal = {"ab": np.array([1.0, 2.0]), "(b|c)": np.array([3.0, 4.0]), "d": np.array([5.0])}
     dual = {n: 10 * v for n, v in primal.items()}
@@ -98,7 +98,7 @@ def test_least_squares_reaches_the_best_support() -> None:
 
     for _ in range(1000):
         p, state = step(p, state)
-    hard = cx.harden(p, [("x", cx.unstructured(keep=2))])["x"]
+    hard = cx.harden(p, [("x", cx.unstructured(keep=2))], fresh=True).params["x"]
     np.testing.assert_allclose(hard, [3, 0, 2, 0], atol=1e-2)
 
 
@@ -178,7 +178,7 @@ def test_rho_per_leaf_by_pattern() -> None:
 
 
 def test_joint_constraint_gives_z_and_u_per_leaf() -> None:
-    rule = [(".*", cx.unstructured(0.3, scope="global"))]
+    rule = [(".*", cx.unstructured(0.3, scope="rule"))]
     p, state = run(optax.chain(cx.admm(rule, rho=0.5, every=1), optax.sgd(0.1)))
     z = cx.find_admm_state(state).z[0]
     assert sum(int(jnp.count_nonzero(v)) for v in jax.tree.leaves(z)) == 5  # floor(0.3 * 15 + 1/2)

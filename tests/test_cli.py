@@ -32,7 +32,7 @@ def _weights() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def hard() -> dict[str, Any]:
-    return cx.harden(_weights(), RULES)
+    return cx.harden(_weights(), RULES, fresh=True).params
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_verify_names_the_leaf_that_is_outside(
     with pytest.raises(cx.ConstraintViolation, match=r"a/kernel: 3 entries outside unstructured\(keep=12"):
         formats.save_model(path, wrong, RULES)
     formats.save_model(path, wrong, [("a/kernel", cx.unstructured(keep=15)), RULES[1]])
-    content, arrays, _ = container.read(Path(path), 1 << 20)
+    _, content, arrays, _ = container.read(Path(path), 1 << 20)
     content["rules"][0]["spec"]["keep"] = 12  # what another program may claim
     container.write(Path(path), content, arrays)
     code, out, _ = _run(capsys, "verify", path)
@@ -113,12 +113,12 @@ def test_verify_of_a_file_without_constraints(tmp_path: Path, capsys: pytest.Cap
 
 def test_verify_works_with_structures_and_joint_constraints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = _weights()
-    rules = [("[ab]/kernel", cx.unstructured(0.1, scope="global"))]
-    formats.save_model(tmp_path / "joint", cx.harden(weights, rules), rules)
+    rules = [("[ab]/kernel", cx.unstructured(0.1, scope="rule"))]
+    formats.save_model(tmp_path / "joint", cx.harden(weights, rules, fresh=True).params, rules)
     assert _run(capsys, "verify", str(tmp_path / "joint"))[0] == 0
     rules = [("b/kernel", cx.constraints.from_spec({"kind": "pattern", "k": 4}))]
     structures = cx.structures(weights, rules)
-    formats.save_model(tmp_path / "pattern", cx.harden(weights, rules), rules, structures)
+    formats.save_model(tmp_path / "pattern", cx.harden(weights, rules, fresh=True).params, rules, structures)
     assert _run(capsys, "verify", str(tmp_path / "pattern"))[0] == 0
 
 
@@ -202,7 +202,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     module, x = models.build("digits_cnn", classes=10), jnp.zeros((1, 8, 8, 1))
     variables = jax.jit(module.init)(jax.random.key(0), x)
     rules = compaction.coupled_rules(compaction.groups(compaction.channels(module, variables, x)), 0.5, vectors=True)
-    hard = cx.harden(variables, rules)
+    hard = cx.harden(variables, rules, fresh=True).params
     path = tmp_path_factory.mktemp("network") / "m.safetensors"
     formats.save_model(path, hard, rules, model={"name": "digits_cnn", "options": {}}, extra={"classes": 10})
     return str(path), lambda images: np.asarray(module.apply(hard, images))

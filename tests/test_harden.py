@@ -10,7 +10,7 @@ import compressx as cx
 def test_hardened_weights_lie_in_every_set(rng: np.random.Generator) -> None:
     p = {"w": jnp.asarray(rng.standard_normal((8, 6)), jnp.float32), "b": jnp.ones(6)}
     rules = [("w", cx.unstructured(0.2) & cx.filters(0.5) & cx.n_of_m(2, 4, axis=0))]
-    hard = cx.harden(p, rules)
+    hard = cx.harden(p, rules, fresh=True).params
     cx.check(hard, rules, cx.structures(hard, rules))
     np.testing.assert_array_equal(hard["b"], p["b"])
     assert int(jnp.any(hard["w"] != 0, 0).sum()) <= 3

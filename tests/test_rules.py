@@ -62,11 +62,11 @@ def test_not_a_number_names_the_leaf() -> None:
     with pytest.raises(ValueError, match=r"a/bias \(6,\): 1 weight values are NaN or infinite"):
         check_finite(bad)
     with pytest.raises(ValueError, match="a/bias"):
-        cx.harden(bad, [("a/kernel", cx.unstructured(0.5))])
+        cx.harden(bad, [("a/kernel", cx.unstructured(0.5))], fresh=True)
 
 
 def test_table_has_a_row_for_every_leaf() -> None:
-    rows = table(cx.resolve([(".*kernel", cx.unstructured(0.5, scope="global"))], tree()), tree())
+    rows = table(cx.resolve([(".*kernel", cx.unstructured(0.5, scope="rule"))], tree()), tree())
     assert [r["path"] for r in rows] == ["a/bias", "a/kernel", "b/kernel"]
     assert [r["constraint"] is None for r in rows] == [True, False, False]
 
@@ -125,7 +125,7 @@ def test_every_kind_of_tree_trains_under_admm_and_keeps_its_zeros(make: Any, pat
     for _ in range(7):
         params, state = step(params, state)
     assert int(cx.find_admm_state(state).updates) == 2
-    hard = cx.harden(params, rules)
+    hard = cx.harden(params, rules, fresh=True).params
     size = jax.tree.leaves(hard)[index].size
     assert int(jnp.count_nonzero(jax.tree.leaves(hard)[index])) == size // 2
     transform = optax.chain(optax.sgd(0.1, momentum=0.9), cx.retrain(rules))

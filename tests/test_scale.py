@@ -46,7 +46,7 @@ def case(name, constraint, arrays, specs):
 matrix, conv = rng.standard_normal((64, 32)), rng.standard_normal((3, 3, 16, 32))
 both, last = P("data", "model"), P(None, None, None, ("data", "model"))
 case("unstructured", cx.unstructured(0.1), [matrix], [both])
-case("unstructured global", cx.unstructured(0.1, scope="global"), [matrix, conv], [both, last])
+case("unstructured global", cx.unstructured(0.1, scope="rule"), [matrix, conv], [both, last])
 case("filters", cx.filters(0.5), [matrix], [both])
 case("columns", cx.columns(0.5), [conv], [last])
 case("channels", cx.channels(0.5), [conv], [last])

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from compressx.budget.sensitivity import Row
-from compressx.tree import path_name
+from compressx.tree import paths
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,8 +24,7 @@ def shapes(params: Any, pattern: str = ".*kernel") -> dict[str, tuple[int, ...]]
     Raises:
       ValueError: the pattern matches no leaf.
     """
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    named = {path_name(p): tuple(leaf.shape) for p, leaf in flat}
+    named = {name: tuple(leaf.shape) for name, leaf in zip(paths(params), jax.tree.leaves(params), strict=True)}
     out = {name: shape for name, shape in named.items() if re.fullmatch(pattern, name)}
     if not out:
         raise ValueError(f"{pattern!r} matches no leaf; the paths are {', '.join(named)}")

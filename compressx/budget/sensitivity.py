@@ -14,7 +14,7 @@ from jax import Array
 
 from compressx.constraints.base import check_density, count
 from compressx.constraints.select import energy, squares
-from compressx.tree import path_name
+from compressx.tree import paths
 
 Scores = Callable[[Array], Array]
 
@@ -97,15 +97,14 @@ def sensitivity(
     if isinstance(structure, str) and structure not in STRUCTURES:
         raise ValueError(f"structure must be one of {', '.join(STRUCTURES)} or a function, got {structure!r}")
     score = STRUCTURES[structure] if isinstance(structure, str) else structure
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    places = {path_name(p): i for i, (p, _) in enumerate(flat)}
+    values, treedef = jax.tree.flatten(params)
+    places = {name: i for i, name in enumerate(paths(params))}
     absent = [p for p in leaves if p not in places]
     if absent or not leaves or not densities:
         what = f"no leaf {', '.join(absent)}" if absent else "give at least one leaf and one density"
         raise ValueError(f"{what}; the paths are {', '.join(places)}")
     for d in densities:
         check_density(d)
-    values = [w for _, w in flat]
     chosen = [places[p] for p in leaves]
     sizes = [int(np.prod(jax.eval_shape(score, values[i]).shape)) for i in chosen]
     pairs = [(n, count(d, size, None, f"groups of {leaves[n]}")) for n, size in enumerate(sizes) for d in densities]

@@ -10,6 +10,7 @@ from compressx.constraints.base import SUPPORT as SUPPORT
 from compressx.constraints.base import TIE as TIE
 from compressx.constraints.base import Constraint as Constraint
 from compressx.constraints.base import count as count
+from compressx.constraints.base import factory as factory
 from compressx.constraints.base import intersection as intersection
 from compressx.constraints.base import on_leaf as on_leaf
 from compressx.constraints.base import support as support
@@ -27,7 +28,7 @@ from compressx.constraints.quantization import quantize_activations as quantize_
 from compressx.constraints.select import top_k_mask as top_k_mask
 from compressx.constraints.select import top_k_masks as top_k_masks
 from compressx.constraints.sparsity import block, channels, columns, filters, filters_and_columns, n_of_m, unstructured
-from compressx.constraints.spec import brief, check_types
+from compressx.constraints.spec import brief, check_types, today
 from compressx.constraints.unification import prune_blocks, unify, unify_and_prune
 
 # name in a spec -> factory
@@ -76,7 +77,7 @@ def from_spec(spec: Mapping[str, Any]) -> Constraint:
         return intersection(*(from_spec(p) for p in parts))
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"unknown constraint {brief(kind)}; known: {', '.join(sorted(KINDS))}")
-    arguments = {k: v for k, v in spec.items() if k != "kind"}
+    arguments = today({k: v for k, v in spec.items() if k != "kind"})
     check_types(kind, KINDS[kind], arguments)
     try:
         return KINDS[kind](**arguments)
@@ -105,6 +106,7 @@ __all__ = [
     "coupled_filters",
     "crossbar_aware",
     "darb",
+    "factory",
     "filters",
     "filters_and_columns",
     "from_spec",

@@ -5,12 +5,14 @@ functions, as an optax transform is. `a & b` is the intersection; ADMM gives eac
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from compressx.constraints.floats import differ, nonzero
@@ -23,6 +25,9 @@ _STAGES = ("support", "sign", "tied magnitudes", "levels")
 MAX_SETS = 32  # of an intersection; a set of each family is fewer
 
 
+P = ParamSpec("P")
+
+
 class Constraint(NamedTuple):
     """A set of weights, as a tuple of pure functions of a leaf `w`; all of them jit and vmap.
 
@@ -32,9 +37,9 @@ class Constraint(NamedTuple):
         chosen for w; a pytree, `()` where nothing is open.
       project: `project(w, structure) -> w`, the nearest point of the set; idempotent, bit for bit.
       refresh: `refresh(w, structure) -> structure`, the open part chosen anew during training.
-      freeze: `freeze(w, structure) -> piece`, the convex piece of the set around a feasible w, in which retraining
-        moves: a pytree (a mask, signs, ties, levels).
-      retract: `retract(w, piece) -> w`, the nearest point of that piece.
+      freeze: `freeze(w, structure) -> active`, the convex part of the set around a feasible w in which retraining moves
+        (the active set; of a support: the fixed support): a pytree (a mask, signs, ties, levels).
+      retract: `retract(w, active) -> w`, the nearest point of that part.
       stage: SUPPORT, SIGN, TIE or LEVEL, the place in an intersection.
       parts: the sets of an intersection, in stage order; `()` for a single set.
       joint: True where `w` is a tuple of leaves (all that one rule matches) and not one leaf.
@@ -44,6 +49,8 @@ class Constraint(NamedTuple):
         float32 [] in 0..1; None for a set that has no such figure.
       settle: `settle(w, structure) -> structure`, at hardening, for w as the earlier sets leave it: what follows from
         their zeros is formed anew where it has changed, the rest is kept; None where nothing follows from them.
+      moved: `moved(w, active) -> structure`, what is open after retraining has moved to w (a scale follows its
+        weights); None where retraining moves nothing of it.
     """
 
     spec: Mapping[str, Any]
@@ -59,6 +66,13 @@ class Constraint(NamedTuple):
     leaf: "Constraint | None" = None
     changed: Callable[[Any, Any, Any], Array] | None = None
     settle: Callable[[Any, Any], Any] | None = None
+    moved: Callable[[Any, Any], Any] | None = None
+
+    def __reduce__(self) -> tuple[Callable[..., "Constraint"], tuple[Any, ...]]:
+        """Functions do not pickle; the spec does, and makes the set again."""
+        from compressx.constraints import from_spec  # which imports this module
+
+        return from_spec, (dict(self.spec),)
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return intersection(self, other)
@@ -67,6 +81,24 @@ class Constraint(NamedTuple):
     def sets(self) -> tuple["Constraint", ...]:
         """The single sets: the parts of an intersection, or this one."""
         return self.parts or (self,)
+
+    def each(self, structure: Any) -> list[tuple["Constraint", Any]]:
+        """Every single set with its structure.
+
+        Args:
+          structure: as `init` returns it, of a single set also in a tuple of one, as in `Hardened`; None: not known.
+
+        Raises:
+          ValueError: there are more or fewer structures than sets.
+        """
+        if structure is None:
+            return [(one, None) for one in self.sets]
+        if not self.parts and not (type(structure) is tuple and len(structure) == 1):
+            return [(self, structure)]
+        if type(structure) is not tuple or len(structure) != len(self.sets):
+            found = len(structure) if type(structure) is tuple else type(structure).__name__
+            raise ValueError(f"{self} needs a tuple of structures, one for each of {len(self.sets)} sets, got {found}")
+        return list(zip(self.sets, structure, strict=True))
 
     def __str__(self) -> str:
         if self.parts:
@@ -86,36 +118,69 @@ def tree_where(mask: Any, w: Any) -> Any:
     return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), mask, w)
 
 
+def factory(make: Callable[P, Constraint]) -> Callable[P, Constraint]:
+    """A function that makes constraints whose `spec` is its call: `{"kind": its name, **its arguments}`.
+
+    Arguments are those of the call with the defaults that were left out, as JSON has them (tuples and arrays as lists);
+    so `constraints.from_spec` can make the same set again, and a saved file, a table or a plot can name it.
+
+    Example:
+      >>> @factory
+      ... def even_rows(step: int = 2) -> Constraint:
+      ...     return support(lambda w: jnp.arange(w.shape[0])[:, None] % step == 0)
+      >>> even_rows().spec
+      {'kind': 'even_rows', 'step': 2}
+    """
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def called(*args: P.args, **kwargs: P.kwargs) -> Constraint:
+        made = make(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return made._replace(spec={"kind": make.__name__, **{k: _plain(v) for k, v in bound.arguments.items()}})
+
+    return called
+
+
+def _plain(value: Any) -> Any:
+    """An argument as JSON has it."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def support(
-    spec: Mapping[str, Any],
     select: Callable[[Any], Any],
     alive: Callable[[Any], Any] | None = None,
+    *,
     joint: bool = False,
 ) -> Constraint:
     """A set of weights whose non-zeros lie in one of certain supports.
 
         project(w) = argmin ||z - w||_2  subject to  supp(z) in the family,  hence  z = w * select(w).
 
-    This is how a new sparsity constraint is made: one function from a weight to the mask of what stays.
+    This is how a new sparsity constraint is made: one function from a weight to the mask of what stays, in a `factory`.
 
     Args:
-      spec: see `Constraint`.
       select: `select(w) -> mask`, the admissible support of largest energy; boolean, of w's shape.
       alive: `alive(w) -> mask`, the places where a feasible w may move in retraining; by default its non-zeros. Sets
         that keep whole groups give the groups with any non-zero, so that a kept weight that is 0 may move again.
       joint: whether w is a tuple of leaves.
 
     Returns:
-      The constraint; its piece is the mask, kept exactly by retraining.
+      The constraint; its active set is the mask, kept exactly by retraining.
     """
     keep = alive or (lambda w: jax.tree.map(nonzero, w))
     return Constraint(
-        spec=spec,
+        spec={"kind": "support"},
         init=lambda w: (),
         project=lambda w, _: tree_where(select(w), w),
         refresh=lambda w, structure: structure,
         freeze=lambda w, _: keep(w),
-        retract=lambda w, piece: tree_where(piece, w),
+        retract=lambda w, active: tree_where(active, w),
         stage=SUPPORT,
         joint=joint,
     )
@@ -130,8 +195,8 @@ def intersection(*constraints: Constraint) -> Constraint:
     for the weights as the earlier sets leave them. Where the nearest point of the intersection has a closed form, the
     constraint for it is a factory of its own and is to be preferred.
 
-    Beside a set over several leaves together (`scope="global"`, `gates="together"`, ...) a set over a single leaf holds
-    on each of them, with a structure (a scale, signs) for each: `unstructured(0.1, scope="global") & quantize(4)`.
+    Beside a set over several leaves together (`scope="rule"`, ...) a set over a single leaf holds
+    on each of them, with a structure (a scale, signs) for each: `unstructured(0.1, scope="rule") & quantize(4)`.
 
     Raises:
       ValueError: two sets both fix the signs, ties or levels, one refuses the other, or there are too many.
@@ -175,7 +240,7 @@ def intersection(*constraints: Constraint) -> Constraint:
         project=chain(lambda p, w, s: p.project(w, s)),
         refresh=refresh,
         freeze=lambda w, each: tuple(p.freeze(w, s) for p, s in zip(sets, each, strict=True)),
-        retract=chain(lambda p, w, piece: p.retract(w, piece)),
+        retract=chain(lambda p, w, active: p.retract(w, active)),
         stage=sets[-1].stage,
         parts=sets,
         joint=sets[0].joint,
@@ -183,7 +248,7 @@ def intersection(*constraints: Constraint) -> Constraint:
 
 
 def _on_every_leaf(single: Constraint) -> Constraint:
-    """A set over a single leaf, over a tuple of leaves: structures, pieces and weights are tuples."""
+    """A set over a single leaf, over a tuple of leaves: structures, active sets and weights are tuples."""
 
     def each(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda w, *more: tuple(function(*leaf) for leaf in zip(w, *more, strict=True))
@@ -197,6 +262,7 @@ def _on_every_leaf(single: Constraint) -> Constraint:
         joint=True,
         leaf=single,
         settle=each(single.settle) if single.settle else None,
+        moved=each(single.moved) if single.moved else None,
     )
 
 
@@ -206,15 +272,16 @@ def on_leaf(constraint: Constraint, structure: Any, number: int) -> tuple[Constr
     Args:
       constraint: over a single leaf, which is returned as it is; or over several together, of whose sets only those
         remain that hold on each leaf by itself (None where there is no such set).
-      structure: what it leaves open.
+      structure: what it leaves open, as `Constraint.each` takes it.
       number: which leaf of the tuple.
     """
     if not constraint.joint:
         return constraint, structure
-    each = structure if constraint.parts else (structure,)
-    found = [(p.leaf, s[number]) for p, s in zip(constraint.sets, each, strict=True) if p.leaf is not None]
-    if len(found) < 2:
-        return found[0] if found else (None, None)
+    found = [(p.leaf, s[number]) for p, s in constraint.each(structure) if p.leaf is not None]
+    if not found:
+        return None, None
+    if len(found) == 1:
+        return found[0]
     return intersection(*(c for c, _ in found)), tuple(s for _, s in found)
 
 
@@ -259,10 +326,15 @@ def _holds(project: Callable[[Any, Any], Any], w: Any, structure: Any) -> Array:
 
 
 def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
-    """How many entries of w a projection would change: 0 exactly where w lies in every set (int32)."""
+    """How many entries of w a projection would change: 0 exactly where w lies in every set (int32).
+
+    Args:
+      constraint: over a leaf, or over a tuple of leaves.
+      w: the leaf or the tuple of leaves.
+      structure: what it leaves open, as `Constraint.each` takes it.
+    """
     total = jnp.zeros((), jnp.int32)
-    structures = structure if constraint.parts else (structure,)
-    for part, s in zip(constraint.sets, structures, strict=True):
+    for part, s in constraint.each(structure):
         changed = jax.tree.map(lambda a, b: jnp.sum(differ(a, b), dtype=jnp.int32), part.project(w, s), w)
         total = total + sum(jax.tree.leaves(changed), jnp.zeros((), jnp.int32))
     return total
@@ -288,6 +360,32 @@ def count(density: float | None, n: int, keep: int | None = None, what: str = "w
             f"density={density} of {n} {what} keeps none of them; raise the density, give keep=, or leave this leaf out"
         )
     return k
+
+
+def check_amount(density: float | None, keep: int | None, of: str = "") -> None:
+    """Raises ValueError unless exactly one of a density and a count is given; `of` is the thing counted in their names.
+
+    Args:
+      density: `density`, or `<of>_density`.
+      keep: `keep`, or `keep_<of>s`.
+      of: "row", "column", "filter" or nothing.
+    """
+    if (density is None) == (keep is None):
+        share, number = (f"{of}_density", f"keep_{of}s") if of else ("density", "keep")
+        raise ValueError(f"give exactly one of {share} and {number}, got {share}={density}, {number}={keep}")
+    if density is not None:
+        check_density(density, f"{of}_density" if of else "density")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless an argument has one of its values."""
+    if value not in allowed:
+        *first, last = (f'"{a}"' for a in allowed)
+        raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
+
+
+SCOPES = ("leaf", "rule")
+AXES = ("outputs", "inputs")
 
 
 def check_density(density: float, name: str = "density") -> None:

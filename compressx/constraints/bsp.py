@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from compressx.constraints.base import Constraint, check_density, count
+from compressx.constraints.base import Constraint, check_amount, count, factory
 from compressx.constraints.floats import nonzero
 from compressx.constraints.gates import matrix_set
 from compressx.constraints.select import energy, top_k_mask
 
 
+@factory
 def bsp_columns(
-    density: float | None = None, *, keep: int | None = None, strips: int = 4, blocks: int = 1, gates: str = "apart"
+    density: float | None = None, *, keep: int | None = None, strips: int = 4, blocks: int = 1, scope: str = "leaf"
 ) -> Constraint:
     """BSP, step 1: in every horizontal strip (and column block of it) only so many columns are non-zero.
 
@@ -38,25 +39,25 @@ def bsp_columns(
       strips: horizontal strips (the papers' Numr); ours cut the outputs, axis 1.
       blocks: column blocks inside a strip (Numc), ranked apart, so that each keeps as many (the balanced variant); 1
         ranks all columns of the strip together.
-      gates: "apart", or "together": the matrices of the rule joined along their outputs (see `constraints.gates`).
+      scope: "leaf"; or "rule", the matrices of the rule joined along their outputs (see `constraints.gates`).
     """
     _check(density, keep, strips, blocks)
-    spec = {"kind": "bsp_columns", "density": density, "keep": keep, "strips": strips, "blocks": blocks, "gates": gates}
     return matrix_set(
-        spec,
+        scope,
         init=lambda m: (),
         select=lambda m, _: _spread(_lines(m, density, keep, strips, blocks), m),
         alive=lambda m, _: _spread(_energy(m, strips) > 0, m),
     )
 
 
+@factory
 def bsp_rows(
     density: float | None = None,
     *,
     keep: int | None = None,
     strips: int = 1,
     blocks: int = 1,
-    gates: str = "apart",
+    scope: str = "leaf",
     chained: bool = False,
 ) -> Constraint:
     """BSP, step 2: in every vertical strip only so many rows are non-zero.
@@ -69,12 +70,11 @@ def bsp_rows(
       keep: number of rows kept in every tile, instead.
       strips: vertical strips; ours cut the inputs, axis 0. 1 ranks whole rows (the paper's text); released code has 4.
       blocks: row blocks inside a strip, ranked apart (the balanced variant).
-      gates: "apart" or "together", as in `bsp_columns`.
+      scope: "leaf" or "rule", as in `bsp_columns`.
       chained: start from a step-1 model: what is zero at `init` stays zero, and rows are ranked by what is left. The
         set is then rows within that mask, and this is its exact projection.
     """
     _check(density, keep, strips, blocks)
-    spec = {"kind": "bsp_rows", "density": density, "keep": keep, "strips": strips, "blocks": blocks, "gates": gates}
 
     def left(m: Array, mask: Any) -> Array:
         return jnp.where(mask, m, jnp.zeros((), m.dtype)) if chained else m
@@ -89,9 +89,10 @@ def bsp_rows(
         rows = _spread(_energy(t, strips) > 0, t).T
         return rows & mask if chained else rows
 
-    return matrix_set(spec | {"chained": chained}, lambda m: nonzero(m) if chained else (), select, alive)
+    return matrix_set(scope, lambda m: nonzero(m) if chained else (), select, alive)
 
 
+@factory
 def bsp(
     column_density: float | None = None,
     row_density: float | None = None,
@@ -102,7 +103,7 @@ def bsp(
     column_blocks: int = 1,
     row_strips: int = 1,
     row_blocks: int = 1,
-    gates: str = "apart",
+    scope: str = "leaf",
 ) -> Constraint:
     """Both steps of BSP as one set: so many columns in every horizontal strip, and so many rows in every vertical one.
 
@@ -114,22 +115,10 @@ def bsp(
     Args:
       column_density, keep_columns, column_strips, column_blocks: of `bsp_columns`.
       row_density, keep_rows, row_strips, row_blocks: of `bsp_rows`.
-      gates: "apart" or "together".
+      scope: "leaf" or "rule".
     """
-    _check(column_density, keep_columns, column_strips, column_blocks)
-    _check(row_density, keep_rows, row_strips, row_blocks)
-    spec = {
-        "kind": "bsp",
-        "column_density": column_density,
-        "row_density": row_density,
-        "keep_columns": keep_columns,
-        "keep_rows": keep_rows,
-        "column_strips": column_strips,
-        "column_blocks": column_blocks,
-        "row_strips": row_strips,
-        "row_blocks": row_blocks,
-        "gates": gates,
-    }
+    _check(column_density, keep_columns, column_strips, column_blocks, "column")
+    _check(row_density, keep_rows, row_strips, row_blocks, "row")
 
     def select(m: Array, _: Any) -> Array:
         columns = _spread(_lines(m, column_density, keep_columns, column_strips, column_blocks), m)
@@ -139,7 +128,7 @@ def bsp(
     def alive(m: Array, _: Any) -> Array:
         return _spread(_energy(m, column_strips) > 0, m) & _spread(_energy(m.T, row_strips) > 0, m.T).T
 
-    return matrix_set(spec, lambda m: (), select, alive)
+    return matrix_set(scope, lambda m: (), select, alive)
 
 
 def gate_weights(inputs: int, hidden: int, layers: int = 1, gates: int = 3) -> int:
@@ -158,11 +147,8 @@ def strip_sizes(n: int, strips: int) -> list[int]:
     return [size] * (strips - 1) + [n - size * (strips - 1)]
 
 
-def _check(density: float | None, keep: int | None, strips: int, blocks: int) -> None:
-    if (density is None) == (keep is None):
-        raise ValueError(f"give exactly one of density and keep for each step, got density={density}, keep={keep}")
-    if density is not None:
-        check_density(density)
+def _check(density: float | None, keep: int | None, strips: int, blocks: int, of: str = "") -> None:
+    check_amount(density, keep, of)
     if strips < 1 or blocks < 1:
         raise ValueError(f"strips and blocks must be at least 1, got {strips} and {blocks}")
 

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, ops
 
-from compressx.constraints.base import Constraint, check_density, count, support
+from compressx.constraints.base import Constraint, check_density, count, factory, support
 from compressx.constraints.floats import nonzero
 from compressx.constraints.select import energies, squares, top_k_mask
 
 Run = Sequence[int]
 
 
+@factory
 def coupled_filters(
     members: Sequence[tuple[int, Sequence[Run]]],
     density: float | None = None,
@@ -101,14 +102,7 @@ def coupled_filters(
         columns = [jnp.any(nonzero(w), axis=axis, keepdims=True) for w, (axis, _) in zip(leaves, plain, strict=True)]
         return tuple(m & c for m, c in zip(masks, columns, strict=True))
 
-    spec = {
-        "kind": "coupled_filters",
-        "members": [[axis, runs] for axis, runs in plain],
-        "density": density,
-        "keep": keep,
-        "column_density": column_density,
-    }
-    return support(spec, select, alive, joint=True)
+    return support(select, alive, joint=True)
 
 
 def runs(units: np.ndarray) -> list[list[int]]:

@@ -11,13 +11,15 @@ import math
 
 from jax import Array
 
-from compressx.constraints.base import Constraint, check_density, count, support
+from compressx.constraints.base import Constraint, check_density, count, factory, support
 from compressx.constraints.sparsity import filters_and_columns
 
 
+@factory
 def crossbar_aware(
     filter_density: float | None = None,
     column_density: float | None = None,
+    *,
     rows: int = 128,
     cols: int = 128,
     cells_per_weight: int = 4,
@@ -48,14 +50,6 @@ def crossbar_aware(
         if density is not None:
             check_density(density, name)
     _check_array(rows, cols, cells_per_weight)
-    spec = {
-        "kind": "crossbar_aware",
-        "filter_density": filter_density,
-        "column_density": column_density,
-        "rows": rows,
-        "cols": cols,
-        "cells_per_weight": cells_per_weight,
-    }
 
     def pruned(w: Array) -> Constraint:
         p, f = kept(w.shape, filter_density, column_density, rows, cols, cells_per_weight)
@@ -65,7 +59,7 @@ def crossbar_aware(
         mask: Array = pruned(w).freeze(w, ())
         return mask
 
-    return support(spec, lambda w: alive(pruned(w).project(w, ())), alive)
+    return support(lambda w: alive(pruned(w).project(w, ())), alive)
 
 
 def kept(

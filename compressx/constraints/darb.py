@@ -2,7 +2,7 @@
 
 Orientation is explicit. The matrix is `[in, out]` (conv: GEMM view `[P, F]`). With axis="outputs" a *row* is one
 input's fan-out and blocks run along the outputs, as in the papers' code, where the gates of a recurrent cell form one
-row (gates="together"); with axis="inputs" a row is one output's fan-in. Results depend on it.
+row (scope="rule"); with axis="inputs" a row is one output's fan-in. Results depend on it.
 
 L is the length of a row, R the number of rows. Blocks are consecutive; a ragged last block is shorter.
 
@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compressx.constraints.base import Constraint, check_density, count, first_that_holds, tree_where
+from compressx.constraints.base import (
+    AXES,
+    Constraint,
+    check_choice,
+    check_density,
+    count,
+    factory,
+    first_that_holds,
+    tree_where,
+)
 from compressx.constraints.floats import bits, nonzero
 from compressx.constraints.gates import join, matrix_set, split
 from compressx.constraints.select import top_k_mask
@@ -28,7 +37,8 @@ MAX_SIZES = 32  # block sizes that a row may choose from: each is tried on all r
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def block_max(size: int, axis: str = "outputs", *, gates: str = "apart") -> Constraint:
+@factory
+def block_max(size: int, *, axis: str = "outputs", scope: str = "leaf") -> Constraint:
     """At most one non-zero in every block of a row (block-max weight masking).
 
         argmin_z ||z - w||_2  s.t. each block of z has at most one non-zero:
@@ -39,25 +49,25 @@ def block_max(size: int, axis: str = "outputs", *, gates: str = "apart") -> Cons
     Args:
       size: length of a block.
       axis: "outputs" or "inputs", along which blocks run.
-      gates: "apart", or "together": the matrices of the rule joined along their outputs (see `constraints.gates`).
+      scope: "leaf"; or "rule", the matrices of the rule joined along their outputs (see `constraints.gates`).
     """
-    _check_axis(axis)
+    check_choice("axis", axis, AXES)
     if size < 1:
         raise ValueError(f"a block needs at least 1 weight, got size={size}")
 
     def select(m: Array, _: Any) -> Array:
         return _orient(_largest(_orient(m, axis), size), axis)
 
-    spec = {"kind": "block_max", "size": size, "axis": axis, "gates": gates}
-    return matrix_set(spec, lambda m: (), select, select)
+    return matrix_set(scope, lambda m: (), select, select)
 
 
+@factory
 def darb(
     density: float,
+    *,
     allowed: Sequence[int] = POWERS,
     axis: str = "outputs",
-    *,
-    gates: str = "apart",
+    scope: str = "leaf",
     assignment: str = "adaptive",
     seed: int = 0,
 ) -> Constraint:
@@ -77,7 +87,7 @@ def darb(
       density: share of weights kept in all.
       allowed: block sizes, ascending; powers of two make the in-block index log2(B) bits.
       axis: "outputs" or "inputs", along which blocks run.
-      gates: "apart" or "together".
+      scope: "leaf" or "rule".
       assignment: "adaptive"; or a control with as many weights: "permuted" (the same sizes, dealt to rows by chance),
         "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row order; the
         total is the nearest that these have).
@@ -86,7 +96,7 @@ def darb(
     Raises:
       ValueError: an impossible argument; for a leaf, a density that the allowed sizes cannot reach.
     """
-    _check_axis(axis)
+    check_choice("axis", axis, AXES)
     check_density(density)
     sizes = [int(s) for s in allowed]
     if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
@@ -123,14 +133,13 @@ def darb(
         chosen = choose(m)
         return first_that_holds(lambda m, s: tree_where(select(m, s), m), m, chosen, again)
 
-    spec = {"kind": "darb", "density": density, "allowed": sizes, "axis": axis, "gates": gates}
-    spec |= {"assignment": assignment, "seed": seed}
-    constraint = matrix_set(spec, init, select, select)
+    constraint = matrix_set(scope, init, select, select)
     together = constraint.joint
     return constraint._replace(refresh=lambda w, _: init(join(w, together)))
 
 
-def balanced_block_max(density: float, size: int = 8, axis: str = "outputs", *, gates: str = "apart") -> Constraint:
+@factory
+def balanced_block_max(density: float, *, size: int = 8, axis: str = "outputs", scope: str = "leaf") -> Constraint:
     """At most one non-zero in every block, and in every row at most q at each place within a block.
 
     q = floor(density * L / size). Weights are taken by falling magnitude while their block is free and their place
@@ -142,9 +151,9 @@ def balanced_block_max(density: float, size: int = 8, axis: str = "outputs", *, 
     Args:
       density: share of weights kept, at most 1 / size; below it some blocks are empty.
       size: length of a block.
-      axis, gates: as in `block_max`.
+      axis, scope: as in `block_max`.
     """
-    _check_axis(axis)
+    check_choice("axis", axis, AXES)
     check_density(density)
     if size < 1:
         raise ValueError(f"a block needs at least 1 weight, got size={size}")
@@ -159,11 +168,11 @@ def balanced_block_max(density: float, size: int = 8, axis: str = "outputs", *, 
             )
         return _orient(_greedy(x, size, room), axis)
 
-    spec = {"kind": "balanced_block_max", "density": density, "size": size, "axis": axis, "gates": gates}
-    return matrix_set(spec, lambda m: (), select, lambda m, _: nonzero(m))
+    return matrix_set(scope, lambda m: (), select, lambda m, _: nonzero(m))
 
 
-def bank_balanced(density: float, bank: int, axis: str = "outputs", *, gates: str = "apart") -> Constraint:
+@factory
+def bank_balanced(density: float, bank: int, *, axis: str = "outputs", scope: str = "leaf") -> Constraint:
     """At most k non-zeros in every bank of a row (bank-balanced sparsity, the baseline).
 
         argmin_z ||z - w||_2  s.t. each bank of z has at most k = floor(density * bank + 1/2) non-zeros:
@@ -172,11 +181,11 @@ def bank_balanced(density: float, bank: int, axis: str = "outputs", *, gates: st
     Args:
       density: share of weights kept in every bank. A ragged last bank is rounded alike, and keeps at least one.
       bank: length of a bank.
-      axis, gates: as in `block_max`.
+      axis, scope: as in `block_max`.
 
     Source: S. Cao et al., "Efficient and Effective Sparse LSTM on FPGA with Bank-Balanced Sparsity", 2019.
     """
-    _check_axis(axis)
+    check_choice("axis", axis, AXES)
     if bank < 1:
         raise ValueError(f"a bank needs at least 1 weight, got bank={bank}")
     k = count(density, bank, what="weights of a bank")
@@ -191,8 +200,7 @@ def bank_balanced(density: float, bank: int, axis: str = "outputs", *, gates: st
             parts.append(top_k_mask(x[:, whole:], tail, axis=1))
         return _orient(jnp.concatenate(parts, axis=1), axis)
 
-    spec = {"kind": "bank_balanced", "density": density, "bank": bank, "axis": axis, "gates": gates}
-    return matrix_set(spec, lambda m: (), select, lambda m, _: nonzero(m))
+    return matrix_set(scope, lambda m: (), select, lambda m, _: nonzero(m))
 
 
 def row_density(w: Any, density: float, axis: str = "outputs") -> Array:
@@ -207,7 +215,7 @@ def row_density(w: Any, density: float, axis: str = "outputs") -> Array:
     Returns:
       float32 `[R]`, in 0..1.
     """
-    _check_axis(axis)
+    check_choice("axis", axis, AXES)
     x = jnp.abs(_orient(join(w, isinstance(w, tuple)), axis))
     return jnp.mean(top_k_mask(x, count(density, x.size)), axis=1, dtype=jnp.float32)
 
@@ -245,13 +253,6 @@ def row_sensitivity(
     member = group[None] == jnp.arange(groups)[:, None]
     mean = jnp.sum(jnp.where(member, share[None], 0.0), axis=1) / jnp.sum(member, axis=1, dtype=jnp.float32)
     return mean, lax.map(one, jnp.arange(groups))
-
-
-def _check_axis(axis: str) -> None:
-    if axis not in ("outputs", "inputs"):
-        raise ValueError(
-            f'axis must be "outputs" (blocks along axis 1 of [in, out]) or "inputs" (axis 0), got {axis!r}'
-        )
 
 
 def _orient(m: Array, axis: str) -> Array:

@@ -1,8 +1,8 @@
 """The matrix on which a structure is cut: one weight's, or all gates of a recurrent cell side by side.
 
-A recurrent cell stores a matrix `[in, out]` for each gate. *Apart*, every matrix is a weight of its own. *Together*,
-the matrices that one rule matches are joined along their outputs, `[in, out_1 + out_2 + ...]` in leaf order, and ranked
-as one: input and recurrent matrices, and different layers, need rules of their own.
+A recurrent cell stores a matrix `[in, out]` for each gate. With `scope="leaf"` every matrix is a weight of its own.
+With `scope="rule"` the matrices that one rule matches are joined along their outputs, `[in, out_1 + out_2 + ...]` in
+leaf order, and ranked as one: input and recurrent matrices, and different layers, need rules of their own.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from compressx import views
-from compressx.constraints.base import Constraint, tree_where
+from compressx.constraints.base import SCOPES, Constraint, check_choice, tree_where
 
 _VIEW = views.gemm()
-
-
-def check_gates(gates: str) -> bool:
-    """Whether the gates are joined; ValueError for anything but "apart" and "together"."""
-    if gates not in ("apart", "together"):
-        raise ValueError(f'gates must be "apart" or "together", got {gates!r}')
-    return gates == "together"
 
 
 def join(w: Any, together: bool) -> Array:
@@ -31,7 +24,7 @@ def join(w: Any, together: bool) -> Array:
     parts = [_VIEW.to(x) for x in w]
     if len({p.shape[0] for p in parts}) > 1:
         raise ValueError(
-            f"gates together need matrices with the same inputs, got shapes {[x.shape for x in w]}; "
+            f'matrices joined by scope="rule" need the same inputs, got shapes {[x.shape for x in w]}; '
             "give input and recurrent matrices, and each layer, a rule of their own"
         )
     return jnp.concatenate(parts, axis=1)
@@ -49,31 +42,32 @@ def split(m: Array, w: Any, together: bool) -> Any:
 
 
 def matrix_set(
-    spec: dict[str, Any],
+    scope: str,
     init: Callable[[Array], Any],
     select: Callable[[Array, Any], Array],
     alive: Callable[[Array, Any], Array],
 ) -> Constraint:
-    """A set of supports of a matrix; `constraints.support` with a structure and with `spec["gates"]` obeyed.
+    """A set of supports of a matrix; `constraints.support` with a structure, on a leaf or on all leaves of a rule.
 
     Args:
-      spec: see `Constraint`; has "gates".
+      scope: "leaf", or "rule" to join the leaves of a rule.
       init: `init(m) -> structure`.
       select: `select(m, structure) -> mask`, the admissible support of largest energy.
       alive: `alive(m, structure) -> mask`, the places where a feasible m may move in retraining.
     """
-    together = check_gates(spec["gates"])
+    check_choice("scope", scope, SCOPES)
+    together = scope == "rule"
 
     def on_leaves(choose: Callable[[Array, Any], Array]) -> Callable[[Any, Any], Any]:
         return lambda w, s: split(choose(join(w, together), s), w, together)
 
     stays, moves = on_leaves(select), on_leaves(alive)
     return Constraint(
-        spec=spec,
+        spec={"kind": "matrix"},
         init=lambda w: init(join(w, together)),
         project=lambda w, s: tree_where(stays(w, s), w),
         refresh=lambda w, s: s,
         freeze=moves,
-        retract=lambda w, piece: tree_where(piece, w),
+        retract=lambda w, active: tree_where(active, w),
         joint=together,
     )

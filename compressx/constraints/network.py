@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, ops
 
-from compressx.constraints.base import Constraint, support
+from compressx.constraints.base import Constraint, check_choice, factory, support
 from compressx.constraints.coupled import expand, indices
 from compressx.constraints.floats import nonzero
 from compressx.constraints.select import energies, squares, top_k_mask
@@ -19,6 +19,7 @@ SELECTIONS = ("energy", "random")
 GROUPS_A_MEMBER = 16  # each group is ranked apart
 
 
+@factory
 def network_structure(
     members: Sequence[Mapping[str, Any]],
     groups: Sequence[Sequence[int]],
@@ -54,8 +55,7 @@ def network_structure(
     Source: sets of H. Li et al., "Deep Compressed Pneumonia Detection for Low-Power Embedded Devices", 2019 (filter,
     column, combined); the coupling of channels is ours.
     """
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
+    check_choice("selection", selection, SELECTIONS)
     plain = [_member(m, i) for i, m in enumerate(members)]
     ends = [[int(v) for v in g] for g in groups]
     edge = 0
@@ -167,8 +167,7 @@ def network_structure(
             for w, m, mask in zip(leaves, plain, masks, strict=True)
         )
 
-    spec = {"kind": "network_structure", "members": plain, "groups": ends, "selection": selection, "seed": seed}
-    return support(spec, select, alive, joint=True)
+    return support(select, alive, joint=True)
 
 
 def _joined(ids: Sequence[np.ndarray | None]) -> np.ndarray:

@@ -20,7 +20,16 @@ from jax import Array, lax
 
 from compressx import views
 from compressx.constraints import library as lib
-from compressx.constraints.base import Constraint, check_density, count, first_that_holds, tree_where
+from compressx.constraints.base import (
+    SCOPES,
+    Constraint,
+    check_amount,
+    check_choice,
+    count,
+    factory,
+    first_that_holds,
+    tree_where,
+)
 from compressx.constraints.floats import nonzero
 from compressx.constraints.select import energy, top_k_mask
 
@@ -42,12 +51,13 @@ class Patterns(NamedTuple):
     rank: tuple[Array, ...]
 
 
+@factory
 def pattern(
     library: str | lib.Taps = "natural",
+    *,
     k: int | None = None,
     entries: int = 4,
     kernel: Sequence[int] = (3, 3),
-    *,
     scope: str = "leaf",
     aligned: Aligned = None,
     shrink: float | Sequence[int] | None = None,
@@ -67,7 +77,7 @@ def pattern(
         first k. None: the whole library.
       entries: taps of a pattern.
       kernel: `(kh, kw)` of the leaves.
-      scope: "leaf" chooses a library for every leaf; "network" one for all leaves of the rule together (a joint set).
+      scope: "leaf" chooses a library for every leaf; "rule" one for all leaves of the rule together (a joint set).
       aligned: None, every kernel has its own pattern; "channel", all filters share one for each input channel; an int
         g, the filters in order of norm (at init) are taken g at a time and share them within each group.
       shrink: extraction during training. A factor in (0, 1): each refresh keeps floor(factor * size) patterns, at least
@@ -80,10 +90,10 @@ def pattern(
     Image Enhancing Pattern-based Sparsity for Real-time Inference on Mobile Devices", 2020 (extraction; its thresholds
     and rounds are not published, so `shrink` is a sweep).
     """
-    spec = {"kind": "pattern", **_library_spec(library, k, entries, kernel, scope, aligned, shrink)}
-    return _kernel_set(spec, None)
+    return _kernel_set(_library_options(library, k, entries, kernel, scope, aligned, shrink), None)
 
 
+@factory
 def connectivity(
     density: float | None = None, *, keep: int | None = None, balance: str = "layer", aligned: int | None = None
 ) -> Constraint:
@@ -102,11 +112,11 @@ def connectivity(
 
     Source: W. Niu et al., "PatDNN", 2020; X. Ma et al., "PCONV", 2020.
     """
-    spec = {"kind": "connectivity", "density": density, "keep": keep, "balance": balance, "aligned": aligned}
     _check_aligned(aligned, ("int",))
-    return _kernel_set(spec, _connections(density, keep, balance))
+    return _kernel_set({"aligned": aligned}, _connections(density, keep, balance))
 
 
+@factory
 def pattern_connectivity(
     density: float | None = None,
     *,
@@ -128,13 +138,12 @@ def pattern_connectivity(
     One set with one Z in ADMM; `pattern(...) & connectivity(...)` gives each its own (PatDNN's extended ADMM).
 
     Args:
-      density, keep, balance: as in `connectivity`; counted in each leaf, also with scope="network".
+      density, keep, balance: as in `connectivity`; counted in each leaf, also with scope="rule".
       library, k, entries, kernel, scope, aligned, shrink: as in `pattern`.
     """
     _check_aligned(aligned, ("int",))
-    spec = {"kind": "pattern_connectivity", "density": density, "keep": keep, "balance": balance}
-    spec |= _library_spec(library, k, entries, kernel, scope, aligned, shrink)
-    return _kernel_set(spec, _connections(density, keep, balance))
+    options = _library_options(library, k, entries, kernel, scope, aligned, shrink)
+    return _kernel_set(options, _connections(density, keep, balance))
 
 
 def assign(w: Array, structure: Patterns) -> Array:
@@ -143,7 +152,7 @@ def assign(w: Array, structure: Patterns) -> Array:
     return jnp.where(jnp.any(e > 0, axis=-1), lib.nearest(e, structure.masks, structure.live), -1)
 
 
-def _library_spec(
+def _library_options(
     library: str | lib.Taps,
     k: int | None,
     entries: int,
@@ -152,8 +161,7 @@ def _library_spec(
     aligned: Aligned,
     shrink: float | Sequence[int] | None,
 ) -> dict[str, Any]:
-    if scope not in ("leaf", "network"):
-        raise ValueError(f'scope must be "leaf" or "network", got {scope!r}')
+    check_choice("scope", scope, SCOPES)
     if shrink is not None and not isinstance(shrink, float | Sequence):
         raise ValueError(f"shrink must be a factor in (0, 1) or a list of sizes, got {shrink!r}")
     if len(kernel) != 2:
@@ -208,12 +216,8 @@ Connections = Callable[[Array], Array]  # scores [cin, units] -> mask of the ker
 
 
 def _connections(density: float | None, keep: int | None, balance: str) -> Connections:
-    if balance not in ("layer", "filter"):
-        raise ValueError(f'balance must be "layer" or "filter", got {balance!r}')
-    if (density is None) == (keep is None):
-        raise ValueError(f"give exactly one of density and keep, got density={density}, keep={keep}")
-    if density is not None:
-        check_density(density)
+    check_choice("balance", balance, ("layer", "filter"))
+    check_amount(density, keep)
     if balance == "layer":
         return lambda s: top_k_mask(s, count(density, s.size, keep, "kernels of the layer"))
     return lambda s: top_k_mask(s, count(density, s.shape[0], keep, "kernels of a filter"), axis=0)
@@ -264,27 +268,27 @@ def _spread(mask: Array, cout: int, aligned: Aligned, rank: Array | None) -> Arr
     return jnp.take(mask, rank // min(aligned, cout), axis=1)
 
 
-def _kernel_set(spec: dict[str, Any], connections: Connections | None) -> Constraint:
+def _kernel_set(options: dict[str, Any], connections: Connections | None) -> Constraint:
     """Kernels (or units of kernels that share their fate) get a pattern, then the units of largest score stay."""
-    patterned, aligned = "library" in spec, spec["aligned"]
-    free = spec.get("library") == "free"
-    joint = spec.get("scope") == "network"
-    kernel: tuple[int, int] = tuple(spec["kernel"]) if patterned else (0, 0)
-    entries, k = spec.get("entries", 0), spec.get("k")
+    patterned, aligned = "library" in options, options["aligned"]
+    free = options.get("library") == "free"
+    joint = options.get("scope") == "rule"
+    kernel: tuple[int, int] = tuple(options["kernel"]) if patterned else (0, 0)
+    entries, k = options.get("entries", 0), options.get("k")
     candidates, following = np.zeros((0, 0), bool), None
     if free:
         lib.check_kernel(entries, kernel)
-        if k is not None or spec["shrink"] is not None:
+        if k is not None or options["shrink"] is not None:
             raise ValueError('library="free" has no library to choose from: leave out k and shrink')
     elif patterned:
-        candidates = _candidates(spec["library"], entries, kernel)
+        candidates = _candidates(options["library"], entries, kernel)
         if k is not None and not 1 <= k <= len(candidates):
-            raise ValueError(f"k={k} is impossible; library {spec['library']!r} has {len(candidates)} patterns")
-        if spec["shrink"] is not None:
+            raise ValueError(f"k={k} is impossible; library {options['library']!r} has {len(candidates)} patterns")
+        if options["shrink"] is not None:
             if k is None:
                 raise ValueError("shrink needs k, the number of patterns to end with")
-            following = _sizes(spec["shrink"], k, len(candidates))
-        elif isinstance(spec["library"], str) and spec["library"] in lib.NAMED:
+            following = _sizes(options["shrink"], k, len(candidates))
+        elif isinstance(options["library"], str) and options["library"] in lib.NAMED:
             candidates = candidates[:k]
     chosen = k is not None and following is None and k < len(candidates)
 
@@ -363,11 +367,11 @@ def _kernel_set(spec: dict[str, Any], connections: Connections | None) -> Constr
         return tree_where(masks_of(w, s, connections), w)
 
     return Constraint(
-        spec=spec,
+        spec={"kind": "kernels"},
         init=init,
         project=project,
         refresh=refresh,
         freeze=lambda w, s: masks_of(w, s, None),
-        retract=lambda w, piece: tree_where(piece, w),
+        retract=lambda w, active: tree_where(active, w),
         joint=joint,
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from compressx import views
-from compressx.constraints.base import SIGN, Constraint, first_that_holds
+from compressx.constraints.base import SIGN, Constraint, check_choice, factory, first_that_holds
 from compressx.constraints.floats import differ, exponent, lift, negative, nonzero
 from compressx.constraints.select import PEAK
 
@@ -33,7 +33,8 @@ class Polarity(NamedTuple):
     negative: Array
 
 
-def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
+@factory
+def polarize(fragment: int, *, order: str = "W", rule: str = "sum") -> Constraint:
     """Every fragment of `fragment` consecutive weights of a filter has a single sign (zeros allowed).
 
         project(w) = argmin_z ||z - w||_2  s.t.  sign * z >= 0 on every fragment:  weights of the wrong sign become 0
@@ -62,10 +63,8 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
     """
     if fragment < 1:
         raise ValueError(f"a fragment holds at least 1 weight, got fragment={fragment}")
-    if order not in ("W", "H", "C"):
-        raise ValueError(f'order must be "W", "H" or "C", got {order!r}')
-    if rule not in ("sum", "energy"):
-        raise ValueError(f'rule must be "sum" or "energy", got {rule!r}')
+    check_choice("order", order, ("W", "H", "C"))
+    check_choice("rule", rule, ("sum", "energy"))
 
     def choose(w: Array) -> Polarity:
         return polarity(w, fragment, order, rule)
@@ -86,7 +85,7 @@ def polarize(fragment: int, order: str = "W", rule: str = "sum") -> Constraint:
         return jnp.where(wrong, jnp.zeros((), w.dtype), w)
 
     return Constraint(
-        spec={"kind": "polarize", "fragment": fragment, "order": order, "rule": rule},
+        spec={"kind": "polarize"},
         init=init,
         project=project,
         refresh=lambda w, _: choose(w),

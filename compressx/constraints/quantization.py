@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compressx.constraints.base import LEVEL, Constraint
+from compressx.constraints.base import LEVEL, Constraint, factory
 from compressx.constraints.floats import bits as bits_of
 from compressx.constraints.floats import exponent, least, lift, negative, nonzero, scale, smallest, wide
 
@@ -71,14 +71,16 @@ def levels_of(spec: Mapping[str, Any]) -> Levels:
 
 
 class FixedLevels(NamedTuple):
-    """The piece of a quantized set: every weight's signed index, and the scale or codebook it started from."""
+    """The active set around a quantized weight: every signed index, and the scale or codebook it started from."""
 
     codes: Array
     structure: Array
 
 
+@factory
 def quantize(
     bits: int,
+    *,
     grid: str = "uniform",
     per: str = "tensor",
     zero_level: bool = False,
@@ -124,26 +126,25 @@ def quantize(
         small = next(d for d in (jnp.int8, jnp.int16, jnp.int32) if levels.top <= jnp.iinfo(d).max)
         return FixedLevels(encode(w, structure, levels).astype(small), structure)
 
-    def retract(w: Array, piece: FixedLevels) -> Array:
-        structure = refit(w, piece, levels) if tune else piece.structure
-        return decode(piece.codes, structure, levels, w.dtype)
+    def tuned(w: Array, active: FixedLevels) -> Array:
+        return refit(w, active, levels) if tune else active.structure
+
+    def retract(w: Array, active: FixedLevels) -> Array:
+        return decode(active.codes, tuned(w, active), levels, w.dtype)
+
+    def moved(w: Array, active: FixedLevels) -> Array:
+        structure = tuned(w, active)
+        return jnp.sort(structure, axis=0) if grid == "codebook" else structure  # entries may have passed each other
 
     return Constraint(
-        spec={
-            "kind": "quantize",
-            "bits": bits,
-            "grid": grid,
-            "per": per,
-            "zero_level": zero_level,
-            "cell_bits": cell_bits,
-            "tune": tune,
-        },
+        spec={"kind": "quantize"},
         init=lambda w: fit(w, levels),
         project=lambda w, s: decode(encode(w, s, levels), s, levels, w.dtype),
         refresh=lambda w, _: fit(w, levels),
         freeze=freeze,
         retract=retract,
         stage=LEVEL,
+        moved=moved,
     )
 
 
@@ -196,13 +197,13 @@ def fit(w: Array, levels: Levels) -> Array:
 
 
 @partial(jax.jit, static_argnames="levels")
-def refit(w: Array, piece: FixedLevels, levels: Levels) -> Array:
+def refit(w: Array, active: FixedLevels, levels: Levels) -> Array:
     """The scale or codebook nearest to w for fixed indices: least squares for a scale, means for a codebook."""
-    codes = piece.codes.astype(jnp.int32).reshape(-1, w.shape[-1] if w.ndim else 1)
+    codes = active.codes.astype(jnp.int32).reshape(-1, w.shape[-1] if w.ndim else 1)
     x = wide(w).reshape(codes.shape)
     x = jnp.where(codes < 0, -x, x)
     k = jnp.abs(codes)
-    before = piece.structure
+    before = active.structure
     if levels.grid == "codebook":
         if levels.per == "tensor":
             means = _means(x.reshape(-1), k.reshape(-1) - 1, wide(before))

@@ -8,16 +8,25 @@ the papers call a *column* (one position in all filters) is a row of our GEMM vi
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from compressx import views
-from compressx.constraints.base import Constraint, check_density, count, support
+from compressx.constraints.base import (
+    AXES,
+    SCOPES,
+    Constraint,
+    check_amount,
+    check_choice,
+    count,
+    factory,
+    support,
+)
 from compressx.constraints.select import squares, top_k_mask, top_k_masks
 
 
+@factory
 def unstructured(density: float | None = None, *, keep: int | None = None, scope: str = "leaf") -> Constraint:
     """At most k non-zero weights, anywhere.
 
@@ -26,26 +35,25 @@ def unstructured(density: float | None = None, *, keep: int | None = None, scope
     Args:
       density: share of weights kept, in (0, 1]; k = floor(density * n + 1/2).
       keep: k itself, instead of a density.
-      scope: "leaf" ranks inside every leaf; "global" ranks all leaves of the rule together under one threshold.
+      scope: "leaf" ranks inside every leaf; "rule" ranks all leaves of the rule together under one threshold.
 
     Source: S. Han, J. Pool, J. Tran, W. Dally, "Learning both Weights and Connections for Efficient Neural Networks",
     2015; as an ADMM set: T. Zhang et al., "A Systematic DNN Weight Pruning Framework using ADMM", 2018.
     """
-    if scope not in ("leaf", "global"):
-        raise ValueError(f'scope must be "leaf" or "global", got {scope!r}')
-    _check_amount(density, keep)
-    spec = {"kind": "unstructured", "density": density, "keep": keep, "scope": scope}
+    check_choice("scope", scope, SCOPES)
+    check_amount(density, keep)
     if scope == "leaf":
-        return support(spec, lambda w: top_k_mask(jnp.abs(w), count(density, w.size, keep)))
+        return support(lambda w: top_k_mask(jnp.abs(w), count(density, w.size, keep)))
 
     def select(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
         k = count(density, sum(w.size for w in leaves), keep)
         return tuple(top_k_masks([jnp.abs(w) for w in leaves], k))
 
-    return support(spec, select, joint=True)
+    return support(select, joint=True)
 
 
-def n_of_m(n: int, m: int, axis: int = -2) -> Constraint:
+@factory
+def n_of_m(n: int, m: int, *, axis: str | int = "inputs") -> Constraint:
     """At most n non-zeros in every m consecutive weights along an axis (N:M sparsity).
 
         argmin_z ||z - w||_2  s.t. each group of m has at most n non-zeros: the n largest of each group stay.
@@ -53,34 +61,31 @@ def n_of_m(n: int, m: int, axis: int = -2) -> Constraint:
     Args:
       n: non-zeros a group may keep, 1..m.
       m: group length; it must divide the axis.
-      axis: axis of the stored weight along which groups run; -2, the input channels, is the one hardware reduces over.
+      axis: "inputs", the input channels, over which hardware sums; "outputs"; or the number of another axis of the
+        stored weight.
 
     Source: A. Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
     """
     if not 1 <= n <= m:
         raise ValueError(f"n_of_m needs 1 <= n <= m, got n={n}, m={m}")
+    if isinstance(axis, str):
+        check_choice("axis", axis, AXES)
 
     def select(w: Array) -> Array:
-        if not -w.ndim <= axis < w.ndim:
+        number = {"inputs": -2, "outputs": -1}.get(axis, axis) if isinstance(axis, str) else axis
+        assert isinstance(number, int)
+        if not -w.ndim <= number < w.ndim:
             raise ValueError(f"axis={axis} does not exist in shape {w.shape}")
-        a = axis % w.ndim
+        a = number % w.ndim
         if w.shape[a] % m:
             raise ValueError(f"m={m} does not divide axis {axis} of shape {w.shape}")
         grouped = jnp.abs(w).reshape(*w.shape[:a], w.shape[a] // m, m, *w.shape[a + 1 :])
         return top_k_mask(grouped, n, axis=a + 1).reshape(w.shape)
 
-    return support({"kind": "n_of_m", "n": n, "m": m, "axis": axis}, select)
-
-
-def _check_amount(density: float | None, keep: int | None) -> None:
-    if (density is None) == (keep is None):
-        raise ValueError(f"give exactly one of density and keep, got density={density}, keep={keep}")
-    if density is not None:
-        check_density(density)
+    return support(select)
 
 
 def _groups(
-    spec: dict[str, Any],
     score: Callable[[Array], Array],
     spread: Callable[[Array, Array], Array],
     density: float | None,
@@ -88,15 +93,16 @@ def _groups(
     what: str,
 ) -> Constraint:
     """Whole groups stay or go: `score(w)` one energy a group, `spread(chosen, w)` the mask of the chosen groups."""
-    _check_amount(density, keep)
+    check_amount(density, keep)
 
     def select(w: Array) -> Array:
         energy = score(w)
         return spread(top_k_mask(energy, count(density, energy.size, keep, what)), w)
 
-    return support(spec, select, lambda w: spread(score(w) > 0, w))
+    return support(select, lambda w: spread(score(w) > 0, w))
 
 
+@factory
 def block(block: tuple[int, int], density: float | None = None, *, keep: int | None = None) -> Constraint:
     """At most k non-zero blocks of bh x bw in the GEMM view `[P, F]`; works on dense and convolution weights.
 
@@ -113,17 +119,16 @@ def block(block: tuple[int, int], density: float | None = None, *, keep: int | N
         tiles = jnp.broadcast_to(chosen[:, :, None, None], (*chosen.shape, *block))
         return view.back(tiles, w.shape)
 
-    spec = {"kind": "block", "block": list(block), "density": density, "keep": keep}
-    return _groups(spec, lambda w: squares(view.to(w), (2, 3)), spread, density, keep, "blocks")
+    return _groups(lambda w: squares(view.to(w), (2, 3)), spread, density, keep, "blocks")
 
 
+@factory
 def filters(density: float | None = None, *, keep: int | None = None) -> Constraint:
     """At most k non-zero filters (output channels, columns of the GEMM view; *rows* in the papers' matrices).
 
     argmin_z ||z - w||_2  s.t. at most k filters of z are non-zero: the k filters of largest energy stay.
     """
     return _groups(
-        {"kind": "filters", "density": density, "keep": keep},
         lambda w: _energy(w, -1),
         lambda chosen, w: jnp.broadcast_to(chosen, w.shape),
         density,
@@ -140,13 +145,13 @@ def _energy(w: Array, *axes: int) -> Array:
     return squares(w, tuple(a for a in range(w.ndim) if a not in held), keepdims=True)
 
 
+@factory
 def columns(density: float | None = None, *, keep: int | None = None) -> Constraint:
     """At most k positions (i, j, c) used by any filter (*columns* in the papers, also called filter shapes).
 
     argmin_z ||z - w||_2  s.t. at most k rows of the GEMM view [P, F] are non-zero: the k rows of largest energy stay.
     """
     return _groups(
-        {"kind": "columns", "density": density, "keep": keep},
         lambda w: _energy(w, *range(w.ndim - 1)),
         lambda chosen, w: jnp.broadcast_to(chosen, w.shape),
         density,
@@ -155,13 +160,13 @@ def columns(density: float | None = None, *, keep: int | None = None) -> Constra
     )
 
 
+@factory
 def channels(density: float | None = None, *, keep: int | None = None) -> Constraint:
     """At most k input channels used: all taps and filters of the others are zero.
 
     argmin_z ||z - w||_2  s.t. at most k input channels of z are non-zero: the k of largest energy stay.
     """
     return _groups(
-        {"kind": "channels", "density": density, "keep": keep},
         lambda w: _energy(w, -2),
         lambda chosen, w: jnp.broadcast_to(chosen, w.shape),
         density,
@@ -170,6 +175,7 @@ def channels(density: float | None = None, *, keep: int | None = None) -> Constr
     )
 
 
+@factory
 def filters_and_columns(
     filter_density: float | None = None,
     column_density: float | None = None,
@@ -186,6 +192,8 @@ def filters_and_columns(
     Source: X. Ma et al., "Tiny but Accurate: A Pruned, Quantized and Optimized Memristor Crossbar Framework", 2020;
     G. Yuan et al., "FORMS", 2021, set S (prune, combined).
     """
+    check_amount(filter_density, keep_filters, "filter")
+    check_amount(column_density, keep_columns, "column")
     by_filter, by_column = filters(filter_density, keep=keep_filters), columns(column_density, keep=keep_columns)
 
     def alive(w: Array) -> Array:
@@ -195,11 +203,4 @@ def filters_and_columns(
         z = by_column.project(by_filter.project(w, ()), ())
         return alive(z)
 
-    spec = {
-        "kind": "filters_and_columns",
-        "filter_density": filter_density,
-        "column_density": column_density,
-        "keep_filters": keep_filters,
-        "keep_columns": keep_columns,
-    }
-    return support(spec, select, alive)
+    return support(select, alive)

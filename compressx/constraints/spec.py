@@ -23,6 +23,19 @@ def check_types(kind: str, factory: Callable[..., Any], arguments: Mapping[str, 
             raise ValueError(f"{kind}: {name}={brief(value)} is not of the type {expected}")
 
 
+_SCOPES = {"global": "rule", "network": "rule", "apart": "leaf", "together": "rule"}
+
+
+def today(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a spec that release 0.1 wrote, by today's names; those of today as they are."""
+    given = dict(arguments)
+    if "gates" in given and "scope" not in given:
+        given["scope"] = given.pop("gates")
+    if isinstance(given.get("scope"), str):
+        given["scope"] = _SCOPES.get(given["scope"], given["scope"])
+    return given
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value has a type, as annotations name it."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from compressx import views
-from compressx.constraints.base import LEVEL, SIGN, SUPPORT, TIE, Constraint, support
+from compressx.constraints.base import LEVEL, SIGN, SUPPORT, TIE, Constraint, check_choice, factory, support
 from compressx.constraints.floats import bits, exponent, lift, negative, nonzero, scale, wide
 from compressx.constraints.select import PEAK, squares, top_k_mask
 
@@ -31,7 +31,7 @@ FREE, UNIFIED, PRUNED = range(3)
 
 
 class Ties(NamedTuple):
-    """The piece of a unified set around a weight.
+    """The active set around a unified weight.
 
     Attributes:
       tied: bool, one a block: its weights are `sign * a` for one free a >= 0.
@@ -42,7 +42,8 @@ class Ties(NamedTuple):
     sign: Array
 
 
-def unify(block: Sequence[int], fraction: float, zeros: str = "tie") -> Constraint:
+@factory
+def unify(block: Sequence[int], fraction: float, *, zeros: str = "tie") -> Constraint:
     """At least a given share of the blocks have a single magnitude each: max|w| - min|w| == 0, bit for bit.
 
         argmin_z ||z - w||_2  s.t.  |z_1| = ... = |z_n| in at least K blocks:
@@ -58,10 +59,10 @@ def unify(block: Sequence[int], fraction: float, zeros: str = "tie") -> Constrai
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    spec = {"kind": "unify", "block": list(block), "fraction": fraction, "zeros": zeros}
-    return _tied(spec, block, fraction, 0.0, "greedy", zeros)
+    return _tied(block, fraction, 0.0, "greedy", zeros)
 
 
+@factory
 def prune_blocks(block: Sequence[int], fraction: float) -> Constraint:
     """At least a given share of the blocks are zero: unification with all magnitudes 0.
 
@@ -86,13 +87,15 @@ def prune_blocks(block: Sequence[int], fraction: float) -> Constraint:
     def alive(w: Array) -> Array:
         return spread(squares(view.to(w), _odd(block)) > 0, w)
 
-    return support({"kind": "prune_blocks", "block": list(block), "fraction": fraction}, select, alive)
+    return support(select, alive)
 
 
+@factory
 def unify_and_prune(
     block: Sequence[int],
     unify_fraction: float,
     prune_fraction: float,
+    *,
     selection: str = "greedy",
     zeros: str = "tie",
 ) -> Constraint:
@@ -119,29 +122,18 @@ def unify_and_prune(
         raise ValueError(
             f"unify_fraction + prune_fraction must be above 0 and at most 1, got {unify_fraction} + {prune_fraction}"
         )
-    if selection not in ("greedy", "exact"):
-        raise ValueError(f'selection must be "greedy" or "exact", got {selection!r}')
-    spec = {
-        "kind": "unify_and_prune",
-        "block": list(block),
-        "unify_fraction": unify_fraction,
-        "prune_fraction": prune_fraction,
-        "selection": selection,
-        "zeros": zeros,
-    }
-    return _tied(spec, block, unify_fraction, prune_fraction, selection, zeros)
+    check_choice("selection", selection, ("greedy", "exact"))
+    return _tied(block, unify_fraction, prune_fraction, selection, zeros)
 
 
 def _tied(
-    spec: dict[str, object],
     block: Sequence[int],
     unify_fraction: float,
     prune_fraction: float,
     selection: str,
     zeros: str,
 ) -> Constraint:
-    if zeros not in ("tie", "keep"):
-        raise ValueError(f'zeros must be "tie" or "keep", got {zeros!r}')
+    check_choice("zeros", zeros, ("tie", "keep"))
     extents, axes = _extents(block), _odd(block)
     view = views.tiles(extents)
 
@@ -171,12 +163,12 @@ def _tied(
         stays = (_per_block(kind) != PRUNED) & live(x, w.shape)
         return Ties(kind != FREE, view.back(jnp.where(stays, sign, jnp.int8(0)), w.shape))
 
-    def retract(w: Array, piece: Ties) -> Array:
-        x, sign = view.to(w), view.to(piece.sign)
+    def retract(w: Array, active: Ties) -> Array:
+        x, sign = view.to(w), view.to(active.sign)
         mean = _mean(jnp.where(sign < 0, -x, x), sign != 0, axes)
         a = jnp.where(jnp.signbit(mean), 0.0, mean).astype(w.dtype)
         tied = jnp.where(sign == 0, jnp.zeros((), w.dtype), jnp.where(sign < 0, -a, a))
-        return view.back(jnp.where(_per_block(piece.tied), tied, x), w.shape)
+        return view.back(jnp.where(_per_block(active.tied), tied, x), w.shape)
 
     def refuses(other: Constraint) -> str | None:
         if other.stage in (SUPPORT, SIGN) and zeros == "tie":
@@ -192,7 +184,7 @@ def _tied(
         return None
 
     return Constraint(
-        spec=spec,
+        spec={"kind": "tied"},
         init=lambda w: (),
         project=project,
         refresh=lambda w, structure: structure,

@@ -27,7 +27,7 @@ import optax
 from jax import Array, lax
 
 from compressx._admm import admm
-from compressx.constraints import Constraint, count, support, top_k_mask, unstructured
+from compressx.constraints import Constraint, count, factory, support, top_k_mask, unstructured
 from compressx.federated.trusted import messages, rounds
 from compressx.federated.trusted.messages import Layer
 from compressx.tree import paths
@@ -182,9 +182,10 @@ def round_key(seed: int, round_: Any, client: Any) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), round_), client)
 
 
+@factory
 def held_support(k: int) -> Constraint:
     """The weights within the support of the k largest magnitudes of the first weights: the same set for all clients."""
-    base = support({"kind": "held_support", "keep": k}, lambda w: top_k_mask(jnp.abs(w), k))
+    base = support(lambda w: top_k_mask(jnp.abs(w), k))
     return base._replace(
         init=lambda w: top_k_mask(jnp.abs(w), k),
         project=lambda w, mask: jnp.where(mask, w, jnp.zeros((), w.dtype)),

@@ -1,7 +1,7 @@
 """The file that holds a saved model: one safetensors file, a JSON header in its metadata, a checksum over both.
 
     metadata  {"compressx": header, "sha256": hex digest of the header's text and of every array}
-    header    {"version": 1, "arrays": {name: {"dtype", "shape", "coding"}}, "content": {...}}
+    header    {"version": 2, "arrays": {name: {"dtype", "shape", "coding"}}, "content": {...}}
 
 An array is stored as it is (coding "none"), or as the bytes of its entropy-coded form ("zlib", "lzma"), whichever is
 smaller. Any safetensors reader can open the file. The same content and arrays give the same bytes: keys are sorted, and
@@ -28,7 +28,8 @@ import safetensors.numpy
 
 from compressx.formats.base import DTYPES, CompressedFileError, fail
 
-VERSION = 1
+VERSION = 2
+READ = (1, 2)  # what is read; 1 is what 0.1 wrote
 MAX_HEADER = 1 << 24  # bytes of JSON
 MAX_VALUES = 1 << 20  # in the JSON of a header; parsed, each takes up to 200 bytes
 MAX_NESTING = 64  # of lists and objects in it
@@ -85,8 +86,8 @@ def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarra
     return sum(a.nbytes for a in stored.values())
 
 
-def read(path: Path, max_bytes: int) -> tuple[dict[str, Any], dict[str, np.ndarray], tuple[int, int]]:
-    """The content and the arrays of a file, and its bytes (arrays as stored, whole file); inverse of `write`.
+def read(path: Path, max_bytes: int) -> tuple[int, dict[str, Any], dict[str, np.ndarray], tuple[int, int]]:
+    """The version, content and arrays of a file, and its bytes (arrays as stored, whole file); inverse of `write`.
 
     Args:
       path: the file.
@@ -111,8 +112,9 @@ def read(path: Path, max_bytes: int) -> tuple[dict[str, Any], dict[str, np.ndarr
     if not isinstance(parsed, dict):
         fail("header", "is not a JSON object")
     version = parsed.get("version")
-    if type(version) is not int or version != VERSION:  # 1.0 and true are equal to 1
-        fail("header/version", f"{version!r} cannot be read by this release, which reads {VERSION}")
+    if type(version) is not int or version not in READ:  # 1.0 and true are equal to 1
+        known = " and ".join(map(str, READ))
+        fail("header/version", f"{version!r} cannot be read by this release, which reads {known}")
     content, described = parsed.get("content"), parsed.get("arrays")
     if not isinstance(content, dict) or not isinstance(described, dict):
         fail("header", "'content' and 'arrays' must be JSON objects")
@@ -120,7 +122,7 @@ def read(path: Path, max_bytes: int) -> tuple[dict[str, Any], dict[str, np.ndarr
         odd = sorted(described.keys() ^ stored.keys())[0]
         fail(odd, "is not in both the header and the file")
     held = sum(a.nbytes for a in stored.values())
-    return content, _decode_all(described, stored, max_bytes), (held, size)
+    return version, content, _decode_all(described, stored, max_bytes), (held, size)
 
 
 def to_json(value: Any) -> str:

@@ -2,10 +2,14 @@
 
 The content of the header (see `container`):
 
-    model   {"name", "options"} or null        extra   any JSON, as given to `save_model`
-    leaves  [{"path", "shape", "dtype", "format", "meta", "arrays": {array: name in the file}}]
-    rules   [{"paths", "spec", "structure": [names in the file]}], one per constrained leaf or joint set
+    model   {"class" or "name", "options"} or null        extra   any JSON, as given to `save_model`
+    leaves  [{"path": [keys], "shape", "dtype", "format": {"name", "version"}, "meta",
+              "arrays": {array: name in the file}}]
+    rules   [{"paths": [[keys]], "axes", "spec", "structure": [names in the file]}], one per constrained leaf or joint
+            set
 
+The arrays of "structure" are the leaves of the tuple of structures over the sets. "axes" is null. Files of version 1
+(release 0.1) have a path as one string, joined by slashes, and a format as its name; they are read as well.
 Nothing in a file is executed: constraints come back through `constraints.from_spec`, patterns are escaped paths, and
 the pytree of a structure is the one that the constraint itself makes.
 """
@@ -19,14 +23,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from compressx._harden import prove
-from compressx._harden import structures as initial_structures
+from compressx._harden import agree, parts, prove
+from compressx._harden import structures as choose
 from compressx.constraints import Constraint, on_leaf
 from compressx.formats import container, packing
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
-from compressx.formats.file_rules import claim, pattern_of, read_rules
-from compressx.rules import Bound, Rules, resolve
-from compressx.tree import paths
+from compressx.formats.file_rules import claim, pattern_of, read_path, read_rules
+from compressx.rules import Bound, Rules, pairs, resolve
+from compressx.tree import Key, keys, path_name
 
 MAX_LEAVES = 8192
 MAX_DEPTH = 64
@@ -49,10 +53,11 @@ class SavedModel(NamedTuple):
     """What a file holds.
 
     Attributes:
-      params: nested dictionaries of NumPy arrays, a level for each part of a path.
+      params: nested dictionaries of NumPy arrays, a level for each key of a path; keys are strings, or integers where
+        the tree that was saved had lists or integer keys.
       rules: pairs (pattern, constraint) that bind exactly the leaves that were bound.
-      structures: what each constraint leaves open, by name, as `harden.check` takes it.
-      model: {"name", "options"} or None.
+      structures: what the sets of each constraint leave open, by name, as in a `Hardened`.
+      model: as given to `save_model`: {"class" or "name", "options"} or None.
       extra: as given to `save_model`.
       packed: path -> the leaf as packed.
       sizes: bytes.
@@ -61,7 +66,7 @@ class SavedModel(NamedTuple):
 
     params: Any
     rules: list[tuple[str, Constraint]]
-    structures: dict[str, Any]
+    structures: dict[str, tuple[Any, ...]]
     model: dict[str, Any] | None
     extra: Any
     packed: dict[str, Packed]
@@ -84,12 +89,12 @@ def save_model(
 
     Args:
       path: the file, usually `compressed.safetensors`; its folder must exist.
-      params: any pytree of concrete arrays; give all of a model's variables (`{"params": ..., "batch_stats": ...}`) to
-        keep them all. Empty containers are not kept.
+      params: what `harden` or `retract` returned, or any pytree of concrete arrays; give all of a model's variables
+        (`{"params": ..., "batch_stats": ...}`) to keep them all. Empty containers are not kept.
       rules: pairs (pattern, constraint); None as a constraint leaves a leaf free.
-      structures: what the constraints leave open, as `harden.structures` returned it before hardening; None: chosen for
-        params.
-      model: `{"name": ..., "options": {...}}`, so that the network can be built again.
+      structures: what the constraints leave open, beside plain parameters; None: chosen for them.
+      model: `{"class": "package.module:Class", "options": {...}}`, or a "name" of the caller's own instead of "class",
+        so that the network can be built again. Loading imports nothing.
       extra: JSON-able facts to keep (accuracy, data set, seed).
       layout: pairs (pattern, format) that fix the format of leaves; all others take the smallest.
       coding: "zlib" or "lzma" to entropy-code the arrays of the file, where that saves bytes.
@@ -102,52 +107,60 @@ def save_model(
       ValueError: a name, format, structure or header that could not be read back.
       OSError: the file cannot be written.
     """
-    names = paths(params)
-    _nest(names)
+    params, held = parts(params, structures)
+    rules, keyed = pairs(rules), keys(params)
+    names = list(map(path_name, keyed))
+    _nest(keyed)
     leaves, params = _native(names, params)
     bound = resolve(rules, params) if rules else ()
-    given = dict(structures) if structures is not None else initial_structures(params, rules) if rules else {}
-    if given.keys() != {b.name for b in bound}:
-        odd = sorted(given.keys() ^ {b.name for b in bound})[0]
-        raise ValueError(f"structures and rules disagree on {odd!r}; take them from harden.structures")
+    given = held if held is not None else choose(params, rules) if rules else {}
+    given = agree(_renamed(given, bound), bound, "what is given as structures")
+    _check_model(model)
     parts_of = {}
     for b in bound:
         parts_of[b.name], given[b.name] = _native(f"{b.name}: its structure", given[b.name])
     if bound:
-        prove(params, rules, given, chosen=structures is None)
+        prove(params, rules, given, chosen=held is None)
     fixed = _layout(layout, names)
     arrays: dict[str, np.ndarray] = {}
     entries, described = [], []
     alone = {p: on_leaf(b.constraint, given[b.name], i) for b in bound for i, p in enumerate(b.paths)}
     packed_bytes = 0
-    for name, leaf in zip(names, leaves, strict=True):
+    for key, name, leaf in zip(keyed, names, leaves, strict=True):
         try:
             packed = packing.pack(leaf, *alone.get(name, (None, None)), fixed.get(name))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         packed_bytes += nbytes(packed)
-        held = {key: f"{name}:{key}" for key in packed.arrays}
-        arrays |= {held[key]: a for key, a in packed.arrays.items()}
+        called = {array: f"{name}:{array}" for array in packed.arrays}
+        arrays |= {called[array]: a for array, a in packed.arrays.items()}
         entries.append(
             {
-                "path": name,
+                "path": list(key),
                 "shape": list(packed.shape),
                 "dtype": packed.dtype,
-                "format": packed.format,
+                "format": {"name": packed.format, "version": 1},
                 "meta": packed.meta,
-                "arrays": held,
+                "arrays": called,
             }
         )
     for number, b in enumerate(bound):
-        parts = parts_of[b.name]
-        if parts and b.constraint.joint and list(b.paths) != sorted(b.paths, key=lambda p: p.split("/")):
+        open_parts = parts_of[b.name]
+        if open_parts and b.constraint.joint and list(b.indices) != sorted(b.indices, key=keyed.__getitem__):
             raise ValueError(
                 f"{b.name}: the leaves of a joint constraint with a structure must come in the order of their names, "
                 f"in which they are read back; they come as {', '.join(b.paths)}"
             )
-        held_names = [f"rule {number}:{i}" for i in range(len(parts))]
-        arrays |= dict(zip(held_names, parts, strict=True))
-        described.append({"paths": list(b.paths), "spec": dict(b.constraint.spec), "structure": held_names})
+        held_names = [f"rule {number}:{i}" for i in range(len(open_parts))]
+        arrays |= dict(zip(held_names, open_parts, strict=True))
+        described.append(
+            {
+                "paths": [list(keyed[i]) for i in b.indices],
+                "axes": None,
+                "spec": dict(b.constraint.spec),
+                "structure": held_names,
+            }
+        )
     content = {"model": dict(model) if model else None, "extra": extra, "leaves": entries, "rules": described}
     target = Path(path)
     stored = container.write(target, content, arrays, coding)
@@ -175,19 +188,16 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
         raise ValueError(f"max_bytes must be a positive integer, got {max_bytes!r}")
     target = Path(path)
     try:
-        content, arrays, (stored, size) = container.read(target, max_bytes)
-        packed, params = _leaves(content.get("leaves"), arrays, max_bytes)
-        bound, structures = read_rules(_list(content.get("rules"), "rules"), params, arrays, max_bytes)
+        version, content, arrays, (stored, size) = container.read(target, max_bytes)
+        packed, params = _leaves(content.get("leaves"), version, arrays, max_bytes)
+        bound, structures = read_rules(_list(content.get("rules"), "rules"), version, params, arrays, max_bytes)
         if arrays:
             fail(sorted(arrays)[0], "belongs to no leaf and no rule")
         model = content.get("model")
-        if model is not None and not (
-            isinstance(model, dict)
-            and isinstance(model.get("name"), str)
-            and len(model["name"]) <= MAX_NAME
-            and isinstance(model.get("options", {}), dict)
-        ):
-            fail("model", f"{str(model)[:120]} is not a name with options")
+        try:
+            _check_model(model)
+        except ValueError as error:
+            fail("model", str(error))
     except CompressedFileError as error:
         raise CompressedFileError(f"{target}: {error}") from None
     dense = sum(x.nbytes for x in jax.tree.leaves(params))
@@ -223,23 +233,50 @@ def _layout(layout: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[str
     return fixed
 
 
-def _nest(names: Sequence[str], leaves: Sequence[Any] | None = None) -> dict[str, Any]:
-    """Nested dictionaries, a level for each part of a path; refuses what would not come back as it was."""
-    tree: dict[str, Any] = {}
-    if len(names) > MAX_LEAVES:
-        raise ValueError(f"{len(names)} leaves, more than {MAX_LEAVES}")
-    for i, name in enumerate(names):
-        parts = name.split("/")
-        if not name or len(name) > MAX_NAME or len(parts) > MAX_DEPTH or not name.isprintable():
+def _check_model(model: Any) -> None:
+    """Raises ValueError unless it is None, or a class or a name with options."""
+    if model is None:
+        return
+    named = [model[k] for k in ("class", "name") if k in model] if isinstance(model, Mapping) else []
+    if len(named) != 1 or not isinstance(named[0], str) or len(named[0]) > MAX_NAME:
+        raise ValueError(f"{str(model)[:120]} has not one 'class' (package.module:Class) or 'name'")
+    if not isinstance(model.get("options", {}), Mapping) or set(model) - {"class", "name", "options"}:
+        raise ValueError(f"{str(model)[:120]} has other entries than a class or name and a dictionary of options")
+
+
+def _renamed(structures: Mapping[str, Any], bound: Sequence[Bound]) -> dict[str, Any]:
+    """Structures of params alone by the names that they have among all variables, where no name is their own."""
+    names = {b.name for b in bound}
+    if names == set(structures) or names != {f"params/{name}" for name in structures}:
+        return dict(structures)
+    return {f"params/{name}": s for name, s in structures.items()}
+
+
+def _nest(keyed: Sequence[Sequence[Key]], leaves: Sequence[Any] | None = None) -> dict[Key, Any]:
+    """Nested dictionaries, a level for each key of a path; refuses what would not come back as it was."""
+    tree: dict[Key, Any] = {}
+    if len(keyed) > MAX_LEAVES:
+        raise ValueError(f"{len(keyed)} leaves, more than {MAX_LEAVES}")
+    seen: set[str] = set()
+    for i, path in enumerate(keyed):
+        name = path_name(path)
+        if not name or len(name) > MAX_NAME or len(path) > MAX_DEPTH or not name.isprintable():
             raise ValueError(f"the path {name[:80]!r} is empty, not printable, too long or too deep")
-        node = tree
-        for part in parts[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"the path {name!r} runs through another leaf")
-        if parts[-1] in node:
+        if name in seen:
             raise ValueError(f"the path {name!r} names two leaves, or a leaf and a branch")
-        node[parts[-1]] = leaves[i] if leaves is not None else None
+        seen.add(name)
+        node = tree
+        for number, key in enumerate(path):
+            if any(type(other) is not type(key) for other in node):
+                raise ValueError(f"the path {name!r} has a number where another leaf has a name")
+            if number + 1 == len(path):
+                if key in node:
+                    raise ValueError(f"the path {name!r} names two leaves, or a leaf and a branch")
+                node[key] = leaves[i] if leaves is not None else None
+            else:
+                node = node.setdefault(key, {})
+                if not isinstance(node, dict):
+                    raise ValueError(f"the path {name!r} runs through another leaf")
     return tree
 
 
@@ -249,33 +286,44 @@ def _list(value: Any, entry: str, limit: int = MAX_LEAVES) -> list[Any]:
     return value
 
 
-def _leaves(listed: Any, arrays: dict[str, np.ndarray], max_bytes: int) -> tuple[dict[str, Packed], dict[str, Any]]:
+def _leaves(
+    listed: Any, version: int, arrays: dict[str, np.ndarray], max_bytes: int
+) -> tuple[dict[str, Packed], dict[Key, Any]]:
     packed: dict[str, Packed] = {}
+    keyed: list[tuple[Key, ...]] = []
     dense: list[np.ndarray] = []
     left = max_bytes
     for number, about in enumerate(_list(listed, "leaves")):
         entry = f"leaves[{number}]"
-        if not isinstance(about, dict) or not isinstance(about.get("path"), str):
+        if not isinstance(about, dict):
             fail(entry, "has no path")
-        entry = about["path"][:MAX_NAME]
+        keyed.append(read_path(about.get("path"), version, entry))
+        name = path_name(keyed[-1])
+        entry = name[:MAX_NAME]
         held, meta, format = about.get("arrays"), about.get("meta"), about.get("format")
+        if version > 1:
+            if not isinstance(format, dict) or format.keys() != {"name", "version"}:
+                fail(entry, "its format is not a name with a version")
+            if type(format["version"]) is not int or format["version"] != 1:
+                fail(entry, f"version {str(format['version'])[:40]} of its format is unknown to this release")
+            format = format["name"]
         if not isinstance(held, dict) or not isinstance(meta, dict) or not isinstance(format, str):
             fail(entry, "its format, meta or arrays are missing")
         if not isinstance(about.get("dtype"), str) or about["dtype"] not in DTYPES:
             fail(entry, f"dtype {str(about.get('dtype'))[:40]!r} is not one of {', '.join(DTYPES)}")
         shape = container.check_shape(entry, about.get("shape"), DTYPES[about["dtype"]].itemsize, left)
-        taken = {key: claim(arrays, name, entry) for key, name in held.items()}
+        taken = {key: claim(arrays, called, entry) for key, called in held.items()}
         item = Packed(format, shape, about["dtype"], taken, meta)
         try:
             w = packing.unpack(item, left, 2 * max_bytes)
         except CompressedFileError as error:
             fail(entry, str(error))
         left -= extent(item) * w.dtype.itemsize
-        if about["path"] in packed:
+        if name in packed:
             fail(entry, "occurs twice")
-        packed[about["path"]] = item
+        packed[name] = item
         dense.append(w)
     try:
-        return packed, _nest(list(packed), dense)
+        return packed, _nest(keyed, dense)
     except ValueError as error:
         fail("leaves", str(error))

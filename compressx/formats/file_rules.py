@@ -21,7 +21,7 @@ from compressx.constraints import Constraint, from_spec
 from compressx.formats.base import fail
 from compressx.formats.container import to_json
 from compressx.rules import Bound
-from compressx.tree import paths
+from compressx.tree import Key, path_name, paths
 
 # Operations that the projections of a file may have: some, and more for a file that may be large. Of the default 4 GiB
 # they are 139264; 80 different sets of supports have 2**13, as do three codebooks of 8 bits.
@@ -46,9 +46,20 @@ class Traced(NamedTuple):
     largest: int
 
 
+def read_path(path: Any, version: int, entry: str) -> tuple[Key, ...]:
+    """The keys of a path in a file: of version 1 the parts of one string, later a list of strings and integers."""
+    if version == 1:
+        if not isinstance(path, str):
+            fail(entry, "has no path")
+        return tuple(path.split("/"))
+    if not isinstance(path, list) or not path or not all(type(k) is str or (type(k) is int and 0 <= k) for k in path):
+        fail(entry, "its path is not a list of names and numbers")
+    return tuple(path)
+
+
 def read_rules(
-    listed: Sequence[Any], params: dict[str, Any], arrays: dict[str, np.ndarray], max_bytes: int
-) -> tuple[tuple[Bound, ...], dict[str, Any]]:
+    listed: Sequence[Any], version: int, params: dict[Key, Any], arrays: dict[str, np.ndarray], max_bytes: int
+) -> tuple[tuple[Bound, ...], dict[str, tuple[Any, ...]]]:
     """The rules of a file bound to its leaves, and their structures by name; takes these out of `arrays`.
 
     Raises:
@@ -60,7 +71,7 @@ def read_rules(
     traces = _Traces(max_bytes)
     free = set(index)
     for number, about in enumerate(listed):
-        b = _bind(f"rules[{number}]", about, index, free, leaves)
+        b = _bind(f"rules[{number}]", about, version, index, free, leaves)
         free.difference_update(b.paths)
         template = traces.structure(b, b.take(leaves))
         structures[b.name] = _structure(b, template, about.get("structure"), arrays)
@@ -73,13 +84,18 @@ def pattern_of(b: Bound) -> str:
     return "|".join(map(re.escape, b.paths))
 
 
-def _bind(entry: str, about: Any, index: dict[str, int], free: set[str], leaves: Sequence[Any]) -> Bound:
+def _bind(
+    entry: str, about: Any, version: int, index: dict[str, int], free: set[str], leaves: Sequence[Any]
+) -> Bound:
     if not isinstance(about, dict) or not isinstance(about.get("spec"), dict):
         fail(entry, "has no constraint")
     named = about.get("paths")
     if not isinstance(named, list):
         fail(f"{entry}/paths", "is not a list")
-    known = named and all(isinstance(p, str) and p in free for p in named)
+    if version > 1 and about.get("axes") is not None:
+        fail(f"{entry}/axes", "are not understood by this release")
+    named = [path_name(read_path(p, version, f"{entry}/paths")) for p in named]
+    known = named and all(p in free for p in named)
     if not known or len(set(named)) < len(named):
         fail(entry, "its paths are not leaves of the file, or another rule holds on them")
     mine = sorted(named, key=index.__getitem__)
@@ -117,7 +133,7 @@ class _Traces:
                 each.append(tuple(self._of(b, one.leaf, x) for x in w))
             else:
                 each.append(self._of(b, one, w))
-        return tuple(each) if b.constraint.parts else each[0]
+        return tuple(each)
 
     def _of(self, b: Bound, one: Constraint, w: Any) -> Any:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), w)

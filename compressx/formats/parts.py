@@ -28,7 +28,7 @@ def part(constraint: Any, structure: Any, kinds: tuple[str, ...]) -> tuple[Mappi
 
     Args:
       constraint: a `Constraint` (an intersection too) or None.
-      structure: what it leaves open; None where that is not known.
+      structure: what it leaves open, as `Constraint.each` takes it.
       kinds: `spec["kind"]`s that are looked for.
 
     Returns:
@@ -36,10 +36,7 @@ def part(constraint: Any, structure: Any, kinds: tuple[str, ...]) -> tuple[Mappi
     """
     if constraint is None or constraint.joint:
         return None
-    structures = structure if constraint.parts else (structure,)
-    if structures is None:
-        structures = (None,) * len(constraint.sets)
-    for single, open_part in zip(constraint.sets, structures, strict=True):
+    for single, open_part in constraint.each(structure):
         if single.spec["kind"] in kinds:
             return single.spec, open_part
     return None

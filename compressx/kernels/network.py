@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compressx._harden import Hardened
 from compressx.formats.base import Packed
 from compressx.formats.file import SavedModel
 from compressx.kernels import native, pallas, pattern_conv, plans, schedule, tuning
@@ -106,7 +107,7 @@ def compile(
     Args:
       model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
       weights: a `SavedModel`, as `load_model` returns it, whose packed leaves are executed as they are stored; or the
-        model's variables, a concrete pytree with zeros in place.
+        model's variables, a `Hardened` or a concrete pytree, with zeros in place.
       threads: at most so many, 0 for all of XLA's pool.
       tune: measure plans of each layer (kept in a cache) rather than trust the model.
       path: "xla" for the fused steps on XLA, "native", "pallas" (interpreted on a CPU, for every layer that it
@@ -123,6 +124,8 @@ def compile(
     variables = weights
     if isinstance(weights, SavedModel):
         variables, packed = weights.params, weights.packed
+    elif isinstance(weights, Hardened):
+        variables = weights.params
     if path not in (None, "native", "pallas", "xla"):
         raise ValueError(f"no path {path!r}; the paths are native, pallas and xla")
     if path == "native" and not native.available():

@@ -152,7 +152,7 @@ def live_weights(scene: Scene, variables: Any, names: Sequence[str]) -> dict[str
 
 def _held(constraint: Constraint, structure: Any, w: np.ndarray) -> Held:
     found = Held()
-    for part, piece in zip(constraint.sets, structure if constraint.parts else (structure,), strict=True):
+    for part, piece in constraint.each(structure):
         if part.spec["kind"] == "polarize":
             found = found._replace(
                 fragment=part.spec["fragment"], order=part.spec["order"], rows=rows_of(piece.order, w)

@@ -109,7 +109,7 @@ def _sizes(scene: Scene) -> dict[str, np.ndarray]:
         spec = b.constraint.spec
         if b.constraint.joint or spec["kind"] not in ("darb", "block_max"):
             continue
-        w, structure = np.asarray(b.take(leaves)), scene.result.structure[b.name]
+        w, structure = np.asarray(b.take(leaves)), scene.result.structure[b.name][0]
         rows = w.shape[0] if spec["axis"] == "outputs" else w.shape[1]
         allowed = np.asarray(spec.get("allowed", [0]))
         out[b.paths[0]] = (

@@ -41,7 +41,6 @@ from compressx import (
     top_k_mask,
     unify,
 )
-from compressx._retrain import find_state as find_retrain_state
 from compressx.cache import cache_folder
 from compressx.compaction import CompactionError
 from compressx.formats import container
@@ -77,7 +76,7 @@ _ADDRESS_SPACE = 16 << 30  # of a process that opens a hostile file
 
 def unstructured(density: float | None = None, *, keep: int | None = None, joint: bool = False) -> Any:
     """The largest weights of each leaf, or with `joint` of all leaves of the rule together."""
-    return compressx.unstructured(density, keep=keep, scope="global" if joint else "leaf")
+    return compressx.unstructured(density, keep=keep, scope="rule" if joint else "leaf")
 
 
 def kind(constraint: Any) -> str:
@@ -115,7 +114,7 @@ def find_admm_state(opt_state: Any) -> Any:
 
 def harden(params: Any, rules: Any, state: Any = None) -> Any:
     """The weights, projected onto their sets; with an ADMM state, with the structures that it holds."""
-    return compressx.harden(params, rules, state)
+    return compressx.harden(params, rules, state, fresh=state is None).params
 
 
 def structures(params: Any, rules: Any) -> Any:
@@ -130,7 +129,7 @@ def check(params: Any, rules: Any, chosen: Any) -> None:
 
 def retract(params: Any, rules: Any, opt_state: Any) -> Any:
     """The weights, brought back exactly into the pieces of the retraining whose optimizer state this is."""
-    return compressx.retract(params, rules, find_retrain_state(opt_state))
+    return compressx.retract(params, rules, opt_state).params
 
 
 # Files
@@ -195,10 +194,10 @@ def forged_leaf(
 ) -> Any:
     """How a file describes a packed leaf; `arrays` maps the format's names to those in the file."""
     return {
-        "path": path,
+        "path": path.split("/"),
         "shape": list(shape),
         "dtype": dtype,
-        "format": format,
+        "format": {"name": format, "version": 1},
         "meta": dict(meta),
         "arrays": dict(arrays),
     }
@@ -206,7 +205,7 @@ def forged_leaf(
 
 def forged_rule(paths: Sequence[str], spec: Any) -> Any:
     """How a file describes a rule whose set leaves nothing open."""
-    return {"paths": list(paths), "spec": spec, "structure": []}
+    return {"paths": [path.split("/") for path in paths], "axes": None, "spec": spec, "structure": []}
 
 
 def spec_of_unstructured(density: float) -> Any:

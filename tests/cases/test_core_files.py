@@ -31,7 +31,6 @@ class Deep(nnx.Module):
         return x
 
 
-@open_case(raises=AssertionError, match="another network: layers come back as 0, 1, 10, 11, 2, ...")
 def test_load_into_nnx_12_layers(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     m, x = Deep(12), normal(2, 4)
@@ -42,7 +41,6 @@ def test_load_into_nnx_12_layers(tmp_path: Path) -> None:
     assert float(jnp.abs(back(x) - y).max()) < 1e-6, "another network: layers come back as 0, 1, 10, 11, 2, ..."
 
 
-@open_case(raises=ValueError, match="a joint constraint with a structure must come in the order of their names")
 def test_save_joint_12_layers(tmp_path: Path) -> None:
     p = [normal(4, 4, seed=i) for i in range(12)]
     rules = [(".*", api.unstructured(0.5, joint=True) & api.quantize(4))]
@@ -56,7 +54,6 @@ def test_save_joint_12_layers(tmp_path: Path) -> None:
 # saved.
 
 
-@open_case(raises=AssertionError, match="the rule passed `value` over in silence")
 def test_leaf_named_value() -> None:
     p = {"params": {"attn": {"query": normal(8, 8), "key": normal(8, 8, seed=1), "value": normal(8, 8, seed=2)}}}
     z = api.harden(p, [(r".*/(query|key|value)", api.unstructured(0.5))])["params"]["attn"]

@@ -104,7 +104,6 @@ def test_rho_optax_schedule() -> None:
 # from harden.structures", is where they came from).
 
 
-@open_case(raises=AssertionError, match="a zip constrains nothing, in silence")
 def test_rules_once() -> None:
     rules = zip(["kernel"], [api.unstructured(0.5)])  # noqa: B905  (an iterator that is read once is what is tried)
     try:
@@ -118,7 +117,6 @@ def _variables() -> Any:
     return {"params": {"d": {"kernel": normal(8, 8)}}, "batch_stats": {"mean": jnp.zeros(8)}}
 
 
-@open_case(raises=AssertionError, match="KeyError: 'params/d/kernel'")
 def test_harden_variables_with_state_of_params() -> None:
     v, rules = _variables(), [(".*kernel", api.quantize(4))]
     s = api.admm(rules, every=1).init(v["params"])
@@ -127,7 +125,6 @@ def test_harden_variables_with_state_of_params() -> None:
     assert error is None or named, f"{type(error).__name__}: {error}"
 
 
-@open_case(raises=ValueError, match="structures and rules disagree on 'd/kernel'; take them from harden.structures")
 def test_save_variables_with_structures_of_params(tmp_path: Path) -> None:
     v, rules = _variables(), [(".*kernel", api.quantize(4))]
     hard = api.harden(v["params"], rules)
@@ -135,7 +132,6 @@ def test_save_variables_with_structures_of_params(tmp_path: Path) -> None:
     api.save(tmp_path / "r.safetensors", {**v, "params": hard}, rules, chosen)
 
 
-@open_case(raises=AssertionError, match=r"ValueError: zip\(\) argument 2 is longer than argument 1")
 def test_changed_rules() -> None:
     p, g = _params(), _gradients()
     s = api.admm([("kernel", api.unstructured(0.5) & api.quantize(4))], every=1).init(p)
@@ -176,7 +172,6 @@ def test_compile_inside_jit() -> None:
     jax.jit(lambda x: f(x))(x)
 
 
-@open_case(raises=RuntimeError, match="Array has been deleted")
 def test_donated_structures() -> None:
     p, g, rules = _params(), _gradients(), [("kernel", api.quantize(4))]
     hard = api.harden(p, rules)
@@ -187,7 +182,6 @@ def test_donated_structures() -> None:
     api.check(api.harden(hard, rules), rules, chosen)
 
 
-@open_case(raises=AttributeError, match="local object 'support.<locals>.<lambda>'")
 def test_pickle_constraint() -> None:
     rules = pickle.loads(pickle.dumps(RULES))
     p = _params()

@@ -199,7 +199,7 @@ def test_hardened_networks_with_stacks_and_tiles_lose_their_filters():
         return jnp.tile(jax.nn.relu(y) @ v["b"], (1, 2)) @ v["c"]
 
     v = draw(a=(3, 8), b=(8, 4), c=(8, 2))
-    hard = harden(v, [("a", filters(0.5)), ("b", unstructured(0.5))])
+    hard = harden(v, [("a", filters(0.5)), ("b", unstructured(0.5))], fresh=True).params
     small = compact(f, hard, jnp.ones((1, 3)))
     assert small.variables["a"].shape == (3, 4) and small.variables["b"].shape[0] == 4
     x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 3)), jnp.float32)

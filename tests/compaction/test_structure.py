@@ -70,7 +70,7 @@ def _prune(network, kind, **options):
     if key not in _PRUNED:
         kept = compaction.amounts(found, convolutions, kind, 6.0)
         rules = compaction.structure_rules(found, {"params": variables["params"]}, kept, pattern=PATTERN, **options)
-        _PRUNED[key] = kept, rules, {**variables, **harden({"params": variables["params"]}, rules)}
+        _PRUNED[key] = kept, rules, {**variables, **harden({"params": variables["params"]}, rules, fresh=True).params}
     return _PRUNED[key]
 
 
@@ -175,7 +175,7 @@ def test_the_set_is_what_it_says(network) -> None:
     for kernel in convolutions:
         used = (np.asarray(params[kernel.path.split("/")[1]]["kernel"]) != 0).any(-1).sum()
         assert used <= kept.columns[kernel.path]
-    again = harden({"params": params}, rules)
+    again = harden({"params": params}, rules, fresh=True).params
     jax.tree.map(np.testing.assert_array_equal, again["params"], params)  # idempotent
 
 

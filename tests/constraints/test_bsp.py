@@ -154,7 +154,7 @@ def test_the_joint_set_never_revives_what_step_one_removed():
 
 def test_the_chain_keeps_step_one_zeros_through_admm():
     params = {"w": normal(24, 16)}
-    one = cx.harden(params, [("w", bsp_columns(0.25, strips=4))])
+    one = cx.harden(params, [("w", bsp_columns(0.25, strips=4))], fresh=True).params
     rules = [("w", bsp_rows(0.5, strips=2, chained=True))]
     tx = optax.chain(cx.admm(rules, rho=0.05, every=2), optax.sgd(0.1))
     state, params = tx.init(one), one
@@ -168,7 +168,7 @@ def test_the_chain_keeps_step_one_zeros_through_admm():
     for _ in range(6):
         params, state = step(params, state)
     assert np.count_nonzero(params["w"]) == 24 * 16  # this loop does not mask, so everything has moved
-    two = np.asarray(cx.harden(params, rules, cx.find_admm_state(state))["w"])
+    two = np.asarray(cx.harden(params, rules, cx.find_admm_state(state)).params["w"])
     assert not two[np.asarray(one["w"]) == 0].any()
     for cut in ranges(24, 2):
         assert (two[cut] != 0).any(0).sum() <= 8
@@ -176,14 +176,14 @@ def test_the_chain_keeps_step_one_zeros_through_admm():
 
 def test_gates_together_rank_one_wide_matrix():
     params = {f"h{g}": {"kernel": normal(10, 6, seed=i)} for i, g in enumerate("nrz")}
-    rules = [("h[nrz]/kernel", bsp_columns(keep=3, strips=3, gates="together"))]
-    hard = cx.harden(params, rules)
+    rules = [("h[nrz]/kernel", bsp_columns(keep=3, strips=3, scope="rule"))]
+    hard = cx.harden(params, rules, fresh=True).params
     joined = jnp.concatenate([params[k]["kernel"] for k in ("hn", "hr", "hz")], axis=1)
     expected = projected(bsp_columns(keep=3, strips=3), joined)
     got = np.concatenate([hard[k]["kernel"] for k in ("hn", "hr", "hz")], axis=1)
     np.testing.assert_array_equal(got, expected)
     with pytest.raises(ValueError, match="same inputs"):
-        cx.resolve([(".*", bsp_rows(0.5, gates="together"))], params | {"i": normal(4, 6)})
+        cx.resolve([(".*", bsp_rows(0.5, scope="rule"))], params | {"i": normal(4, 6)})
 
 
 def test_the_twelve_matrices_have_the_papers_size():
@@ -201,7 +201,7 @@ def test_the_twelve_matrices_have_the_papers_size():
         (lambda: bsp_columns(0.5, keep=3), "exactly one"),
         (lambda: bsp_rows(0.0), r"\(0, 1\]"),
         (lambda: bsp_rows(0.5, strips=0), "at least 1"),
-        (lambda: bsp(0.5, 0.5, gates="joined"), "apart"),
+        (lambda: bsp(0.5, 0.5, scope="joined"), "scope must be"),
         (lambda: bsp(0.5), "exactly one"),
     ],
 )

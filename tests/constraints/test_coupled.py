@@ -80,7 +80,7 @@ def test_hardened_residual_networks_compact_to_the_density(rng) -> None:
     variables = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32), spec)
     found = groups(channels(model, variables, one))
     assert [g.size for g in found] == [6, 4]
-    hard = harden(variables, coupled_rules(found, 0.5, vectors=True))
+    hard = harden(variables, coupled_rules(found, 0.5, vectors=True), fresh=True).params
     small = compact(model, hard, one)
     assert small.variables["params"]["a"]["kernel"].shape == (3, 3, 2, 3)
     assert small.variables["params"]["b"]["kernel"].shape == (3, 3, 3, 2)

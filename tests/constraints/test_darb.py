@@ -66,7 +66,7 @@ def test_block_max_keeps_the_largest_of_every_block(shape, size):
     outputs = projected(block_max(size), w).reshape(-1, 30)
     np.testing.assert_array_equal(outputs, by_loops(m, lambda r: size))
     assert (np.count_nonzero(outputs, axis=1) == math.ceil(30 / size)).all()
-    inputs = projected(block_max(size, "inputs"), w).reshape(-1, 30)
+    inputs = projected(block_max(size, axis="inputs"), w).reshape(-1, 30)
     np.testing.assert_array_equal(inputs, by_loops(m.T.copy(), lambda r: size).T)
 
 
@@ -157,7 +157,7 @@ def test_sizes_learnt_in_admm_are_those_it_is_hardened_with():
         state = step(moved, state)
     found = cx.find_admm_state(state)
     sizes = np.array(rules[0][1].spec["allowed"])[np.asarray(found.structure["w"][0])]
-    hard = cx.harden(moved, rules, found)
+    hard = cx.harden(moved, rules, found).params
     np.testing.assert_array_equal(hard["w"], by_loops(np.asarray(moved["w"]), lambda r: sizes[r]))
     assert (np.asarray(found.structure["w"][0]) != np.asarray(rules[0][1].init(params["w"]))).any()
 
@@ -218,11 +218,11 @@ def test_bank_balanced_keeps_as_many_in_every_bank():
 
 EVERY = {
     "block_max": block_max(3),
-    "block_max-inputs": block_max(4, "inputs"),
-    "darb": darb(0.3, (1, 2, 4, 8)),
+    "block_max-inputs": block_max(4, axis="inputs"),
+    "darb": darb(0.3, allowed=(1, 2, 4, 8)),
     "darb-inputs": darb(0.4, axis="inputs", assignment="permuted"),
-    "balanced": balanced_block_max(0.5, 2),
-    "banks": bank_balanced(0.5, 4, "inputs"),
+    "balanced": balanced_block_max(0.5, size=2),
+    "banks": bank_balanced(0.5, 4, axis="inputs"),
 }
 
 
@@ -263,7 +263,7 @@ def test_jit_vmap_and_specs_agree(name):
 
 def test_gates_together_form_one_row():
     params = [normal(5, 6), normal(5, 9, seed=1)]
-    hard = cx.harden(params, [(".*", block_max(4, gates="together"))])
+    hard = cx.harden(params, [(".*", block_max(4, scope="rule"))], fresh=True).params
     expected = by_loops(np.concatenate(params, axis=1), lambda r: 4)
     np.testing.assert_array_equal(np.concatenate(hard, axis=1), expected)
 
@@ -272,13 +272,13 @@ def test_gates_together_form_one_row():
     ("make", "message"),
     [
         (lambda: block_max(0), "size=0"),
-        (lambda: block_max(2, "rows"), "outputs"),
-        (lambda: darb(0.1, (4, 2)), "ascend"),
+        (lambda: block_max(2, axis="rows"), "outputs"),
+        (lambda: darb(0.1, allowed=(4, 2)), "ascend"),
         (lambda: darb(0.1, assignment="random"), "adaptive"),
         (lambda: darb(1.5), r"\(0, 1\]"),
         (lambda: bank_balanced(0.01, 8), "keeps none"),
         (lambda: bank_balanced(0.5, 0), "bank=0"),
-        (lambda: cx.resolve([("w", darb(0.01, (1, 2, 4)))], {"w": normal(8, 8)}), r"w \(8, 8\).*add larger"),
+        (lambda: cx.resolve([("w", darb(0.01, allowed=(1, 2, 4)))], {"w": normal(8, 8)}), r"w \(8, 8\).*add larger"),
         (lambda: cx.resolve([("w", balanced_block_max(0.3))], {"w": normal(8, 64)}), "number of blocks"),
         (lambda: cx.resolve([("w", block_max(2))], {"w": normal(8)}), "2 axes"),
     ],

@@ -22,18 +22,20 @@ def normal(seed: int = 0) -> jax.Array:
 
 
 COMBINATIONS = {
-    "FORMS": cx.filters(0.75) & cx.columns(0.75) & cx.polarize(4) & cx.quantize(8, "cells"),
-    "FORMS on a crossbar": cx.crossbar_aware(0.5, 0.5, 12, 8, 4)
-    & cx.polarize(4, "C", "energy")
-    & cx.quantize(4, "cells"),
+    "FORMS": cx.filters(0.75) & cx.columns(0.75) & cx.polarize(4) & cx.quantize(8, grid="cells"),
+    "FORMS on a crossbar": cx.crossbar_aware(0.5, 0.5, rows=12, cols=8, cells_per_weight=4)
+    & cx.polarize(4, order="C", rule="energy")
+    & cx.quantize(4, grid="cells"),
     "pruned, quantized": cx.unstructured(0.3) & cx.quantize(4),
-    "pruned, clustered": cx.unstructured(0.3) & cx.quantize(3, "codebook"),
+    "pruned, clustered": cx.unstructured(0.3) & cx.quantize(3, grid="codebook"),
     "patterns, powers of two": cx.pattern_connectivity(entries=4, density=0.5)
-    & cx.quantize(4, "power_of_two", "channel"),
+    & cx.quantize(4, grid="power_of_two", per="channel"),
     "unified, quantized": cx.unify((4, 2), 0.6) & cx.quantize(4),
-    "unified, clustered": cx.unify((4, 1), 0.6) & cx.quantize(3, "codebook", "channel"),
-    "all": cx.filters(0.75) & cx.polarize(4) & cx.unify((4, 1), 0.6, "keep") & cx.quantize(5),
-    "unified and pruned, quantized": cx.unify_and_prune((4, 2), 0.3, 0.3, "exact") & cx.quantize(4, "cells"),
+    "unified, clustered": cx.unify((4, 1), 0.6) & cx.quantize(3, grid="codebook", per="channel"),
+    "all": cx.filters(0.75) & cx.polarize(4) & cx.unify((4, 1), 0.6, zeros="keep") & cx.quantize(5),
+    "unified and pruned, quantized": (
+        cx.unify_and_prune((4, 2), 0.3, 0.3, selection="exact") & cx.quantize(4, grid="cells")
+    ),
 }
 
 
@@ -57,7 +59,7 @@ def test_every_set_holds_after_admm_hardening_and_retraining(name: str) -> None:
     for _ in range(16):
         params, state = admm_step(params, state)
     structure = structures(params, rules, find_state(state))
-    hard = cx.harden(params, rules, find_state(state))  # raises where a set is left
+    hard = cx.harden(params, rules, find_state(state)).params  # raises where a set is left
     assert 0 < int(jnp.count_nonzero(hard["w"])) <= target.size
 
     rt = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9), cx.retrain(rules, structure))
@@ -65,7 +67,7 @@ def test_every_set_holds_after_admm_hardening_and_retraining(name: str) -> None:
     free, rs = hard, rt.init(hard)
     for _ in range(10):
         updates, rs = step(free, rs)
-        free = cx.retract(optax.apply_updates(free, updates), rules, retrain_state(rs))
+        free = cx.retract(optax.apply_updates(free, updates), rules, retrain_state(rs)).params
     np.testing.assert_array_equal(jnp.sign(free["w"]), jnp.sign(hard["w"]))
     assert not np.array_equal(free["w"], hard["w"])
     # the scale has moved: it is chosen anew for the last set, the other structures are those of hardening
@@ -75,7 +77,7 @@ def test_every_set_holds_after_admm_hardening_and_retraining(name: str) -> None:
 
 def test_hardening_is_the_chain_of_the_projections_in_stage_order() -> None:
     w = normal()
-    parts = [cx.unstructured(0.4), cx.polarize(4), cx.unify((4, 1), 0.5, "keep"), cx.quantize(4)]
+    parts = [cx.unstructured(0.4), cx.polarize(4), cx.unify((4, 1), 0.5, zeros="keep"), cx.quantize(4)]
     whole = parts[3] & parts[1] & parts[2] & parts[0]  # written in any order
     assert [p.spec["kind"] for p in whole.sets] == ["unstructured", "polarize", "unify", "quantize"]
     z = w
@@ -118,7 +120,7 @@ def test_pruning_and_quantizing_together_beats_quantizing_over_the_zeros() -> No
 
 def test_a_single_set_holds_on_every_leaf_of_a_joint_one() -> None:
     """One threshold over both leaves by sorting all magnitudes; then each leaf on a scale of its own."""
-    constraint = cx.quantize(4) & cx.unstructured(keep=60, scope="global")
+    constraint = cx.quantize(4) & cx.unstructured(keep=60, scope="rule")
     w = (normal(6), 3 * normal(7))
     magnitudes = np.concatenate([np.abs(np.asarray(x)).reshape(-1) for x in w])
     least = np.sort(magnitudes)[-60]
@@ -133,16 +135,16 @@ def test_a_single_set_holds_on_every_leaf_of_a_joint_one() -> None:
 
 
 def test_what_a_joint_intersection_says_of_one_leaf() -> None:
-    constraint = cx.unstructured(0.3, scope="global") & cx.polarize(4) & cx.quantize(4)
+    constraint = cx.unstructured(0.3, scope="rule") & cx.polarize(4) & cx.quantize(4)
     w = (normal(6), normal(7))
     structure = constraint.init(w)
     z = constraint.project(w, structure)
     alone, mine = cx.constraints.on_leaf(constraint, structure, 1)
     assert alone is not None and [p.spec["kind"] for p in alone.sets] == ["polarize", "quantize"] and not alone.joint
     np.testing.assert_array_equal(alone.project(z[1], mine), z[1])
-    both = cx.constraints.on_leaf(cx.unstructured(0.3, scope="global") & cx.quantize(4), (0, (1, 2)), 0)
+    both = cx.constraints.on_leaf(cx.unstructured(0.3, scope="rule") & cx.quantize(4), (0, (1, 2)), 0)
     assert both[0] is not None and both[0].spec["kind"] == "quantize" and both[1] == 1
-    assert cx.constraints.on_leaf(cx.unstructured(0.3, scope="global"), (), 0) == (None, None)
+    assert cx.constraints.on_leaf(cx.unstructured(0.3, scope="rule"), (), 0) == (None, None)
     assert cx.constraints.on_leaf(cx.quantize(4), 3.0, 0)[1] == 3.0
 
 
@@ -159,7 +161,7 @@ def test_what_a_joint_intersection_says_of_one_leaf() -> None:
         (lambda: cx.polarize(4) & cx.polarize(8), "both fix the sign"),
         (lambda: cx.quantize(4) & cx.quantize(8), "both fix the levels"),
         (lambda: cx.unify((2, 2), 0.5) & cx.unify((4, 1), 0.5), "both fix the tied magnitudes"),
-        (lambda: cx.unify((2, 2), 0.5) & cx.unstructured(0.5, scope="global"), "bring back weights"),
+        (lambda: cx.unify((2, 2), 0.5) & cx.unstructured(0.5, scope="rule"), "bring back weights"),
     ],
 )
 def test_combinations_that_cannot_be_say_why(build: Any, message: str) -> None:

@@ -56,7 +56,7 @@ def test_odd_shapes_are_held_or_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", list(EXAMPLES))
 def test_odd_shapes_that_are_held_pass_every_phase(name: str) -> None:
     def phases(params: Any, rules: Any) -> None:
-        structure, hard = cx.structures(params, rules), cx.harden(params, rules)
+        structure, hard = cx.structures(params, rules), cx.harden(params, rules, fresh=True).params
         assert {k: x.shape for k, x in hard.items()} == {k: x.shape for k, x in params.items()}
         cx.retrain(rules, structure).init(hard)
         cx.admm(rules).init(params)
@@ -80,8 +80,8 @@ def test_an_empty_leaf_is_left_out_by_the_rule_that_the_error_gives() -> None:
     params = {"a": {"kernel": jnp.ones((4, 4))}, "b": {"kernel": jnp.ones((4, 0))}}
     rules = [(".*kernel", cx.unstructured(0.5))]
     with pytest.raises(ValueError, match=r"b/kernel \(4, 0\): it has no weights.*\('b/kernel', None\) before"):
-        cx.harden(params, rules)
-    hard = cx.harden(params, [("b/kernel", None), *rules])
+        cx.harden(params, rules, fresh=True)
+    hard = cx.harden(params, [("b/kernel", None), *rules], fresh=True).params
     assert hard["b"]["kernel"].shape == (4, 0) and int(jnp.sum(hard["a"]["kernel"] != 0)) == 8
 
 

@@ -160,7 +160,7 @@ def test_ties_go_to_the_earlier_pattern(name, w):
 
 
 EVERY = {
-    "natural8": pattern("natural", 8),
+    "natural8": pattern("natural", k=8),
     "all": pattern("all"),
     "free": pattern("free"),
     "channel": pattern("elog", aligned="channel"),
@@ -266,7 +266,7 @@ def test_the_k_most_frequent_natural_patterns_are_chosen():
     listed = [names.count(tuple(p)) for p in library.to_taps(masks)]
     assert counts.tolist() == listed and counts.sum() == 400
     expected = sorted(set(names), key=lambda p: (-names.count(p), p))[:8]
-    structure = pattern("natural", 8).init(w)
+    structure = pattern("natural", k=8).init(w)
     assert [tuple(p) for p in library.to_taps(structure.masks)] == expected
     assert [tuple(p) for p in select_library({"c": w}, "c", 8)] == expected
     assert library.coverage(counts, 56) == 1 and library.coverage(counts, 8) == sum(sorted(listed)[-8:]) / 400
@@ -277,13 +277,13 @@ def test_the_k_most_frequent_natural_patterns_are_chosen():
 def test_one_library_for_the_network():
     params = {"a": {"kernel": normal(3, 3, 8, 9)}, "b": {"kernel": normal(3, 3, 5, 6, seed=1)}, "p": normal(1, 1, 4, 4)}
     rule = r"[ab]/kernel"
-    constraint = pattern("natural", 8, scope="network")
+    constraint = pattern("natural", k=8, scope="rule")
     ws = (params["a"]["kernel"], params["b"]["kernel"])
     structure = constraint.init(ws)
     assert library.to_taps(structure.masks) == select_library(params, rule, 8)
     for each, w in zip(constraint.project(ws, structure), ws, strict=True):
         np.testing.assert_array_equal(each, projected(pattern(select_library(params, rule, 8)), w))
-    hard = cx.harden(params, [(rule, constraint)])
+    hard = cx.harden(params, [(rule, constraint)], fresh=True).params
     used = {tuple(np.flatnonzero(x)) for leaf in (hard["a"], hard["b"]) for x in kernels(leaf["kernel"]).reshape(-1, 9)}
     assert len(used) <= 8
     with pytest.raises(ValueError, match="p: .*1x1"):
@@ -310,7 +310,7 @@ def test_other_kernel_sizes_choose_from_the_masks_that_occur():
 )
 def test_refresh_drops_the_rarest_patterns(shrink, sizes):
     w = normal(3, 3, 30, 30)
-    constraint = pattern("all", 8, shrink=shrink)
+    constraint = pattern("all", k=8, shrink=shrink)
     s = constraint.init(w)
     for size in sizes[1:]:
         used = library.use([energy(jnp.asarray(kernels(w)))], s.masks, s.live)
@@ -324,7 +324,7 @@ def test_refresh_drops_the_rarest_patterns(shrink, sizes):
 
 def test_extraction_inside_admm_ends_with_one_library_for_the_network():
     params = {"a": normal(3, 3, 4, 6), "b": normal(3, 3, 6, 4, seed=1)}
-    rules = [(".*", pattern("all", 8, scope="network", shrink=[40, 12, 8]))]
+    rules = [(".*", pattern("all", k=8, scope="rule", shrink=[40, 12, 8]))]
     tx = optax.chain(cx.admm(rules, rho=0.1, every=2, refresh_every=2), optax.sgd(0.1))
     state = tx.init(params)
 
@@ -337,7 +337,7 @@ def test_extraction_inside_admm_ends_with_one_library_for_the_network():
         params, state = step(params, state)
     found = cx.find_admm_state(state)
     assert int(found.structure[".*"][0].live.sum()) == 8
-    hard = cx.harden(params, rules, found)
+    hard = cx.harden(params, rules, found).params
     masks = {tuple(np.flatnonzero(x)) for w in hard.values() for x in kernels(w).reshape(-1, 9)}
     assert len(masks) <= 8
 

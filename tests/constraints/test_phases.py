@@ -34,13 +34,13 @@ SETS: dict[str, tuple[cx.Constraint, Any]] = {
     "patterns & unstructured": (cx.pattern(k=8) & cx.unstructured(0.2), (3, 3, 8, 16)),
     "few patterns & unstructured": (cx.pattern("all", k=4) & cx.unstructured(0.15), (3, 3, 8, 8)),
     "patterns of a network & unstructured": (
-        cx.pattern(k=6, scope="network") & cx.unstructured(0.2, scope="global"),
+        cx.pattern(k=6, scope="rule") & cx.unstructured(0.2, scope="rule"),
         ((3, 3, 4, 6), (3, 3, 6, 4)),
     ),
     "patterns & connectivity": (cx.pattern(k=6) & cx.connectivity(0.4), (3, 3, 6, 8)),
     "unstructured & polarize": (cx.unstructured(0.5) & cx.polarize(4), (3, 3, 8, 8)),
-    "columns & polarize": (cx.columns(0.4) & cx.polarize(3, "H"), (3, 3, 4, 5)),
-    "sparse & polarize energy": (cx.unstructured(0.15) & cx.polarize(8, "C", "energy"), (24, 7)),
+    "columns & polarize": (cx.columns(0.4) & cx.polarize(3, order="H"), (3, 3, 4, 5)),
+    "sparse & polarize energy": (cx.unstructured(0.15) & cx.polarize(8, order="C", rule="energy"), (24, 7)),
     "darb permuted": (cx.darb(0.1, assignment="permuted"), (40, 64)),
     "darb inverse": (cx.darb(0.1, assignment="inverse"), (40, 64)),
     "darb uniform": (cx.darb(0.1, assignment="uniform"), (40, 64)),
@@ -51,12 +51,15 @@ SETS: dict[str, tuple[cx.Constraint, Any]] = {
     "quantize 8": (cx.quantize(8), (30, 40)),
     "quantize 12 a channel": (cx.quantize(12, per="channel"), (30, 8)),
     "quantize 16": (cx.quantize(16), (20, 20)),
-    "powers of two": (cx.unstructured(0.3) & cx.quantize(5, "power_of_two"), (20, 20)),
-    "codebook a channel": (cx.unstructured(0.4) & cx.quantize(3, "codebook", "channel"), (30, 6)),
+    "powers of two": (cx.unstructured(0.3) & cx.quantize(5, grid="power_of_two"), (20, 20)),
+    "codebook a channel": (cx.unstructured(0.4) & cx.quantize(3, grid="codebook", per="channel"), (30, 6)),
     "levels with zero": (cx.quantize(3, zero_level=True), (16, 16)),
-    "unified, kept zeros, quantized": (cx.filters(0.5) & cx.unify((4, 1), 0.6, "keep") & cx.quantize(5), (3, 3, 4, 6)),
+    "unified, kept zeros, quantized": (
+        cx.filters(0.5) & cx.unify((4, 1), 0.6, zeros="keep") & cx.quantize(5),
+        (3, 3, 4, 6),
+    ),
     "FORMS": (
-        cx.filters(0.75) & cx.columns(0.75) & cx.polarize(4) & cx.quantize(8, "cells"),
+        cx.filters(0.75) & cx.columns(0.75) & cx.polarize(4) & cx.quantize(8, grid="cells"),
         (3, 3, 4, 8),
     ),
     "patterns & polarize & quantize": (
@@ -130,13 +133,13 @@ def retrained(rules: Any, structure: Any, hard: Any, seed: int) -> Any:
     still = cx.retrain(rules, structure)
     updates, _ = still.update(jax.tree.map(jnp.zeros_like, hard), still.init(hard), hard)
     equal(optax.apply_updates(hard, updates), hard)
-    equal(cx.retract(hard, rules, find_state(state)), hard)
+    equal(cx.retract(hard, rules, find_state(state)).params, hard)
     moved = hard
     for k in range(3):
         noise = [jax.random.normal(jax.random.key(seed + k), w.shape) for w in jax.tree.leaves(hard)]
         updates, state = tx.update(jax.tree.unflatten(jax.tree.structure(hard), noise), state, moved)
         moved = optax.apply_updates(moved, updates)
-    return cx.retract(moved, rules, find_state(state))
+    return cx.retract(moved, rules, find_state(state)).params
 
 
 def inside(name: str, before: Any, after: Any) -> None:
@@ -166,7 +169,7 @@ def test_every_phase_keeps_what_hardening_left(name: str, seed: int, tmp_path: P
     params = {f"layer{i}": x for i, x in enumerate(w if constraint.joint else [w])}
     rules = [("layer.*", constraint)]
     structure = cx.structures(params, rules)
-    hard = cx.harden(params, rules)
+    hard = cx.harden(params, rules, fresh=True).params
     for given in (structure, None):
         chosen = cx.structures(hard, rules) if given is None else given
         if given is None and any(outside(hard, rules, chosen).values()):
@@ -210,7 +213,7 @@ def test_weights_that_were_never_hardened_are_refused_with_their_leaf(tmp_path: 
 def test_structures_of_other_weights_are_refused() -> None:
     rules = [("w", cx.pattern(k=2))]
     w, v = (jax.random.normal(jax.random.key(k), (3, 3, 4, 4)) for k in range(2))
-    hard = cx.harden({"w": w}, rules)
+    hard = cx.harden({"w": w}, rules, fresh=True).params
     cx.retrain(rules, cx.structures({"w": w}, rules)).init(hard)
     with pytest.raises(cx.ConstraintViolation, match="w: .* entries outside"):
         cx.retrain(rules, cx.structures({"w": v}, rules)).init(hard)
@@ -246,7 +249,7 @@ def test_denormals_are_weights_of_a_file(dtype: Any, tmp_path: Path) -> None:
     with pytest.raises(cx.ConstraintViolation, match="w: 15 entries outside"):
         cx.save_model(tmp_path / "m", {"w": w}, [("w", cx.unstructured(keep=1))])
     rules = [("w", cx.unstructured(keep=16) & cx.filters(keep=4))]
-    equal(cx.harden({"w": w}, rules)["w"], w)
+    equal(cx.harden({"w": w}, rules, fresh=True).params["w"], w)
     cx.save_model(tmp_path / "m", {"w": w}, rules)
     assert cli.main(["verify", str(tmp_path / "m")]) == 0
     np.testing.assert_array_equal(formats.load_model(tmp_path / "m").params["w"].view(np.uint8), w.view(np.uint8))

@@ -16,8 +16,8 @@ from compressx.constraints.base import violations
 from tests.constraints.test_contract import EXAMPLES
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16, "float64": np.float64}
-# Powers of two between which the weights below (multiples of 2**-5, below 8) and their means are normal numbers; float16
-# is calculated with in float32, where its own denormals are normal numbers too.
+# Powers of two between which the weights below (multiples of 2**-5, below 8) and their means are normal numbers.
+# float16 is calculated with in float32, where its own denormals are normal numbers too.
 POWERS = {"float32": (-112, 124), "float16": (-19, 12), "bfloat16": (-112, 124), "float64": (-1000, 1020)}
 # within these the scale of levels has all the bits that it has elsewhere
 LEVEL_POWERS = {"float32": (-100, 60), "float16": (-1, 3), "bfloat16": (-100, 60), "float64": (-900, 900)}
@@ -193,7 +193,7 @@ def test_residuals_are_those_of_ordinary_weights_times_their_size() -> None:
 @pytest.mark.parametrize("grid", ["uniform", "cells", "power_of_two", "codebook"])
 def test_small_leaves_are_quantized_as_well_as_others(dtype: Any, grid: str) -> None:
     """A float16 leaf of 1e-6 and a float32 one of 1e-37: the levels are theirs, not the smallest normal number's."""
-    c = cx.quantize(4, grid)
+    c = cx.quantize(4, grid=grid)
     w = np.random.default_rng(0).standard_normal((64, 32))
     power = -20 if dtype == np.float16 else -123
     errors = []

@@ -99,7 +99,7 @@ def test_balanced_blocks_have_no_place_above_its_number(seed: int, density: floa
     room = math.floor(density * length / size)
     if room < 1 or room * size > -(-length // size):
         return
-    z = hard(cx.balanced_block_max(density, size), normal(seed, 5, length))
+    z = hard(cx.balanced_block_max(density, size=size), normal(seed, 5, length))
     live = np.pad(z != 0, ((0, 0), (0, -length % size))).reshape(5, -1, size)
     assert live.sum(2).max() <= 1 and live.sum(1).max() <= room
 
@@ -146,7 +146,7 @@ def test_crossbars_are_filled(seed: int, filters: float, columns: float) -> None
     if not half_up(filters * 9) or not half_up(columns * 36):
         return
     p, f = crossbar_kept(w.shape, filters, columns, 8, 8, 2)
-    z = hard(cx.crossbar_aware(filters, columns, 8, 8, 2), w)
+    z = hard(cx.crossbar_aware(filters, columns, rows=8, cols=8, cells_per_weight=2), w)
     assert ((z != 0).any((0, 1, 2)).sum(), (z != 0).any(-1).sum()) == (f, p)
     assert f == min(9, math.ceil(half_up(filters * 9) / 4) * 4)
     assert p == min(36, math.ceil(half_up(columns * 36) / 8) * 8)

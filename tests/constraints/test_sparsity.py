@@ -70,7 +70,7 @@ def test_unstructured_is_the_nearest_point(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("axis", [0, 1, -2, -1])
 def test_n_of_m_is_the_nearest_point(axis: int, rng: np.random.Generator) -> None:
     w = rng.standard_normal((4, 8)).astype(np.float32)
-    z = np.asarray(cx.n_of_m(2, 4, axis).project(jnp.asarray(w), ()))
+    z = np.asarray(cx.n_of_m(2, 4, axis=axis).project(jnp.asarray(w), ()))
     groups = np.moveaxis(z, axis, -1).reshape(-1, 4)
     source = np.moveaxis(w, axis, -1).reshape(-1, 4)
     for got, line in zip(groups, source, strict=True):
@@ -90,7 +90,7 @@ def test_filters_and_columns_leave_a_dense_matrix(conv: np.ndarray) -> None:
 
 def test_global_threshold_ranks_over_leaves() -> None:
     leaves = (jnp.array([5.0, 1.0, 4.0]), jnp.array([[3.0, 2.0]]))
-    z = cx.unstructured(0.6, scope="global").project(leaves, ())
+    z = cx.unstructured(0.6, scope="rule").project(leaves, ())
     np.testing.assert_array_equal(z[0], [5, 0, 4])
     np.testing.assert_array_equal(z[1], [[3, 0]])
 

@@ -202,7 +202,7 @@ def test_retraction_is_the_mean_of_the_signed_weights_or_zero() -> None:
     [
         (cx.unify((4, 1), 0.5), jnp.bfloat16),
         (cx.unify_and_prune((2, 9, 2), 0.4, 0.3), jnp.float32),
-        (cx.prune_blocks((4, 4), 0.5) & cx.unify((4, 1), 0.8, "keep"), jnp.float32),
+        (cx.prune_blocks((4, 4), 0.5) & cx.unify((4, 1), 0.8, zeros="keep"), jnp.float32),
     ],
     ids=["unify bfloat16", "both", "two sets"],
 )
@@ -227,7 +227,7 @@ def test_admm_harden_retrain_keeps_blocks_equal_to_the_bit(constraint: cx.Constr
         if i % 4 == 3:
             residuals.append(float(jnp.max(find_state(state).primal["w"])))
     assert residuals[-1] < residuals[0]
-    hard = cx.harden(params, rules, find_state(state))
+    hard = cx.harden(params, rules, find_state(state)).params
 
     def tied(w: Any) -> list[list[int]]:
         out = []
@@ -261,7 +261,7 @@ def test_tiles_view_is_a_bijection() -> None:
 
 
 def test_jit_and_vmap_equal_the_eager_loop() -> None:
-    for c in (cx.unify((2, 2), 0.4), cx.unify_and_prune((2, 2), 0.4, 0.3, "exact")):
+    for c in (cx.unify((2, 2), 0.4), cx.unify_and_prune((2, 2), 0.4, 0.3, selection="exact")):
         ws = jnp.stack([normal((5, 7), s) for s in range(3)])
         wanted = jnp.stack([c.project(w, ()) for w in ws])
         # sums run in another order: a mean may differ in its last bit
@@ -275,7 +275,7 @@ def test_jit_and_vmap_equal_the_eager_loop() -> None:
         (lambda: cx.unify((2, 2), 0.0), r"fraction must be in \(0, 1\], got 0.0"),
         (lambda: cx.prune_blocks((2, 2), 1.0), r"fraction must be in \(0, 1\), got 1.0"),
         (lambda: cx.unify_and_prune((2, 2), 0.6, 0.6), "at most 1, got 0.6"),
-        (lambda: cx.unify_and_prune((2, 2), 0.3, 0.3, "best"), '"greedy" or "exact"'),
+        (lambda: cx.unify_and_prune((2, 2), 0.3, 0.3, selection="best"), '"greedy" or "exact"'),
         (lambda: cx.unify((2, 2), 0.3, zeros="drop"), '"tie" or "keep"'),
         (lambda: cx.unify((2,), 0.3), "two or three extents"),
         (lambda: cx.resolve([("w", cx.unify((4, 4), 0.1))], {"w": jnp.ones((4, 4))}), "none would be unified"),

@@ -198,7 +198,7 @@ def test_chunks_of_inputs_and_tables_built_on_the_way_change_nothing(rng, monkey
 def test_rows_follow_a_polarized_structure(rng):
     from compressx.constraints import polarize
 
-    constraint = polarize(4, "W")
+    constraint = polarize(4, order="W")
     w = jnp.asarray(rng.normal(size=(3, 3, 2, 3)), jnp.float32).at[:, 1].set(0.0)
     structure = constraint.init(w)
     polar = constraint.project(w, structure)

@@ -86,7 +86,7 @@ def test_a_masked_network_keeps_its_zeros_and_its_result() -> None:
     module = models.build("lenet5_caffe", classes=10)
     variables = _variables(module, (28, 28, 1))
     rules = [("params/c2/kernel", cx.filters_and_columns(0.5, 0.3)), ("params/f./kernel", cx.unstructured(0.05))]
-    hard = cx.harden(variables, rules)
+    hard = cx.harden(variables, rules, fresh=True).params
     data = export.onnx(module, hard, (28, 28, 1))
     arrays = [onnx.numpy_helper.to_array(t) for t in onnx.load_from_string(data).graph.initializer]
     stored = sorted(np.count_nonzero(a) for a in arrays if a.size > 1000)
@@ -163,7 +163,7 @@ def narrow() -> tuple[nn.Module, Any, compaction.Compact]:
     module, x = models.build("resnet20", classes=10, width=0.5), jnp.zeros((1, 32, 32, 3))
     variables = _variables(module, (32, 32, 3))
     groups = compaction.groups(compaction.channels(module, variables, x))
-    hard = cx.harden(variables, compaction.coupled_rules(groups, 0.5, vectors=True))
+    hard = cx.harden(variables, compaction.coupled_rules(groups, 0.5, vectors=True), fresh=True).params
     return module, hard, compaction.compact(module, hard, x)
 
 

@@ -225,7 +225,7 @@ _PATTERN = {"library": "natural", "k": 6, "entries": 4, "kernel": [3, 3], "scope
 _MEMBER = {"makes": 1, "makes_units": [[0, 8]], "reads": None, "reads_units": None, "columns": 3}
 SPECS: list[dict[str, Any]] = [
     {"kind": "unstructured", "density": 0.5, "keep": None, "scope": "leaf"},
-    {"kind": "unstructured", "density": 0.5, "keep": None, "scope": "global"},
+    {"kind": "unstructured", "density": 0.5, "keep": None, "scope": "rule"},
     {"kind": "n_of_m", "n": 1, "m": 2, "axis": -2},
     {"kind": "block", "block": [2, 2], "density": 0.5, "keep": None},
     {"kind": "filters", "density": 0.5, "keep": None},
@@ -258,7 +258,7 @@ SPECS: list[dict[str, Any]] = [
     {
         "kind": "pattern",
         **_PATTERN,
-        "scope": "network",
+        "scope": "rule",
         "aligned": 2,
         "library": [[1, 3, 4, 5], [0, 1, 3, 4]],
         "k": None,
@@ -266,8 +266,8 @@ SPECS: list[dict[str, Any]] = [
     },
     {"kind": "connectivity", "density": 0.5, "keep": None, "balance": "filter", "aligned": 2},
     {"kind": "pattern_connectivity", "density": 0.5, "keep": None, "balance": "layer", **_PATTERN, "shrink": 0.5},
-    {"kind": "bsp_columns", "density": 0.5, "keep": None, "strips": 2, "blocks": 2, "gates": "apart"},
-    {"kind": "bsp_rows", "density": 0.5, "keep": None, "strips": 2, "blocks": 1, "gates": "together", "chained": True},
+    {"kind": "bsp_columns", "density": 0.5, "keep": None, "strips": 2, "blocks": 2, "scope": "leaf"},
+    {"kind": "bsp_rows", "density": 0.5, "keep": None, "strips": 2, "blocks": 1, "scope": "rule", "chained": True},
     {
         "kind": "bsp",
         "column_density": 0.5,
@@ -276,19 +276,19 @@ SPECS: list[dict[str, Any]] = [
         "keep_rows": None,
         "column_strips": 2,
     }
-    | {"column_blocks": 1, "row_strips": 1, "row_blocks": 1, "gates": "apart"},
-    {"kind": "block_max", "size": 4, "axis": "outputs", "gates": "apart"},
+    | {"column_blocks": 1, "row_strips": 1, "row_blocks": 1, "scope": "leaf"},
+    {"kind": "block_max", "size": 4, "axis": "outputs", "scope": "leaf"},
     {
         "kind": "darb",
         "density": 0.4,
         "allowed": [1, 2, 4],
         "axis": "outputs",
-        "gates": "apart",
+        "scope": "leaf",
         "assignment": "adaptive",
         "seed": 0,
     },
-    {"kind": "balanced_block_max", "density": 0.5, "size": 2, "axis": "outputs", "gates": "apart"},
-    {"kind": "bank_balanced", "density": 0.5, "bank": 4, "axis": "inputs", "gates": "apart"},
+    {"kind": "balanced_block_max", "density": 0.5, "size": 2, "axis": "outputs", "scope": "leaf"},
+    {"kind": "bank_balanced", "density": 0.5, "bank": 4, "axis": "inputs", "scope": "leaf"},
     {
         "kind": "crossbar_aware",
         "filter_density": 0.5,

@@ -25,7 +25,7 @@ def hard(constraint: cx.Constraint, shape: tuple[int, ...], seed: int = 0) -> np
 CASES = {
     "whole": (cx.bank_balanced(0.25, 16), (6, 64)),
     "ragged": (cx.bank_balanced(0.3, 10), (7, 64)),
-    "inputs": (cx.bank_balanced(0.25, 8, "inputs"), (33, 5)),
+    "inputs": (cx.bank_balanced(0.25, 8, axis="inputs"), (33, 5)),
     "conv": (cx.bank_balanced(0.5, 4), (3, 3, 4, 9)),
     "bank of one": (cx.bank_balanced(1.0, 1), (4, 5)),
     "longer than a row": (cx.bank_balanced(0.5, 64), (6, 5)),

@@ -57,11 +57,11 @@ def test_index_bytes_of_the_papers_row():
 CASES = {
     "uniform": (cx.block_max(8), (20, 64)),
     "ragged": (cx.block_max(14), (9, 100)),
-    "inputs": (cx.block_max(5, "inputs"), (33, 7)),
+    "inputs": (cx.block_max(5, axis="inputs"), (33, 7)),
     "whole": (cx.block_max(1), (6, 5)),
     "longer than a row": (cx.block_max(64), (6, 5)),
     "darb": (cx.darb(0.1), (60, 64)),
-    "darb, inputs": (cx.darb(0.2, (1, 2, 4, 8, 16), "inputs"), (64, 40)),
+    "darb, inputs": (cx.darb(0.2, allowed=(1, 2, 4, 8, 16), axis="inputs"), (64, 40)),
     "darb, conv": (cx.darb(0.2), (3, 3, 8, 32)),
     "joined": (cx.darb(0.1) & cx.unstructured(0.05), (60, 64)),
 }
@@ -116,7 +116,7 @@ def test_weights_outside_the_blocks_are_named():
         formats.pack(w, cx.block_max(4), (), format="block-max")
 
 
-CONSTRAINT = cx.darb(0.3, (1, 2, 4, 8))
+CONSTRAINT = cx.darb(0.3, allowed=(1, 2, 4, 8))
 STRUCTURE = jnp.arange(16, dtype=jnp.int32) % 4
 W = np.asarray(CONSTRAINT.project(jnp.asarray(np.random.default_rng(0).normal(size=(16, 19)), jnp.float32), STRUCTURE))
 PACKED = formats.pack(W, CONSTRAINT, STRUCTURE, format="block-max")

@@ -15,7 +15,7 @@ from compressx.formats import decoding
 @pytest.mark.parametrize("kind", ["block_max", "darb"])
 def test_the_packed_product_is_the_masked_dense_one(rng, axis, kind) -> None:
     w = jnp.asarray(rng.normal(size=(24, 50)).astype(np.float32))
-    constraint = block_max(8, axis) if kind == "block_max" else darb(0.2, (1, 2, 4, 8, 16), axis)
+    constraint = block_max(8, axis=axis) if kind == "block_max" else darb(0.2, allowed=(1, 2, 4, 8, 16), axis=axis)
     structure = constraint.init(w)
     z = constraint.project(w, structure)
     packed = formats.pack(z, constraint, structure, format="block-max")
@@ -79,7 +79,7 @@ def test_a_bank_balanced_matrix_has_no_padding(rng) -> None:
 
 def test_blocks_along_the_inputs_are_counted_there(rng) -> None:
     w = jnp.asarray(rng.normal(size=(24, 50)).astype(np.float32))
-    constraint = darb(0.2, (1, 2, 4, 8, 16), "inputs")
+    constraint = darb(0.2, allowed=(1, 2, 4, 8, 16), axis="inputs")
     structure = constraint.init(w)
     sizes = np.array((1, 2, 4, 8, 16))[np.asarray(structure)]
     z = constraint.project(w, structure)

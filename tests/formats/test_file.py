@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import lzma
 import os
 import pickle
@@ -29,7 +30,7 @@ from tests.formats.hostile import opened as _open
 
 RULES = [
     ("params/conv/kernel", cx.filters_and_columns(0.5, 0.5)),
-    ("params/dense./kernel", cx.unstructured(0.1, scope="global")),
+    ("params/dense./kernel", cx.unstructured(0.1, scope="rule")),
     ("params/pattern/kernel", cx.pattern_connectivity(0.4, k=4) & cx.quantize(4)),
 ]
 LAYOUT = [("params/pattern/kernel", "fkw-coded")]
@@ -50,7 +51,7 @@ def _params() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def hard() -> dict[str, Any]:
-    return cx.harden(_params(), RULES)
+    return cx.harden(_params(), RULES, fresh=True).params
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_structure_comes_back_as_the_pytree_it_was(tmp_path: Path) -> None:
     params = {"a": {"kernel": jax.random.normal(jax.random.key(1), (3, 3, 8, 8))}}
     rules = [("a/kernel", cx.constraints.from_spec({"kind": "pattern", "k": 6}) & cx.filters(0.5))]
     structures = cx.structures(params, rules)
-    hard = cx.harden(params, rules)
+    hard = cx.harden(params, rules, fresh=True).params
     save_model(tmp_path / "m", hard, rules, structures)
     back = load_model(tmp_path / "m")
     assert jax.tree.structure(back.structures) == jax.tree.structure(structures)
@@ -108,9 +109,9 @@ def test_a_structure_comes_back_as_the_pytree_it_was(tmp_path: Path) -> None:
 def test_leaves_of_a_joint_intersection_are_packed_by_what_holds_on_each(tmp_path: Path) -> None:
     k = jax.random.split(jax.random.key(0))
     params = {"a": {"kernel": jax.random.normal(k[0], (30, 40))}, "b": {"kernel": jax.random.normal(k[1], (40, 30))}}
-    rules = [(".*/kernel", cx.unstructured(0.05, scope="global") & cx.quantize(4))]
+    rules = [(".*/kernel", cx.unstructured(0.05, scope="rule") & cx.quantize(4))]
     structures = cx.structures(params, rules)
-    hard = cx.harden(params, rules)
+    hard = cx.harden(params, rules, fresh=True).params
     save_model(tmp_path / "m", hard, rules, structures)
     back = load_model(tmp_path / "m")
     assert _same(hard, back.params) and _same(list(structures.values()), list(back.structures.values()))
@@ -160,9 +161,9 @@ def test_what_could_not_be_read_back_is_not_saved(hard: dict[str, Any], tmp_path
     for tree, message in (
         (jnp.ones(3), "empty"),
         ({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, "names two leaves"),
-        ({"a/b": jnp.ones(1), "a": jnp.ones(1)}, "names two leaves|another leaf"),
+        ({"a": {0: jnp.ones(1)}, "b": {"0": jnp.ones(1)}, "a/0": jnp.ones(1)}, "names two leaves"),
         ({"a\x1b[2J": jnp.ones(1)}, "not printable"),
-        ({"/".join("x" * 70): jnp.ones(1)}, "too deep"),
+        (functools.reduce(lambda tree, _: {"x": tree}, range(70), jnp.ones(1)), "too deep"),
     ):
         with pytest.raises(ValueError, match=message):
             save_model(path, tree)
@@ -170,7 +171,7 @@ def test_what_could_not_be_read_back_is_not_saved(hard: dict[str, Any], tmp_path
         save_model(path, hard, RULES, extra={"accuracy": float("nan")})
     with pytest.raises(ValueError, match="coding must be one of"):
         save_model(path, hard, RULES, coding="gzip")
-    with pytest.raises(ValueError, match="disagree on 'params/conv/kernel'"):
+    with pytest.raises(ValueError, match="disagree on params/conv/kernel"):
         save_model(path, hard, RULES, {})
     assert not path.exists() and list(tmp_path.iterdir()) == []
 
@@ -299,14 +300,18 @@ def _change(*keys: Any, value: Any) -> Callable[[Any, Any], None]:
 
 def _leaf(path: str, key: str, value: Any) -> Callable[[Any, Any], None]:
     def change(header: Any, arrays: Any) -> None:
-        next(x for x in header["content"]["leaves"] if x["path"] == path)[key] = value
+        next(x for x in header["content"]["leaves"] if "/".join(x["path"]) == path)[key] = value
 
     return change
 
 
+def _format(name: Any, version: Any = 1) -> dict[str, Any]:
+    return {"name": name, "version": version}
+
+
 CONV, DENSE = "params/conv/kernel", "params/dense1/kernel"
 FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
-    "version": (_change("version", value=2), "header/version: 2 cannot be read"),
+    "version": (_change("version", value=3), "header/version: 3 cannot be read"),
     "version bool": (_change("version", value=True), "header/version: True cannot be read"),
     "version fraction": (_change("version", value=1.0), "header/version: 1.0 cannot be read"),
     "version string": (_change("version", value="1"), "header/version: '1' cannot be read"),
@@ -314,12 +319,21 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "leaves": (_change("content", "leaves", value={}), "leaves: is not a list"),
     "leaves gone": (_change("content", "leaves", value=[]), "rules\\[0\\]: its paths are not leaves"),
     "leaf": (_change("content", "leaves", 0, value=3), "leaves\\[0\\]: has no path"),
-    "path": (_leaf(DENSE, "path", CONV), "params/conv/kernel: occurs twice"),
-    "path through a leaf": (_leaf("params/conv/bias", "path", CONV + "/x"), "leaves: the path .* a leaf and a branch"),
-    "path depth": (_leaf("params/conv/bias", "path", "/".join("x" * 500)), "leaves: the path .* too deep"),
-    "path escapes": (_leaf("params/conv/bias", "path", "a\x1b[2J"), "leaves: the path .* not printable"),
-    "format": (_leaf(CONV, "format", "pickle"), "params/conv/kernel: pickle: unknown format"),
-    "format type": (_leaf(CONV, "format", ["dense"]), "params/conv/kernel: its format"),
+    "path": (_leaf(DENSE, "path", CONV.split("/")), "params/conv/kernel: occurs twice"),
+    "path string": (_leaf(DENSE, "path", DENSE), "leaves\\[.\\]: its path is not a list of names and numbers"),
+    "path fraction": (_leaf(DENSE, "path", ["a", 1.0]), "leaves\\[.\\]: its path is not a list"),
+    "path negative": (_leaf(DENSE, "path", ["a", -1]), "leaves\\[.\\]: its path is not a list of names and numbers"),
+    "path number": (_leaf(DENSE, "path", ["params", 0]), "leaves: the path .* a number where another leaf has a name"),
+    "path through a leaf": (
+        _leaf("params/conv/bias", "path", [*CONV.split("/"), "x"]),
+        "leaves: the path .* (a leaf and a branch|through another leaf)",
+    ),
+    "path depth": (_leaf("params/conv/bias", "path", ["x"] * 500), "leaves: the path .* too deep"),
+    "path escapes": (_leaf("params/conv/bias", "path", ["a\x1b[2J"]), "leaves: the path .* not printable"),
+    "format": (_leaf(CONV, "format", _format("pickle")), "params/conv/kernel: pickle: unknown format"),
+    "format string": (_leaf(CONV, "format", "dense"), "params/conv/kernel: its format is not a name with a version"),
+    "format version": (_leaf(CONV, "format", _format("dense", 2)), "params/conv/kernel: version 2 of its format"),
+    "format type": (_leaf(CONV, "format", _format(["dense"])), "params/conv/kernel: its format"),
     "dtype": (_leaf(CONV, "dtype", "object"), "params/conv/kernel: dtype 'object' is not one of"),
     "dtype type": (_leaf(CONV, "dtype", ["float32"]), "params/conv/kernel: dtype"),
     "shape": (_leaf(CONV, "shape", [2, 8]), "params/conv/kernel: compact/positions"),
@@ -331,18 +345,25 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "arrays": (_leaf(CONV, "arrays", {"matrix": "params/conv/bias:values"}), "params/conv/kernel: its array"),
     "rules": (_change("content", "rules", value=3), "rules: is not a list"),
     "rule": (_change("content", "rules", 0, value=[]), "rules\\[0\\]: has no constraint"),
-    "rule path": (_change("content", "rules", 0, "paths", value=["nothing"]), "rules\\[0\\]: its paths are not"),
-    "rule paths": (_change("content", "rules", 0, "paths", value=[DENSE]), "rules\\[1\\]: its paths are not"),
-    "two paths": (_change("content", "rules", 0, "paths", value=[CONV, "params/conv/bias"]), "holds on one leaf"),
+    "rule path": (_change("content", "rules", 0, "paths", value=[["nothing"]]), "rules\\[0\\]: its paths are not"),
+    "rule paths": (_change("content", "rules", 0, "paths", value=[DENSE.split("/")]), "rules.1.: its paths are not"),
+    "rule path string": (_change("content", "rules", 0, "paths", value=[CONV]), "rules.0./paths: its"),
+    "rule axes": (_change("content", "rules", 0, "axes", value="in out"), "rules\\[0\\]/axes: are not understood"),
+    "two paths": (
+        _change("content", "rules", 0, "paths", value=[CONV.split("/"), ["params", "conv", "bias"]]),
+        "holds on one leaf",
+    ),
     "spec kind": (_change("content", "rules", 0, "spec", "kind", value="system"), "unknown constraint 'system'"),
     "spec kind type": (_change("content", "rules", 0, "spec", "kind", value=["all"]), "is refused"),
     "spec argument": (_change("content", "rules", 0, "spec", "command", value="ls"), "is refused"),
     "spec density": (_change("content", "rules", 0, "spec", "filter_density", value=1e-9), f"{CONV}: .* does not fit"),
     "spec type": (_change("content", "rules", 0, "spec", "filter_density", value=True), "is not of the type float"),
-    "rule path twice": (_change("content", "rules", 1, "paths", value=[DENSE, DENSE]), "rules.1.: its paths are not"),
-    "model name": (_change("content", "model", "name", value="x" * 2000), "model: .* is not a name"),
+    "rule path twice": (_change("content", "rules", 1, "paths", value=[DENSE.split("/")] * 2), "rules.1.: its paths"),
+    "model name": (_change("content", "model", "name", value="x" * 2000), "model: .* has not one"),
     "structure": (_change("content", "rules", 0, "structure", value=["x"]), "its structure has 1 arrays"),
-    "model": (_change("content", "model", value=["small"]), "model: .* is not a name"),
+    "model": (_change("content", "model", value=["small"]), "model: .* has not one"),
+    "model class and name": (_change("content", "model", "class", value="a:B"), "model: .* has not one"),
+    "model options": (_change("content", "model", "options", value=[]), "model: .* has other entries"),
     "description": (_change("arrays", f"{CONV}:matrix", value=None), "its description is not understood"),
     "coding": (_change("arrays", f"{CONV}:matrix", "coding", value="bz2"), "its description is not understood"),
     "coded dtype": (_change("arrays", f"{CONV}:matrix", "coding", value="zlib"), "coded data is uint8"),

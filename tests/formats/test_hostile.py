@@ -252,8 +252,8 @@ def test_thousands_of_rules_that_are_alike_are_read(opener: Any, tmp_path: Path)
 def test_a_joint_rule_is_read_with_the_structure_of_each_leaf(sets: list[str], tmp_path: Path) -> None:
     of = {
         "filters": cx.filters(0.5),
-        "bsp_columns": cx.bsp_columns(0.5, strips=2, gates="together"),
-        "unstructured": cx.unstructured(0.5, scope="global"),
+        "bsp_columns": cx.bsp_columns(0.5, strips=2, scope="rule"),
+        "unstructured": cx.unstructured(0.5, scope="rule"),
         "quantize": cx.quantize(4, per="channel"),
     }
     constraint = of[sets[0]] & of[sets[1]]

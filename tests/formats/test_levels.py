@@ -53,10 +53,10 @@ def test_codes_come_back(bits: int, values: list[int]) -> None:
 QUANTIZED = {
     "uniform": cx.quantize(4),
     "channel": cx.quantize(3, per="channel"),
-    "powers": cx.quantize(4, "power_of_two"),
-    "cells": cx.quantize(4, "cells"),
-    "codebook": cx.quantize(4, "codebook"),
-    "codebooks": cx.quantize(3, "codebook", per="channel"),
+    "powers": cx.quantize(4, grid="power_of_two"),
+    "cells": cx.quantize(4, grid="cells"),
+    "codebook": cx.quantize(4, grid="codebook"),
+    "codebooks": cx.quantize(3, grid="codebook", per="channel"),
     "pruned": cx.unstructured(0.2) & cx.quantize(8),
     "pruned little": cx.unstructured(0.95) & cx.quantize(2),
     "zero level": cx.quantize(2, zero_level=True),
@@ -115,11 +115,11 @@ def structure_of(structure: Any) -> np.ndarray:
 
 
 FORMS = {
-    "forms": (cx.filters(0.5) & cx.columns(0.6) & cx.polarize(4, "W") & cx.quantize(8, "cells"), 4),
-    "height": (cx.columns(0.5) & cx.polarize(8, "H") & cx.quantize(4, "cells"), 8),
-    "channel": (cx.polarize(3, "C") & cx.quantize(4, "cells", per="channel", cell_bits=4), 3),
-    "uniform": (cx.polarize(16, "C") & cx.quantize(8), 16),
-    "no fragments": (cx.filters(0.5) & cx.quantize(6, "cells", cell_bits=3), 1),
+    "forms": (cx.filters(0.5) & cx.columns(0.6) & cx.polarize(4, order="W") & cx.quantize(8, grid="cells"), 4),
+    "height": (cx.columns(0.5) & cx.polarize(8, order="H") & cx.quantize(4, grid="cells"), 8),
+    "channel": (cx.polarize(3, order="C") & cx.quantize(4, grid="cells", per="channel", cell_bits=4), 3),
+    "uniform": (cx.polarize(16, order="C") & cx.quantize(8), 16),
+    "no fragments": (cx.filters(0.5) & cx.quantize(6, grid="cells", cell_bits=3), 1),
 }
 
 
@@ -157,7 +157,7 @@ def fragment_rows(constraint: cx.Constraint, structure: Any, matrix: np.ndarray)
 
 def test_cells_refuse_mixed_fragments() -> None:
     w = np.asarray([[1.0], [-1.0]], np.float32)
-    constraint = cx.polarize(2) & cx.quantize(2, "cells")
+    constraint = cx.polarize(2) & cx.quantize(2, grid="cells")
     signs, scale = constraint.init(jnp.asarray(w))
     with pytest.raises(ValueError, match="1 fragments of 2 hold both signs"):
         formats.pack(w, constraint, (signs, jnp.ones_like(scale)), "cells")  # one of the scales on which both lie
@@ -170,7 +170,7 @@ UNIFIED = {
     "prune": cx.prune_blocks((4, 1), 0.5),
     "coded": cx.unify_and_prune((4, 2), 0.4, 0.3) & cx.quantize(5),
     "channels": cx.unify((4, 1), 0.7) & cx.quantize(5, per="channel"),
-    "clusters": cx.unify((4, 2), 0.7) & cx.quantize(4, "codebook"),
+    "clusters": cx.unify((4, 2), 0.7) & cx.quantize(4, grid="codebook"),
 }
 
 
@@ -245,8 +245,8 @@ def test_weights_off_their_levels_are_refused_and_fall_back() -> None:
     ("format", "constraint", "message"),
     [
         ("quantized", None, r"needs a constraint with quantize\(...\)"),
-        ("bit-planes", cx.quantize(4, "codebook"), "'codebook' are not integers times a scale"),
-        ("cells", cx.quantize(4, "power_of_two"), "'power_of_two' are not integers"),
+        ("bit-planes", cx.quantize(4, grid="codebook"), "'codebook' are not integers times a scale"),
+        ("cells", cx.quantize(4, grid="power_of_two"), "'power_of_two' are not integers"),
         ("unified", cx.quantize(4), "which cuts the blocks"),
     ],
 )

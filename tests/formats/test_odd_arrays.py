@@ -32,7 +32,7 @@ def test_leaves_of_any_byte_order_are_saved_as_native_ones(kind: str, order: str
 
 def test_rules_and_structures_of_a_foreign_byte_order_are_saved_as_native_ones(tmp_path: Path) -> None:
     rules = [("w", cx.unstructured(0.5) & cx.quantize(4))]
-    hard = np.asarray(cx.harden({"w": jax.random.normal(jax.random.key(0), (8, 8))}, rules)["w"])
+    hard = np.asarray(cx.harden({"w": jax.random.normal(jax.random.key(0), (8, 8))}, rules, fresh=True).params["w"])
     structures = jax.device_get(cx.structures({"w": hard}, rules))
     foreign = jax.tree.map(lambda x: np.asarray(x).astype(x.dtype.newbyteorder(">")), structures)
     save_model(tmp_path / "a", {"w": hard.astype(">f4")}, rules, foreign)
@@ -113,7 +113,7 @@ conv = {"kernel": jax.random.normal(k[0], (3, 3, 4, 8)), "bias": np.arange(8.0)}
 params = {"conv": conv, "b": [jnp.ones(2, jnp.bfloat16), 3]}
 params |= {name: jax.random.normal(k[1], (16, 8)) for name in {"x", "y", "zeta", "omega"}}
 rules = [("conv/kernel", cx.pattern_connectivity(0.4, k=4) & cx.quantize(4))]
-rules += [("x|y|zeta", cx.unstructured(0.3, scope="global"))]
+rules += [("x|y|zeta", cx.unstructured(0.3, scope="rule"))]
 hard = cx.harden(params, rules)
 about = {"options": {"b": 1, "a": [1, 2]}, "name": "net"}
 cx.save_model(sys.argv[1], hard, rules, model=about, extra={"seed": 0, "ok": True, "é": 1e-9}, coding=sys.argv[2])
@@ -132,7 +132,7 @@ def test_the_same_input_gives_the_same_bytes_in_every_process(tmp_path: Path) ->
 def test_a_model_that_is_read_and_saved_again_is_the_same_file(tmp_path: Path) -> None:
     params = {"b": jax.random.normal(jax.random.key(0), (3, 3, 4, 6)), "a": np.ones(3)}
     rules = [("b", cx.pattern_connectivity(0.4, k=4) & cx.quantize(4))]
-    hard = cx.harden(params, rules)
+    hard = cx.harden(params, rules, fresh=True).params
     structures = cx.structures(hard, rules)
     for i in range(8):
         save_model(tmp_path / f"{i}", hard, rules, structures, model={"name": "small", "options": {}}, extra=[1])

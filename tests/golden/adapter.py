@@ -61,7 +61,7 @@ def save(
     """Hardens the params onto their sets and writes them, with the structures that the sets had."""
     bound = [(pattern, constraints.from_spec(spec)) for pattern, spec in specs]
     structures = compressx.structures(params, bound) if bound else {}
-    hard = compressx.harden(params, bound) if bound else params
+    hard = compressx.harden(params, bound, fresh=True).params if bound else params
     compressx.save_model(
         path, hard, bound, structures, model=model, extra={"made": "golden"}, layout=layout, coding=coding
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.tree import path_name
+from compressx.tree import paths
 
 
 def draw(model: nn.Module, x: Any, seed: int) -> dict[str, Any]:
@@ -29,8 +29,7 @@ def draw(model: nn.Module, x: Any, seed: int) -> dict[str, Any]:
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
 
-    def one(key_path: Any, leaf: Any) -> jax.Array:
-        path = path_name(key_path)
+    def one(path: str, leaf: Any) -> jax.Array:
         name = path.rpartition("/")[2]
         if name == "kernel":
             rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
@@ -40,4 +39,5 @@ def draw(model: nn.Module, x: Any, seed: int) -> dict[str, Any]:
             raise ValueError(f"{path}: no rule says how to draw {name!r}")
         return jnp.full(leaf.shape, 1.0 if name in ("scale", "var") else 0.0, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    leaves, treedef = jax.tree.flatten(shapes)
+    return jax.tree.unflatten(treedef, map(one, paths(shapes), leaves))

@@ -41,7 +41,7 @@ def check_scalable(rules: tuple[Rule, ...]) -> None:
     for pattern, spec in rules:
         if spec is not None and spec.get("kind") not in _GROUPS:
             raise ConfigError(f"rule {pattern!r}: gradual pruning lowers densities, and {spec.get('kind')!r} has none")
-        if spec is not None and spec.get("scope") == "global" and spec.get("keep") is not None:
+        if spec is not None and spec.get("scope") == "rule" and spec.get("keep") is not None:
             raise ConfigError(f"rule {pattern!r}: gradual pruning over several leaves needs a density, not keep")
 
 
@@ -73,30 +73,30 @@ def prune(params: Any, rules: Rules, t: float) -> tuple[Any, dict[str, Any]]:
     """The weights at time t: projected onto the loosened sets.
 
     Returns:
-      The weights, and by name the pieces (masks) in which they may move until the next step, as in `RetrainState`.
+      The weights, and by name the active sets (masks) in which they may move until the next step, as in `RetrainState`.
     """
 
     @jax.jit
     def run(params: Any) -> tuple[Any, dict[str, Any]]:
         leaves, treedef = jax.tree.flatten(params)
-        piece = {}
+        active = {}
         for b in resolve(rules, params):
             loose = constraints.from_spec(loosen(b.constraint.spec, leaves[b.indices[0]].shape, t))
             w = b.take(leaves)
             structure = loose.init(w)
             z = loose.project(w, structure)
-            piece[b.name] = loose.freeze(z, structure)
+            active[b.name] = loose.freeze(z, structure)
             b.put(leaves, z)
-        return jax.tree.unflatten(treedef, leaves), piece
+        return jax.tree.unflatten(treedef, leaves), active
 
     pruned: tuple[Any, dict[str, Any]] = run(params)
     return pruned
 
 
-def with_piece(opt_state: Any, piece: dict[str, Any]) -> Any:
-    """The optimizer state with the pieces of its `RetrainState` replaced."""
+def with_active(opt_state: Any, active: dict[str, Any]) -> Any:
+    """The optimizer state with the active sets of its `RetrainState` replaced."""
     return jax.tree.map(
-        lambda s: RetrainState(piece) if isinstance(s, RetrainState) else s,
+        lambda s: s._replace(active=active) if isinstance(s, RetrainState) else s,
         opt_state,
         is_leaf=lambda s: isinstance(s, RetrainState),
     )

@@ -22,8 +22,7 @@ def libraries(
       structure: what the sets leave open, as `harden.structures` gives it.
     """
     for b in resolve(rules, params):
-        each = structure[b.name] if b.constraint.parts else (structure[b.name],)
-        for part, s in zip(b.constraint.sets, each, strict=True):
+        for part, s in b.constraint.each(structure[b.name]):
             if isinstance(s, Patterns) and len(s.masks):
                 yield b, part.spec, s
 
@@ -31,10 +30,8 @@ def libraries(
 def rounds(params: Any, rules: Rules, admm: AdmmState) -> dict[str, dict[str, float]]:
     """Of every library by name: its size, the entropy of its use in bits, and the share of its 8 most used masks."""
     leaves = jax.tree.leaves(params)
-    bound = resolve(rules, params)
-    structure = {b.name: admm.structure[b.name] if b.constraint.parts else admm.structure[b.name][0] for b in bound}
     out: dict[str, dict[str, float]] = {}
-    for b, _, s in libraries(params, rules, structure):
+    for b, _, s in libraries(params, rules, admm.structure):
         use = use_of([leaves[i] for i in b.indices], s.masks, s.live)
         out.setdefault("library_size", {})[b.name] = len(use.masks)
         out.setdefault("library_entropy", {})[b.name] = use.entropy

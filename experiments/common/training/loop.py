@@ -186,8 +186,8 @@ class _Run:
     def _prune(self, phase: Phase, state: TrainState, t: float) -> TrainState:
         """One step of gradual pruning: the smallest weights go, and stay gone."""
         assert phase.rules is not None
-        params, piece = gradual.prune(state.params, phase.rules, t)
-        opt_state = gradual.with_piece(state.opt_state, piece)
+        params, active = gradual.prune(state.params, phase.rules, t)
+        opt_state = gradual.with_active(state.opt_state, active)
         return self.place.put(state._replace(params=params, opt_state=opt_state))
 
     def _end_epoch(self, phase: Phase, state: TrainState, global_step: int) -> TrainState:
@@ -358,7 +358,7 @@ def _residuals(opt_state: Any, rules: Rules) -> dict[str, Any]:
 
     With them what the last refresh changed, of leaves whose set can tell (`admm.watch_refreshes`).
     """
-    state = jax.device_get(find_admm(opt_state)._replace(z=(), pull=(), structure={}))
+    state = jax.device_get(find_admm(opt_state)._replace(z=(), center=(), structure={}))
     if int(state.updates) == 0:
         return {}
     found = {

@@ -98,7 +98,7 @@ def constrained(
 def retraining(
     name: str, fit: Fit, steps: int, rules: Rules, structure: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Training inside the piece of the rules' sets in which the weights lie."""
+    """Training inside the part of the rules' sets in which the weights lie."""
     direction, scaling = _parts(name, fit, steps)
     return optax.chain(*direction, *scaling, retrain(rules, structure))
 

@@ -2,7 +2,7 @@
 
     dense -> [admm -> retrain] for each stage        and from the same dense weights, the baselines
 
-Hardening is the start of `retrain`: the weights are projected once and checked, and then trained inside the piece of
+Hardening is the start of `retrain`: the weights are projected once and checked, and then trained inside the part of
 the set they landed in.
 """
 
@@ -15,7 +15,7 @@ from compressx import constraints
 from compressx._harden import check, count_violations, project, structures
 from compressx._retrain import RetrainState, retract
 from compressx.constraints.base import Constraint
-from compressx.rules import Rules, resolve
+from compressx.rules import Rules
 from compressx.tree import check_finite
 from experiments.common.training.config import ConfigError, Fit, Plan, Rule, Stage
 from experiments.common.training.gradual import check_scalable
@@ -143,36 +143,19 @@ def harden(weights: Weights, rules: Rules) -> Weights:
     return Weights(params, weights.batch_stats, structure)
 
 
-def settle(weights: Weights, rules: Rules, piece: RetrainState) -> Weights:
-    """Retrained weights at the nearest point of their piece (levels are exact only there), with their levels; checked.
+def settle(weights: Weights, rules: Rules, active: RetrainState) -> Weights:
+    """Retrained weights at the nearest point of their active sets, with the levels they lie on; checked.
 
     Raises:
       ConstraintViolation: a leaf lies outside one of its sets.
     """
 
     @jax.jit
-    def run(params: Any, structure: Any, piece: RetrainState) -> Any:
-        exact = retract(params, rules, piece)
-        structure = move_levels(exact, rules, structure)
-        return exact, structure, count_violations(exact, rules, structure)
+    def run(params: Any, active: RetrainState) -> Any:
+        hard = retract(params, rules, active)
+        return hard, count_violations(hard.params, rules, hard.structures)
 
-    params, structure, outside = run(weights.params, weights.structure, piece)
+    hard, outside = run(weights.params, active)
     if any(jax.device_get(outside).values()):
-        check(params, rules, structure)  # raises, naming the leaves
-    return weights._replace(params=params, structure=structure)
-
-
-def move_levels(params: Any, rules: Rules, structure: dict[str, Any]) -> dict[str, Any]:
-    """The structure with the levels that retrained weights lie on: retraining tunes scales and codebooks.
-
-    What the other sets left open (signs, libraries, orders) does not move in retraining and is kept as it is.
-    """
-    leaves, out = jax.tree.leaves(params), {}
-    for b in resolve(rules, params):
-        each = structure[b.name] if b.constraint.parts else (structure[b.name],)
-        w = b.take(leaves)
-        moved = tuple(
-            p.refresh(w, s) if p.stage == constraints.LEVEL else s for p, s in zip(b.constraint.sets, each, strict=True)
-        )
-        out[b.name] = moved if b.constraint.parts else moved[0]
-    return out
+        check(hard, rules)  # raises, naming the leaves
+    return weights._replace(params=hard.params, structure=hard.structures)

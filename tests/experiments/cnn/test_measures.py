@@ -57,7 +57,7 @@ def test_operations_are_those_of_loops_over_blocks_and_weights() -> None:
 
 
 def test_patterns_of_a_network_and_of_a_split() -> None:
-    both = compressx.pattern("natural", 4) & compressx.connectivity(0.5)
+    both = compressx.pattern("natural", k=4) & compressx.connectivity(0.5)
     rules = [("params/c2/kernel", both), ("params/f1/kernel", compressx.unstructured(keep=1000))]
     _, before, result = _network(rules)
     (one,) = cnn_measures.patterns(before, result, rules)

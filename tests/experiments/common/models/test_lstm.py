@@ -122,12 +122,12 @@ def test_the_published_sizes(hidden, matrices) -> None:
 
 
 def test_rows_join_the_gates_as_the_constraints_do(rng) -> None:
-    """One leaf `[in, 4H]` is cut like four leaves of one gate each under gates="together"."""
+    """One leaf `[in, 4H]` is cut like four leaves of one gate each under scope="rule"."""
     w = jnp.asarray(rng.normal(size=(IN, 4 * H)).astype(np.float32))
     leaves = tuple(w[:, k * H : (k + 1) * H] for k in range(4))
     for joined, apart in (
-        (block_max(3), block_max(3, gates="together")),
-        (darb(0.3, (1, 2, 4, 8)), darb(0.3, (1, 2, 4, 8), gates="together")),
+        (block_max(3), block_max(3, scope="rule")),
+        (darb(0.3, allowed=(1, 2, 4, 8)), darb(0.3, allowed=(1, 2, 4, 8), scope="rule")),
     ):
         z = joined.project(w, joined.init(w))
         parts = apart.project(leaves, apart.init(leaves))

@@ -55,7 +55,7 @@ def test_a_constraint_without_a_density_is_refused() -> None:
     with pytest.raises(ConfigError, match="gradual pruning lowers densities, and 'n_of_m' has none"):
         gradual.check_scalable((("w", {"kind": "n_of_m", "n": 2, "m": 4}),))
     with pytest.raises(ConfigError, match="needs a density, not keep"):
-        gradual.check_scalable((("w", {"kind": "unstructured", "keep": 4, "scope": "global"}),))
+        gradual.check_scalable((("w", {"kind": "unstructured", "keep": 4, "scope": "rule"}),))
     gradual.check_scalable((("w", None), ("v", SPECS[0])))
 
 
@@ -71,17 +71,17 @@ def test_pruned_weights_stay_pruned_while_training_goes_on(rng) -> None:
         params = optax.apply_updates(params, updates)
         assert not np.any(np.asarray(params["w"])[gone])
         if step % 3 == 0:
-            params, piece = gradual.prune(params, rules, step / 12)
-            state = gradual.with_piece(state, piece)
+            params, active = gradual.prune(params, rules, step / 12)
+            state = gradual.with_active(state, active)
             gone = np.asarray(params["w"]) == 0
-            np.testing.assert_array_equal(np.asarray(find_state(state).piece["w"]), ~gone)
+            np.testing.assert_array_equal(np.asarray(find_state(state).active["w"]), ~gone)
             assert (~gone).sum() == 5 + math.ceil(35 * gradual.remaining(step / 12))
     assert (~gone).sum() == 5
 
 
 def test_several_leaves_under_one_threshold(rng) -> None:
-    rules = (("[ab]", unstructured(density=0.25, scope="global")),)
+    rules = (("[ab]", unstructured(density=0.25, scope="rule")),)
     params = {k: jnp.asarray(rng.normal(size=8).astype(np.float32)) for k in "ab"}
-    pruned, piece = gradual.prune(params, rules, 1.0)
+    pruned, active = gradual.prune(params, rules, 1.0)
     assert sum(int(jnp.count_nonzero(w)) for w in pruned.values()) == 4
-    assert set(piece) == {"[ab]"}
+    assert set(active) == {"[ab]"}

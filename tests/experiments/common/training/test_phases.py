@@ -79,7 +79,7 @@ def test_hardening_keeps_the_largest_and_the_structure() -> None:
     weights = Weights({"w": jnp.array([3.0, -1.0, 2.0])}, {}, {})
     hard = phases.harden(weights, (("w", unstructured(keep=2)),))
     np.testing.assert_array_equal(hard.params["w"], [3.0, 0.0, 2.0])
-    assert hard.structure == {"w": ()}
+    assert hard.structure == {"w": ((),)}
     again = phases.harden(hard, (("w", unstructured(keep=2)),))
     np.testing.assert_array_equal(again.params["w"], hard.params["w"])
 
@@ -91,16 +91,16 @@ def test_hardening_refuses_nan_by_name() -> None:
 
 def test_weights_that_left_their_set_are_a_violation() -> None:
     rules = (("w", filters(keep=1)),)
-    outside = Weights({"w": jnp.array([[3.0, 1.0], [1.0, 1.0]])}, {}, {"w": ()})
+    outside = Weights({"w": jnp.array([[3.0, 1.0], [1.0, 1.0]])}, {}, {"w": ((),)})
     with pytest.raises(ConstraintViolation, match="w: 2 entries outside"):
-        phases.settle(outside, rules, RetrainState({"w": jnp.ones((2, 2), bool)}))
+        phases.settle(outside, rules, RetrainState({"w": jnp.ones((2, 2), bool)}, {"w": ((),)}))
 
 
 def test_a_scale_that_retraining_tuned_is_kept_and_signs_stay_where_they_were(rng) -> None:
-    rules = (("w", polarize(2) & quantize(8, "cells")),)
+    rules = (("w", polarize(2) & quantize(8, grid="cells")),)
     hard = phases.harden(Weights({"w": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)}, {}, {}), rules)
     signs, before = hard.structure["w"]
-    piece = RetrainState({"w": rules[0][1].freeze(hard.params["w"], hard.structure["w"])})
+    piece = RetrainState({"w": rules[0][1].freeze(hard.params["w"], hard.structure["w"])}, hard.structure)
     moved = hard._replace(params={"w": hard.params["w"] * 1.01 + 1e-5})
     settled = phases.settle(moved, rules, piece)
     same, after = settled.structure["w"]
