@@ -60,7 +60,10 @@ if TYPE_CHECKING:
     from compressx.native.memory import keep_memory
     from compressx.rules import Bound, resolve
 
-_MODULES = ("budget", "compaction", "constraints", "crossbar", "export", "formats", "kernels", "schedules", "views")
+_MODULES = (
+    *("budget", "compaction", "constraints", "crossbar", "export", "formats", "kernels", "schedules"),
+    *("testing", "views"),
+)
 _HOMES = {
     "AdmmState": "compressx._admm.AdmmState",
     "admm": "compressx._admm.admm",

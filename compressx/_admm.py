@@ -19,16 +19,17 @@ Multipliers", 2011 (scaled form, 3.1.1); W. Niu et al., "PatDNN", 2020 (several 
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
 from compressx import schedules as rho_schedules
-from compressx.constraints.base import TIE, Constraint
+from compressx.constraints.base import LEVEL, TIE, Constraint
 from compressx.constraints.floats import exponent, lift, nonzero, scale
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.schedules import RhoSchedule
@@ -45,7 +46,7 @@ class AdmmState(NamedTuple):
       center: Z_k - U_k, likewise: the proximal centre, towards which the penalty moves W.
       structure: name -> tuple over sets of what the set leaves open.
       rho: name -> float32 [].
-      primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update.
+      primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update; the largest number before the first.
       dual: name -> float32 [sets], ||Z_k - Z_k previous|| / ||W|| at the last update.
     """
 
@@ -64,7 +65,8 @@ class AdmmState(NamedTuple):
         return jax.tree.map(jnp.subtract, self.z, self.center)
 
 
-Rho = float | Array | RhoSchedule | Sequence[tuple[str, float | RhoSchedule]]
+OneRho = float | Array | RhoSchedule | Callable[[Any], Any]
+Rho = OneRho | Sequence[tuple[str, OneRho]]
 
 
 def _like(params: Any, tree: Any) -> list[Any]:
@@ -98,9 +100,11 @@ def _kept(part: Constraint, v: Any, earlier: Sequence[Any]) -> Any:
     return v
 
 
-def _schedules(rho: Rho, bound: Sequence[Bound]) -> dict[str, RhoSchedule]:
+def _schedules(rho: Rho, bound: Sequence[Bound], every: int) -> dict[str, RhoSchedule]:
     def one(value: Any) -> RhoSchedule:
-        return value if isinstance(value, RhoSchedule) else rho_schedules.constant(value)
+        if isinstance(value, RhoSchedule):
+            return value
+        return rho_schedules.of_steps(value, every) if callable(value) else rho_schedules.constant(value)
 
     if not isinstance(rho, Sequence) or isinstance(rho, RhoSchedule):
         return {b.name: one(rho) for b in bound}
@@ -119,6 +123,7 @@ def admm(
     rho: Rho = 1e-3,
     every: int = 100,
     refresh_every: int | None = None,
+    fit_until: int | None = None,
     rescale_dual: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Moves the constrained leaves towards their sets while any optimizer trains them.
@@ -129,10 +134,13 @@ def admm(
 
     Args:
       rules: pairs (pattern, constraint), see `compressx.rules`.
-      rho: penalty weight: a number, a schedule (`compressx.schedules`), or pairs (pattern, number or schedule).
+      rho: penalty weight: a number, a schedule (`compressx.schedules`), an optax schedule (of gradient steps), or pairs
+        (pattern, any of these). With `optax.inject_hyperparams` it is a number that moves; 0 switches the penalty off.
       every: gradient steps between Z and U updates, >= 1.
-      refresh_every: updates between refreshes of what the sets leave open (fragment signs, pattern libraries); None
-        keeps the first choice.
+      refresh_every: updates between refreshes of what training chooses (fragment signs, pattern libraries, sizes of
+        blocks); None keeps the first choice.
+      fit_until: the update after which scales and codebooks stay as they are; None: they are fitted to the weights at
+        every update, so that a layer may start at zero or small.
       rescale_dual: keep rho * U, the true dual, unchanged when rho moves. The papers' public code does not (False).
 
     Returns:
@@ -141,14 +149,14 @@ def admm(
     Raises:
       ValueError: `every` or `refresh_every` below 1; at init, whatever `rules.resolve` finds.
     """
-    for name, value in (("every", every), ("refresh_every", refresh_every)):
+    for name, value in (("every", every), ("refresh_every", refresh_every), ("fit_until", fit_until)):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     rules = pairs(rules)
 
     def init_fn(params: Any) -> AdmmState:
         bound = resolve(rules, params)
-        schedules = _schedules(rho, bound)
+        schedules = _schedules(rho, bound, every)
         leaves, treedef = jax.tree.flatten(params)
         depth = max((len(_sets(b)) for b in bound), default=0)
         z = [[optax.MaskedNode()] * len(leaves) for _ in range(depth)]
@@ -163,7 +171,8 @@ def admm(
                 b.put(z[k], before[-1])
                 b.put(center[k], jax.tree.map(jnp.copy, before[-1]))  # U is zero
         # a distinct array for every entry: shared buffers cannot be donated
-        residuals = [{b.name: jnp.full(len(_sets(b)), jnp.inf, jnp.float32) for b in bound} for _ in range(2)]
+        far = float(jnp.finfo(jnp.float32).max)
+        residuals = [{b.name: jnp.full(len(_sets(b)), far, jnp.float32) for b in bound} for _ in range(2)]
         return AdmmState(
             step=jnp.zeros((), jnp.int32),
             updates=jnp.zeros((), jnp.int32),
@@ -181,11 +190,9 @@ def admm(
             raise ValueError("admm needs the parameters: call update(updates, state, params)")
         bound = resolve(rules, params)
         _same_rules(state, bound)
-        schedules = _schedules(rho, bound)
-        leaves = jax.tree.leaves(params)
-        gradients, treedef = jax.tree.flatten(updates)
-        if not isinstance(rho, Sequence):  # a plain number may be injected and change between steps
-            state = state._replace(rho={name: jnp.asarray(rho, jnp.float32) for name in state.rho})
+        schedules = _schedules(rho, bound, every)
+        leaves, treedef = jax.tree.flatten(params)
+        gradients = _like(params, updates)  # None, or optax's MaskedNode, where there is none
 
         # A loop that runs once or not at all: unlike `lax.cond` it updates Z and U in place, where XLA's conditional
         # copies them at every step.
@@ -193,19 +200,46 @@ def admm(
         state = lax.fori_loop(
             0,
             due.astype(jnp.int32),
-            lambda _, s: _dual_step(s, params, bound, schedules, refresh_every, rescale_dual),
+            lambda _, s: _dual_step(s, params, bound, schedules, refresh_every, fit_until, rescale_dual),
             state._replace(step=optax.safe_increment(state.step)),
         )
+        if isinstance(rho, jax.Array | np.ndarray | np.generic):  # injected: it may be another one at every step
+            state = _injected(state, jnp.asarray(rho, jnp.float32), params, bound, rescale_dual)
         trees = [_like(params, t) for t in state.center]
         for b in bound:
-            g, r = b.take(gradients), state.rho[b.name]
-            for k in range(len(_sets(b))):
-                penalty = jax.tree.map(lambda w, t, r=r: r.astype(w.dtype) * (w - t), b.take(leaves), b.take(trees[k]))
-                g = jax.tree.map(lambda g, p: g + p.astype(g.dtype), g, penalty)
-            b.put(gradients, g)
+            r = state.rho[b.name]
+            for i in b.indices:
+                w, g = leaves[i], gradients[i]
+                if g is None or isinstance(g, optax.MaskedNode):
+                    continue  # a frozen leaf: nothing moves it
+                for k in range(len(_sets(b))):
+                    g = g + (r.astype(w.dtype) * (w - trees[k][i])).astype(g.dtype)
+                gradients[i] = g
         return jax.tree.unflatten(treedef, gradients), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _injected(state: AdmmState, rho: Array, params: Any, bound: Sequence[Bound], rescale_dual: bool) -> AdmmState:
+    """The state with a penalty weight from outside; where it has moved, rho * U stays as it was."""
+    old, now = state.rho, dict.fromkeys(state.rho, rho)
+    if not rescale_dual:
+        return state._replace(rho=now)
+    trees_z, centers = [_like(params, t) for t in state.z], [_like(params, t) for t in state.center]
+    treedef = jax.tree.structure(params)
+    for b in bound:
+        ratio = _ratio(old[b.name], rho)
+        for k in range(len(_sets(b))):
+            for i in b.indices:
+                z, center = trees_z[k][i], centers[k][i]
+                centers[k][i] = jnp.where(ratio == 1, center, z - (z - center) * ratio.astype(z.dtype))
+    return state._replace(rho=now, center=tuple(jax.tree.unflatten(treedef, t) for t in centers))
+
+
+def _ratio(old: Array, new: Array) -> Array:
+    """What U is multiplied by where rho moves, so that rho * U stays; 1 where there is no penalty on either side."""
+    some = (old > 0) & (new > 0)
+    return jnp.where(some, old / jnp.where(some, new, 1.0), 1.0)
 
 
 def _same_rules(state: AdmmState, bound: Sequence[Bound]) -> None:
@@ -226,6 +260,7 @@ def _dual_step(
     bound: Sequence[Bound],
     schedules: dict[str, RhoSchedule],
     refresh_every: int | None,
+    fit_until: int | None,
     rescale_dual: bool,
 ) -> AdmmState:
     """One Z and U update of every leaf, with the residuals and the next rho."""
@@ -242,7 +277,13 @@ def _dual_step(
         for k, (part, s) in enumerate(zip(_sets(b), state.structure[b.name], strict=True)):
             before = b.take(trees_z[k])
             v = jax.tree.map(lambda w, z, t: w + (z - t), w, before, b.take(centers[k]))
-            if refresh_every is not None:
+            inside = _kept(part, v, done)
+            if part.stage == LEVEL:
+                if fit_until is None:
+                    s = part.refresh(inside, s)
+                else:
+                    s = lax.cond(number <= fit_until, part.refresh, lambda _, s: s, inside, s)
+            elif refresh_every is not None:
                 earlier = list(zip(_sets(b), chosen, strict=False))
 
                 def anew(v: Any, s: Any, part: Constraint = part, earlier: Any = earlier) -> Any:
@@ -251,7 +292,7 @@ def _dual_step(
                     return part.refresh(v, s)
 
                 s = lax.cond(number % refresh_every == 0, anew, lambda _, s: s, v, s)
-            z = part.project(_kept(part, v, done), s)
+            z = part.project(inside, s)
             done.append(z)
             duals.append(jax.tree.map(jnp.subtract, v, z))
             b.put(trees_z[k], z)
@@ -270,7 +311,7 @@ def _dual_step(
         old = rho[b.name]
         far, moved = (_in_range(scale(_norm(n), top)) for n in (residuals, moves))
         rho[b.name] = schedules[b.name].update(old, far, moved, number)
-        ratio = old / rho[b.name] if rescale_dual else jnp.ones((), jnp.float32)
+        ratio = _ratio(old, rho[b.name]) if rescale_dual else jnp.ones((), jnp.float32)
         for k, (z, u) in enumerate(zip(done, duals, strict=True)):
             b.put(centers[k], jax.tree.map(lambda z, u, s=ratio: z - u * s.astype(u.dtype), z, u))
     return state._replace(

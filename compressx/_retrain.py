@@ -62,12 +62,16 @@ def retrain(rules: Rules, hard: Hardened | Mapping[str, Any] | None = None) -> o
         del extra_args
         if params is None:
             raise ValueError("retrain needs the parameters: call update(updates, state, params)")
-        leaves = jax.tree.leaves(params)
-        moves, treedef = jax.tree.flatten(updates)
+        leaves, treedef = jax.tree.flatten(params)
+        moves = treedef.flatten_up_to(updates)  # type: ignore[attr-defined]
+        stays = [d is None or isinstance(d, optax.MaskedNode) for d in moves]  # frozen leaves: nothing moves them
+        moved = [w if stay else w + d.astype(w.dtype) for w, d, stay in zip(leaves, moves, stays, strict=True)]
         for b in resolve(rules, params):
-            w = b.take(leaves)
-            target = _retract(b, jax.tree.map(lambda w, d: w + d.astype(w.dtype), w, b.take(moves)), state)
-            b.put(moves, jax.tree.map(lambda t, w, d: (t - w).astype(d.dtype), target, w, b.take(moves)))
+            target = list(leaves)
+            b.put(target, _retract(b, b.take(moved), state))
+            for i in b.indices:
+                if not stays[i]:
+                    moves[i] = (target[i] - leaves[i]).astype(moves[i].dtype)
         return jax.tree.unflatten(treedef, moves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -6,7 +6,7 @@ dual = ||Z - Z_previous||_2 (over all sets of the leaf) and the number of update
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -29,6 +29,14 @@ def constant(rho: float | Array) -> RhoSchedule:
     """rho stays as it is."""
     _positive(rho=rho)  # type: ignore[arg-type]
     return RhoSchedule(lambda: jnp.asarray(rho, jnp.float32), lambda value, primal, dual, updates: value)
+
+
+def of_steps(schedule: Callable[[Array], Any], every: int) -> RhoSchedule:
+    """rho follows an optax schedule, a function of the number of gradient steps done; `every` is that of `admm`."""
+    return RhoSchedule(
+        lambda: jnp.asarray(schedule(jnp.zeros((), jnp.int32)), jnp.float32),
+        lambda value, primal, dual, updates: jnp.asarray(schedule(updates * every), jnp.float32),
+    )
 
 
 def staged(rho: float, factor: float = 10.0, every: int = 4, maximum: float | None = None) -> RhoSchedule:

@@ -51,6 +51,7 @@ class Constraint(NamedTuple):
         their zeros is formed anew where it has changed, the rest is kept; None where nothing follows from them.
       moved: `moved(w, active) -> structure`, what is open after retraining has moved to w (a scale follows its
         weights); None where retraining moves nothing of it.
+      made: the `factory` whose call the spec is.
     """
 
     spec: Mapping[str, Any]
@@ -67,12 +68,17 @@ class Constraint(NamedTuple):
     changed: Callable[[Any, Any, Any], Array] | None = None
     settle: Callable[[Any, Any], Any] | None = None
     moved: Callable[[Any, Any], Any] | None = None
+    made: Callable[..., "Constraint"] | None = None
 
     def __reduce__(self) -> tuple[Callable[..., "Constraint"], tuple[Any, ...]]:
-        """Functions do not pickle; the spec does, and makes the set again."""
-        from compressx.constraints import from_spec  # which imports this module
-
-        return from_spec, (dict(self.spec),)
+        """Pickled is the call that made the set: its functions are closures, which do not pickle."""
+        if self.parts:
+            return intersection, self.parts
+        if self.leaf is not None:
+            return _on_every_leaf, (self.leaf,)
+        if self.made is None:
+            raise TypeError(f"{self} was not made by a function that is marked @factory, and cannot be pickled")
+        return _call, (self.made, {k: v for k, v in self.spec.items() if k != "kind"})
 
     def __and__(self, other: "Constraint") -> "Constraint":
         return intersection(self, other)
@@ -138,9 +144,14 @@ def factory(make: Callable[P, Constraint]) -> Callable[P, Constraint]:
         made = make(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return made._replace(spec={"kind": make.__name__, **{k: _plain(v) for k, v in bound.arguments.items()}})
+        spec = {"kind": make.__name__, **{k: _plain(v) for k, v in bound.arguments.items()}}
+        return made._replace(spec=spec, made=called)
 
     return called
+
+
+def _call(make: Callable[..., Constraint], arguments: Mapping[str, Any]) -> Constraint:
+    return make(**arguments)
 
 
 def _plain(value: Any) -> Any:

@@ -58,7 +58,7 @@ def _threshold(bits: Sequence[Array], k: int | Array, axis: int | None) -> Array
     passes = jnp.iinfo(dtype).bits // each
 
     def body(i: Array, t: Array) -> Array:
-        shift = (each * (passes - 1 - i)).astype(dtype)
+        shift = jnp.asarray(each * (passes - 1 - i), dtype)
         candidates = [t | (jnp.asarray(n, dtype) << shift) for n in range(1, 2**each)]
         counts = zip(*(_counts(b, candidates, axis) for b in bits), strict=True)
         # more bits reach fewer scores, so the candidates that are reached come first: how many they are is the digit
@@ -93,7 +93,7 @@ def _first(flags: Array, need: Array, axis: int | None) -> Array:
     size = flags.size if axis is None else flags.shape[axis]
 
     def body(i: Array, last: Array) -> Array:
-        candidate = last | (jnp.ones((), jnp.uint32) << (steps - 1 - i).astype(jnp.uint32))
+        candidate = last | (jnp.ones((), jnp.uint32) << jnp.asarray(steps - 1 - i, jnp.uint32))
         before = jnp.sum(flags & (index < candidate), axis=axis, keepdims=axis is not None, dtype=jnp.int32)
         return jnp.where(before <= need, candidate, last)
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from tests.cases import api
-from tests.cases.marks import open_case
 from tests.cases.support import normal, raised_by
 
 
@@ -33,7 +32,6 @@ RULES = [("kernel", api.unstructured(0.5))]
 # Right: the penalty and the mask go to the leaf that the rule names (None stays None), or an error that names the leaf.
 
 
-@open_case(raises=AssertionError, match="b's penalty landed on c")
 def test_none_gradient_admm() -> None:
     p = {"a": normal(4, 4), "b": normal(4, 4, seed=1), "c": normal(4, 4, seed=2)}
     g = {"a": None, "b": jnp.zeros((4, 4)), "c": jnp.zeros((4, 4))}  # a is frozen: its gradient is None
@@ -50,7 +48,6 @@ def test_none_gradient_admm() -> None:
 # given as `rho` or `every` works, or a ValueError says what a schedule is here.
 
 
-@open_case(raises=AssertionError, match=r"went from 3\.05 to 35\.00 when rho went from 1 to 10")
 def test_injected_rho_keeps_dual() -> None:
     p, g = _params(), _gradients()
     tx = optax.inject_hyperparams(lambda rho: api.admm(RULES, rho=rho, every=1))(rho=1.0)
@@ -67,7 +64,6 @@ def test_injected_rho_keeps_dual() -> None:
     assert got < 3 * kept, f"||rho U|| went from {kept:.2f} to {got:.2f} when rho went from 1 to 10 (rescale_dual=True)"
 
 
-@open_case(raises=AssertionError, match="updates are NaN")
 def test_injected_rho_from_zero() -> None:
     p, g = _params(), _gradients()
     schedule = optax.linear_schedule(0.0, 1.0, 10)
@@ -78,7 +74,6 @@ def test_injected_rho_from_zero() -> None:
     assert bool(jnp.isfinite(u["kernel"]).all()), "updates are NaN"
 
 
-@open_case(raises=AssertionError, match=r"TypeError: float\(\) argument must be a string or a real number")
 def test_rho_optax_schedule() -> None:
     p, g = _params(), _gradients()
     seen = []
@@ -148,13 +143,11 @@ def test_changed_rules() -> None:
 # `from_spec`). Several inputs for `compile`, or an error that says one array.
 
 
-@open_case(raises=AttributeError, match="'int' object has no attribute 'astype'")
 def test_disable_jit() -> None:
     with jax.disable_jit():
         api.harden(_params(), RULES)
 
 
-@open_case(raises=FloatingPointError, match=r"invalid value \(inf\) encountered")
 def test_debug_infs() -> None:
     p = _params()
     with jax.debug_infs(True):

@@ -46,12 +46,10 @@ def _trained(start: jax.Array) -> None:
     assert with_state <= 2 * alone + 1e-4, f"loss {with_state:.3g} with ADMM's scale, {alone:.3g} with a fitted one"
 
 
-@open_case(raises=AssertionError, match=r"loss 5\d\.\d with ADMM's scale, 0\.0\d+ with a fitted one")
 def test_scale_of_a_leaf_that_starts_at_zero() -> None:
     _trained(jnp.zeros((64, 10)))
 
 
-@open_case(raises=AssertionError, match=r"loss 0\.1\d+ with ADMM's scale, 0\.00\d+ with a fitted one")
 def test_scale_of_a_leaf_that_starts_small() -> None:
     _trained(1e-3 * normal(64, 10, seed=5))
 

@@ -2,16 +2,15 @@
 
 import functools
 import json
-from collections.abc import Callable
-from typing import Any
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import compressx as cx
+from compressx import testing
 from compressx.constraints import KINDS, from_spec
 
 Shape = tuple[int, ...]
@@ -95,36 +94,12 @@ NOT_NEAREST = (
 )
 
 
-def draw(constraint: cx.Constraint, shape: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:
-    rng = np.random.default_rng(seed)
-    if constraint.joint:
-        return tuple(jnp.asarray(rng.standard_normal(s), dtype) for s in shape)
-    return jnp.asarray(rng.standard_normal(shape), dtype)
-
-
-def same(a: Any, b: Any) -> None:
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def run(constraint: cx.Constraint, w: Any) -> Any:
-    return constraint.project(w, constraint.init(w))
-
-
 @functools.cache
-def jitted(name: str, function: str) -> Callable[..., Any]:
-    """The functions of an example, compiled once for all tests."""
-    constraint = EXAMPLES[name][0]
-    if function == "run":
-        return jax.jit(lambda w: run(constraint, w))
-    if function == "violations":
-        return jax.jit(lambda w, s: cx.constraints.violations(constraint, w, s))
-    return jax.jit(getattr(constraint, function))
-
-
-def squared(a: Any, b: Any) -> float:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum(float(np.sum(np.square(np.asarray(x, np.float64) - np.asarray(y, np.float64)))) for x, y in pairs)
+def contract(name: str) -> testing.Contract:
+    """An example's contract, whose functions are compiled once for all tests."""
+    constraint, shape = EXAMPLES[name]
+    like = tuple(jnp.zeros(s) for s in shape) if constraint.joint else jnp.zeros(shape)  # type: ignore[arg-type]
+    return testing.Contract(constraint, like)
 
 
 def test_every_kind_has_an_example() -> None:
@@ -132,140 +107,61 @@ def test_every_kind_has_an_example() -> None:
     assert shown == set(KINDS)
 
 
+@pytest.mark.parametrize("check", testing.CHECKS)
 @table
-def test_projection_is_feasible_and_idempotent_to_the_bit(name: str) -> None:
-    w = draw(*EXAMPLES[name])
-    s = jitted(name, "init")(w)
-    z = jitted(name, "project")(w, s)
-    same(jitted(name, "project")(z, s), z)
-    assert int(jitted(name, "violations")(z, s)) == 0
-    assert int(jitted(name, "violations")(w, s)) > 0
-
-
-@table
-def test_no_sampled_feasible_point_is_nearer(name: str) -> None:
-    constraint, shape = EXAMPLES[name]
-    if constraint.parts or constraint.spec["kind"] in NOT_NEAREST:
-        pytest.skip("not claimed to be the nearest point")
-    w = draw(constraint, shape)
-    s = jitted(name, "init")(w)
-    project = jitted(name, "project")
-    best = squared(project(w, s), w)
-    for seed in range(1, 20):
-        mix = jax.tree.map(lambda a, b: a + 0.3 * b, w, draw(constraint, shape, seed))
-        assert squared(project(mix, s), w) >= best * (1 - 1e-6)
-
-
-@table
-def test_shape_and_dtype_are_kept(name: str) -> None:
-    constraint, shape = EXAMPLES[name]
-    for dtype in (jnp.float32, jnp.bfloat16):
-        w = draw(constraint, shape, dtype=dtype)
-        for a, b in zip(
-            jax.tree.leaves(jax.eval_shape(functools.partial(run, constraint), w)), jax.tree.leaves(w), strict=True
-        ):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-
-
-@table
-def test_jit_equals_eager_of_numpys_arrays(name: str) -> None:
-    w = draw(*EXAMPLES[name])
-    same(jitted(name, "run")(w), run(EXAMPLES[name][0], jax.tree.map(np.asarray, w)))
-
-
-@table
-def test_vmap_equals_the_loop(name: str) -> None:
-    constraint, shape = EXAMPLES[name]
-    ws = [draw(constraint, shape, seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *ws)
-    got = jax.jit(jax.vmap(lambda w: run(constraint, w)))(stacked)
-    want = jax.tree.map(lambda *x: jnp.stack(x), *[jitted(name, "run")(w) for w in ws])
-    if constraint.stage in (cx.TIE, cx.LEVEL):  # sums in another order: means and scales may differ in the last bit
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6)
-    else:
-        same(got, want)
-
-
-@table
-def test_zero_stays_zero(name: str) -> None:
-    w = jax.tree.map(jnp.zeros_like, draw(*EXAMPLES[name]))
-    same(jitted(name, "run")(w), w)
-
-
-@table
-def test_spec_survives_json(name: str) -> None:
+def test_contract(name: str, check: str) -> None:
     constraint = EXAMPLES[name][0]
-    again = from_spec(json.loads(json.dumps(constraint.spec)))
-    assert again.spec == constraint.spec
-    assert (again.stage, again.joint, len(again.parts)) == (constraint.stage, constraint.joint, len(constraint.parts))
+    if check == "nearest" and (constraint.parts or constraint.spec["kind"] in NOT_NEAREST):
+        pytest.skip("not claimed to be the nearest point")
+    getattr(contract(name), check)()
 
 
 @table
-def test_retraining_moves_only_inside_the_frozen_piece(name: str) -> None:
-    constraint, shape = EXAMPLES[name]
-    w = draw(constraint, shape)
-    s = jitted(name, "init")(w)
-    z = jitted(name, "project")(w, s)
-    piece = jitted(name, "freeze")(z, s)
-    retract = jitted(name, "retract")
-    same(retract(z, piece), z)
-    inside = retract(jax.tree.map(lambda a, b: a + 0.1 * b, z, draw(constraint, shape, 5)), piece)
-    same(retract(inside, piece), inside)
-    # through the optax transform, against weight decay and momentum: what may not move stays exactly 0
-    params = list(z) if constraint.joint else [z]
-    tx = optax.chain(
-        optax.add_decayed_weights(0.1),
-        optax.sgd(1e-2, momentum=0.9),
-        cx.retrain([(".*", constraint)], {".*": s, "0": s}),
-    )
-    state = tx.init(params)
-    update = jax.jit(tx.update)
-    for seed in range(3):
-        gradient = draw(constraint, shape, 10 + seed)
-        updates, state = update(list(gradient) if constraint.joint else [gradient], state, params)
-        params = optax.apply_updates(params, updates)
-    after = tuple(params) if constraint.joint else params[0]
-    for free, x in zip(jax.tree.leaves(_free(z, retract, piece)), jax.tree.leaves(after), strict=True):
-        assert bool(jnp.all(jnp.where(free, True, x == 0)))
+def test_a_spec_makes_the_set_again(name: str) -> None:
+    constraint = EXAMPLES[name][0]
+    for again in (from_spec(json.loads(json.dumps(constraint.spec))), pickle.loads(pickle.dumps(constraint))):
+        assert again.spec == constraint.spec
+        assert (again.stage, again.joint, len(again.parts)) == (
+            constraint.stage,
+            constraint.joint,
+            len(constraint.parts),
+        )
 
 
-def _free(z: Any, retract: Callable[..., Any], piece: Any) -> Any:
-    """Where a projected weight may be non-zero: non-zeros, and members of kept groups that happen to be 0."""
-    up, down = (retract(jax.tree.map(lambda x, a=a: jnp.full_like(x, a), z), piece) for a in (1.0, -1.0))
-    return jax.tree.map(lambda a, b, v: (a != 0) | (b != 0) | (v != 0), up, down, z)
+BROKEN: dict[str, tuple[cx.Constraint, str]] = {
+    "feasible": (cx.filters(0.5)._replace(project=lambda w, _: 0.5 * w), "are not equal"),
+    "shapes": (cx.filters(0.5)._replace(project=lambda w, _: jnp.zeros(w.shape)), "bfloat16 .* becomes float32"),
+    "eager": (cx.filters(0.5)._replace(project=lambda w, _: w * (2.0 - isinstance(w, jax.core.Tracer))), "equal"),
+    "zeros": (cx.filters(0.5)._replace(project=lambda w, _: w + 1), "are not equal"),
+    "spec": (cx.filters(0.5)._replace(spec={"kind": "mine", "sizes": (1, 2)}), "mark its function @factory"),
+    "active": (cx.filters(0.5)._replace(retract=lambda w, _: 0.5 * w), "are not equal"),
+    "nearest": (
+        cx.filters(0.5)._replace(project=lambda w, _: -cx.filters(0.5).project(w, ())),
+        "a nearer point was found",
+    ),
+}
 
 
-@table
-def test_a_second_call_does_not_compile_again(name: str) -> None:
-    project = jitted(name, "run")
-    project(draw(*EXAMPLES[name], seed=0))
-    project(draw(*EXAMPLES[name], seed=1))
-    assert project._cache_size() == 1  # type: ignore[attr-defined]
+@pytest.mark.parametrize("check", BROKEN)
+def test_what_breaks_the_contract_is_said(check: str) -> None:
+    constraint, text = BROKEN[check]
+    with pytest.raises(AssertionError, match=f"(?s){text}"):
+        getattr(testing.Contract(constraint, jnp.zeros((4, 6))), check)()
 
 
-@table
-def test_admm_moves_weights_into_the_set(name: str) -> None:
-    constraint, shape = EXAMPLES[name]
-    target = draw(constraint, shape, 3)
-    params = {"w": target}
-    # rho * U grows with rho here: with the dual kept instead, two sets at once can settle between them
-    pull = cx.admm([(".*", constraint)], rho=cx.schedules.staged(0.1, 1.15, 1, 20.0), every=10, rescale_dual=False)
-    tx = optax.chain(pull, optax.sgd(0.02))
+def test_a_set_of_ones_own_is_checked_whole() -> None:
+    @cx.factory
+    def first_rows(number: int) -> cx.Constraint:
+        return cx.support(lambda w: jnp.broadcast_to(jnp.arange(w.shape[0])[:, None] < number, w.shape))
 
-    def body(carry: Any, _: None) -> tuple[Any, None]:
-        p, s = carry
-        gradient = {"w": jax.tree.map(jnp.subtract, p["w"], target)}
-        updates, s = tx.update(gradient, s, p)
-        return (optax.apply_updates(p, updates), s), None
-
-    (params, state), _ = jax.jit(lambda c: jax.lax.scan(body, c, None, length=600))((params, tx.init(params)))
-    assert max(float(v) for k, v in cx.admm_metrics(state).items() if k.startswith("primal")) < 0.2
+    testing.check_constraint(first_rows(3), jnp.zeros((8, 6)))
+    with pytest.raises(AssertionError, match=r"^feasible: first_rows\(number=8\): a drawn weight lies in the set"):
+        testing.check_constraint(first_rows(8), jnp.zeros((8, 6)))
 
 
 @table
 def test_two_devices_give_the_same_bits(name: str) -> None:
-    w = draw(*EXAMPLES[name])
+    held = contract(name)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def spread(x: jax.Array) -> jax.Array:
@@ -273,7 +169,10 @@ def test_two_devices_give_the_same_bits(name: str) -> None:
         spec = jax.sharding.PartitionSpec(*("x" if a == axis else None for a in range(x.ndim)))
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
-    same(jax.jit(functools.partial(run, EXAMPLES[name][0]))(jax.tree.map(spread, w)), jitted(name, "run")(w))
+    w = held.draw()
+    over_two, over_one = jax.jit(held.run)(jax.tree.map(spread, w)), held.jitted["run"](w)
+    for a, b in zip(jax.tree.leaves(over_two), jax.tree.leaves(over_one), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_unknown_kind_and_arguments_are_named() -> None:
