@@ -31,6 +31,7 @@ from jax import Array, lax
 from compressx import schedules as rho_schedules
 from compressx.constraints.base import LEVEL, TIE, Constraint
 from compressx.constraints.floats import exponent, lift, nonzero, scale
+from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.schedules import RhoSchedule
 
@@ -92,11 +93,16 @@ def _sets(b: Bound) -> tuple[Constraint, ...]:
     return b.constraint.sets
 
 
+@jax.jit
+def _only_where(v: Array, z: Array) -> Array:
+    return jnp.where(nonzero(z), v, jnp.zeros((), v.dtype))
+
+
 def _kept(part: Constraint, v: Any, earlier: Sequence[Any]) -> Any:
     """What a set is projected from: for ties and levels, v with zeros where an earlier set's Z has them."""
     if part.stage >= TIE:
         for z in earlier:
-            v = jax.tree.map(lambda v, z: jnp.where(nonzero(z), v, jnp.zeros((), v.dtype)), v, z)
+            v = jax.tree.map(_only_where, v, z)
     return v
 
 
@@ -167,7 +173,7 @@ def admm(
             structure[b.name] = b.choose(w)
             before: list[Any] = []
             for k, (part, s) in enumerate(zip(_sets(b), structure[b.name], strict=True)):
-                before.append(part.project(_kept(part, w, before), s))
+                before.append(programs(part).project(_kept(part, w, before), s))
                 b.put(z[k], before[-1])
                 b.put(center[k], jax.tree.map(jnp.copy, before[-1]))  # U is zero
         # a distinct array for every entry: shared buffers cannot be donated

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from compressx._admm import AdmmState, find_state
-from compressx.constraints.base import violations
 from compressx.constraints.floats import nonzero
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import check_finite
@@ -119,7 +118,7 @@ def project(params: Any, rules: Rules, structures: Mapping[str, Any]) -> Any:
 def count_violations(params: Any, rules: Rules, structures: Mapping[str, Any]) -> dict[str, Array]:
     """How many entries of every constrained leaf lie outside its sets, by name (int32; pure, jits)."""
     leaves = jax.tree.leaves(params)
-    return {b.name: violations(b.constraint, b.take(leaves), structures[b.name]) for b in resolve(rules, params)}
+    return {b.name: b.violations(b.take(leaves), structures[b.name]) for b in resolve(rules, params)}
 
 
 def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False) -> Hardened:
@@ -148,7 +147,7 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
     if state is None and not fresh:
         _refuse_to_choose(params, rules)
     structure = structures(params, rules, state)
-    hard = jax.jit(lambda p, s: project(p, rules, s))(params, structure)
+    hard = project(params, rules, structure)
     check(hard, rules, structure)
     return Hardened(hard, structure)
 
@@ -212,8 +211,7 @@ def outside(params: Any, rules: Rules, structures: Mapping[str, Any]) -> dict[st
     bound, leaves = resolve(rules, params), jax.tree.leaves(params)
     held = {b.name: b.take(leaves) for b in bound}
     with in_their_precision(held):
-        count = jax.jit(lambda w, s: {b.name: violations(b.constraint, w[b.name], s[b.name]) for b in bound})
-        counts = jax.device_get(count(held, {b.name: structures[b.name] for b in bound}))
+        counts = jax.device_get({b.name: b.violations(held[b.name], structures[b.name]) for b in bound})
     return {name: int(n) for name, n in counts.items()}
 
 

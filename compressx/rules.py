@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
+from compressx.constraints import programs
 from compressx.constraints.base import Constraint
 from compressx.tree import paths
 
@@ -42,21 +44,19 @@ class Bound(NamedTuple):
 
     def choose(self, w: Any) -> tuple[Any, ...]:
         """What each of the sets leaves open, chosen for w as the sets before it leave it: a tuple over the sets."""
-        chosen = self.constraint.init(w)
-        return chosen if self.constraint.parts else (chosen,)
+        return programs.choose(self.constraint, w)
 
     def project(self, w: Any, structures: tuple[Any, ...]) -> Any:
-        """The nearest point of the sets, with a structure for each."""
-        return self.constraint.project(w, self._own(structures))
+        """The weights projected onto one set after the other, with a structure for each."""
+        return programs.project(self.constraint, w, structures)
 
     def freeze(self, w: Any, structures: tuple[Any, ...]) -> Any:
         """The active set around a w that lies in the sets with these structures."""
-        return self.constraint.freeze(w, self._own(structures))
+        return programs.freeze(self.constraint, w, structures)
 
-    def _own(self, structures: tuple[Any, ...]) -> Any:
-        """The structure as the constraint's own functions take it: of a single set not in a tuple."""
-        each = [s for _, s in self.constraint.each(structures)]
-        return tuple(each) if self.constraint.parts else each[0]
+    def violations(self, w: Any, structures: tuple[Any, ...]) -> Array:
+        """How many entries of w a projection would change: int32 []."""
+        return programs.violations(self.constraint, w, structures)
 
     def put(self, leaves: list[Any], value: Any) -> None:
         """Writes a value shaped like `take`'s answer back into a list of leaves."""
@@ -133,7 +133,7 @@ def resolve(rules: Rules, params: Any) -> tuple[Bound, ...]:
 
 def _check(b: Bound, leaves: Sequence[Any]) -> None:
     def run(w: Any) -> Any:
-        return b.constraint.project(w, b.constraint.init(w))
+        return b.project(w, b.choose(w))
 
     w = b.take(leaves)
     for path, leaf in zip(b.paths, w if b.constraint.joint else (w,), strict=True):

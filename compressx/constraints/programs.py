@@ -1,0 +1,100 @@
+"""The functions of a constraint, compiled once for each set and shape and kept for the whole process.
+
+A constraint is made anew wherever rules are written; its functions are closures, which jax takes for new ones each
+time. Two constraints whose factory and arguments are the same are the same set and share their programs, so that
+hardening a network compiles as many programs as it has sets and shapes, and nothing the second time.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from compressx.constraints.base import Constraint
+from compressx.constraints.floats import differ
+
+_KEPT = 512  # sets whose programs are kept
+
+
+class Programs(NamedTuple):
+    """Functions of a single set as they stand in a `Constraint`, jitted."""
+
+    init: Callable[..., Any]
+    project: Callable[..., Any]
+    freeze: Callable[..., Any]
+
+
+def programs(single: Constraint) -> Programs:
+    """The programs of one set: kept ones where a `factory` made it, new ones for a set made by hand."""
+    key = _key(single)
+    return _compiled(single) if key is None else _kept(_Set(key, single))
+
+
+def choose(constraint: Constraint, w: Any) -> tuple[Any, ...]:
+    """The structure of every set, each chosen for w as the sets before it leave it."""
+    chosen: list[Any] = []
+    for k, single in enumerate(constraint.sets):
+        chosen.append(programs(single).init(w))
+        if k + 1 < len(constraint.sets):
+            w = programs(single).project(w, chosen[-1])
+    return tuple(chosen)
+
+
+def project(constraint: Constraint, w: Any, structures: tuple[Any, ...]) -> Any:
+    """The weights projected onto one set after the other."""
+    for single, structure in constraint.each(structures):
+        w = programs(single).project(w, structure)
+    return w
+
+
+def freeze(constraint: Constraint, w: Any, structures: tuple[Any, ...]) -> Any:
+    """The active set around w, as `Constraint.freeze` returns it."""
+    each = tuple(programs(single).freeze(w, structure) for single, structure in constraint.each(structures))
+    return each if constraint.parts else each[0]
+
+
+def violations(constraint: Constraint, w: Any, structures: tuple[Any, ...]) -> Array:
+    """`base.violations`, of w that is compared with its projection onto each set."""
+    counts = [_changed(programs(single).project(w, s), w) for single, s in constraint.each(structures)]
+    return sum(counts[1:], counts[0])
+
+
+@jax.jit
+def _changed(a: Any, b: Any) -> Array:
+    each = jax.tree.map(lambda a, b: jnp.sum(differ(a, b), dtype=jnp.int32), a, b)
+    return sum(jax.tree.leaves(each), jnp.zeros((), jnp.int32))
+
+
+class _Set:
+    """A constraint that equals another one of the same call."""
+
+    def __init__(self, key: Hashable, constraint: Constraint) -> None:
+        self.key, self.constraint = key, constraint
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Set) and self.key == other.key
+
+
+def _key(constraint: Constraint) -> Hashable | None:
+    if constraint.leaf is not None:
+        key = _key(constraint.leaf)
+        return None if key is None else ("every leaf", key)
+    if constraint.made is None:
+        return None
+    return constraint.made, json.dumps(constraint.spec, sort_keys=True)
+
+
+@functools.lru_cache(_KEPT)
+def _kept(of: _Set) -> Programs:
+    return _compiled(of.constraint)
+
+
+def _compiled(single: Constraint) -> Programs:
+    return Programs(jax.jit(single.init), jax.jit(single.project), jax.jit(single.freeze))
