@@ -34,6 +34,7 @@ from compressx.constraints.floats import exponent, lift, nonzero, scale
 from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.schedules import RhoSchedule
+from compressx.tree import unboxed
 
 
 class AdmmState(NamedTuple):
@@ -393,7 +394,8 @@ def find_state(opt_state: Any) -> AdmmState:
     found = [s for s in leaves if isinstance(s, AdmmState)]
     if len(found) != 1:
         raise ValueError(f"expected one AdmmState in the optimizer state, found {len(found)}")
-    return found[0]
+    state: AdmmState = unboxed(found[0])
+    return state
 
 
 def by_set(primal: Mapping[str, Any], dual: Mapping[str, Any], rules: Rules) -> dict[str, dict[str, float]]:
@@ -408,7 +410,7 @@ def by_set(primal: Mapping[str, Any], dual: Mapping[str, Any], rules: Rules) -> 
     """
     out: dict[str, dict[str, float]] = {"primal_by_set": {}, "dual_by_set": {}}
     for name in primal:
-        held = next(c for pattern, c in rules if name == pattern or re.fullmatch(pattern, name))
+        held = next(c for pattern, c, *_ in rules if name == pattern or re.fullmatch(pattern, name))
         kinds = [p.spec["kind"] for p in held.parts] if held is not None else []
         for k, kind in enumerate(kinds):
             number = kinds[: k + 1].count(kind)

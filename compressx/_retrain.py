@@ -9,6 +9,7 @@ import optax
 
 from compressx._harden import Hardened, agree, parts, prove, structures
 from compressx.rules import Bound, Rules, pairs, resolve
+from compressx.tree import unboxed
 
 
 class RetrainState(NamedTuple):
@@ -117,4 +118,5 @@ def find_state(opt_state: Any) -> RetrainState:
     found = [s for s in leaves if isinstance(s, RetrainState)]
     if len(found) != 1:
         raise ValueError(f"expected one RetrainState in the optimizer state, found {len(found)}")
-    return found[0]
+    state: RetrainState = unboxed(found[0])
+    return state

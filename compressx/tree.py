@@ -25,6 +25,11 @@ def keys(tree: Any) -> list[tuple[Key, ...]]:
     return found
 
 
+def unboxed(tree: Any) -> Any:
+    """The tree with each of Flax's boxes replaced by the array in it (`nnx.Optimizer` boxes the optimizer's state)."""
+    return jax.tree.map(lambda node: jax.tree.leaves(node)[0] if _boxed(node) else node, tree, is_leaf=_boxed)
+
+
 def _boxed(node: Any) -> bool:
     """Whether a node is Flax's box around one value (told by name: this module imports no Flax)."""
     return any(f"{t.__module__}.{t.__name__}" in _BOXES for t in type(node).__mro__)

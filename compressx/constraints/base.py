@@ -7,6 +7,7 @@ functions, as an optax transform is. `a & b` is the intersection; ADMM gives eac
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
@@ -52,6 +53,7 @@ class Constraint(NamedTuple):
       moved: `moved(w, active) -> structure`, what is open after retraining has moved to w (a scale follows its
         weights); None where retraining moves nothing of it.
       made: the `factory` whose call the spec is.
+      slice: where this is a set on every slice of a stacked leaf (see `compressx.axes`), the set on one; else None.
     """
 
     spec: Mapping[str, Any]
@@ -69,9 +71,12 @@ class Constraint(NamedTuple):
     settle: Callable[[Any, Any], Any] | None = None
     moved: Callable[[Any, Any], Any] | None = None
     made: Callable[..., "Constraint"] | None = None
+    slice: "Constraint | None" = None
 
     def __reduce__(self) -> tuple[Callable[..., "Constraint"], tuple[Any, ...]]:
         """Pickled is the call that made the set: its functions are closures, which do not pickle."""
+        if self.slice is not None:
+            raise TypeError(f"{self} over a stack is bound to its leaf; pickle the set of the rule instead")
         if self.parts:
             return intersection, self.parts
         if self.leaf is not None:
@@ -370,6 +375,8 @@ def count(density: float | None, n: int, keep: int | None = None, what: str = "w
         raise ValueError(
             f"density={density} of {n} {what} keeps none of them; raise the density, give keep=, or leave this leaf out"
         )
+    if k == n and density < 1 and n:
+        warnings.warn(f"density={density} of {n} {what} keeps all of them", stacklevel=2)
     return k
 
 

@@ -83,6 +83,9 @@ class _Set:
 
 
 def _key(constraint: Constraint) -> Hashable | None:
+    if constraint.slice is not None:
+        key = _key(constraint.slice)
+        return None if key is None else ("every slice", key)
     if constraint.leaf is not None:
         key = _key(constraint.leaf)
         return None if key is None else ("every leaf", key)

@@ -8,8 +8,10 @@ The content of the header (see `container`):
     rules   [{"paths": [[keys]], "axes", "spec", "structure": [names in the file]}], one per constrained leaf or joint
             set
 
-The arrays of "structure" are the leaves of the tuple of structures over the sets. "axes" is null. Files of version 1
-(release 0.1) have a path as one string, joined by slashes, and a format as its name; they are read as well.
+The arrays of "structure" are the leaves of the tuple of structures over the sets; "axes" is null, or the words of the
+rule. Files of version 1 (release 0.1) have a path as one string, joined by slashes, and a format as its name; they are
+read as well.
+
 Nothing in a file is executed: constraints come back through `constraints.from_spec`, patterns are escaped paths, and
 the pytree of a structure is the one that the constraint itself makes.
 """
@@ -25,7 +27,7 @@ import numpy as np
 
 from compressx._harden import agree, parts, prove
 from compressx._harden import structures as choose
-from compressx.constraints import Constraint, on_leaf
+from compressx.constraints import on_leaf
 from compressx.formats import container, packing
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
 from compressx.formats.file_rules import claim, pattern_of, read_path, read_rules
@@ -55,7 +57,7 @@ class SavedModel(NamedTuple):
     Attributes:
       params: nested dictionaries of NumPy arrays, a level for each key of a path; keys are strings, or integers where
         the tree that was saved had lists or integer keys.
-      rules: pairs (pattern, constraint) that bind exactly the leaves that were bound.
+      rules: (pattern, constraint), or with axes, that bind exactly the leaves that were bound.
       structures: what the sets of each constraint leave open, by name, as in a `Hardened`.
       model: as given to `save_model`: {"class" or "name", "options"} or None.
       extra: as given to `save_model`.
@@ -65,7 +67,7 @@ class SavedModel(NamedTuple):
     """
 
     params: Any
-    rules: list[tuple[str, Constraint]]
+    rules: list[tuple[Any, ...]]
     structures: dict[str, tuple[Any, ...]]
     model: dict[str, Any] | None
     extra: Any
@@ -124,7 +126,10 @@ def save_model(
     fixed = _layout(layout, names)
     arrays: dict[str, np.ndarray] = {}
     entries, described = [], []
-    alone = {p: on_leaf(b.constraint, given[b.name], i) for b in bound for i, p in enumerate(b.paths)}
+    # formats for a structure are written for Flax's layout: a leaf with axes of its own takes one of the others
+    alone = {
+        p: on_leaf(b.constraint, given[b.name], i) for b in bound if b.axes is None for i, p in enumerate(b.paths)
+    }
     packed_bytes = 0
     for key, name, leaf in zip(keyed, names, leaves, strict=True):
         try:
@@ -156,7 +161,7 @@ def save_model(
         described.append(
             {
                 "paths": [list(keyed[i]) for i in b.indices],
-                "axes": None,
+                "axes": list(b.axes.words) if b.axes else None,
                 "spec": dict(b.constraint.spec),
                 "structure": held_names,
             }
@@ -202,7 +207,7 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
         raise CompressedFileError(f"{target}: {error}") from None
     dense = sum(x.nbytes for x in jax.tree.leaves(params))
     sizes = Sizes(dense, sum(map(nbytes, packed.values())), stored, size)
-    rules = [(pattern_of(b), b.constraint) for b in bound]
+    rules = [(pattern_of(b), b.constraint.slice or b.constraint, *([str(b.axes)] if b.axes else [])) for b in bound]
     return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
 
 

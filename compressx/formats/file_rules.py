@@ -17,10 +17,11 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from compressx.axes import parse
 from compressx.constraints import Constraint, from_spec
 from compressx.formats.base import fail
 from compressx.formats.container import to_json
-from compressx.rules import Bound
+from compressx.rules import Bound, bind
 from compressx.tree import Key, path_name, paths
 
 # Operations that the projections of a file may have: some, and more for a file that may be large. Of the default 4 GiB
@@ -92,8 +93,6 @@ def _bind(
     named = about.get("paths")
     if not isinstance(named, list):
         fail(f"{entry}/paths", "is not a list")
-    if version > 1 and about.get("axes") is not None:
-        fail(f"{entry}/axes", "are not understood by this release")
     named = [path_name(read_path(p, version, f"{entry}/paths")) for p in named]
     known = named and all(p in free for p in named)
     if not known or len(set(named)) < len(named):
@@ -108,7 +107,13 @@ def _bind(
     for path in mine:
         if not jnp.issubdtype(leaves[index[path]].dtype, jnp.floating):
             fail(path, f"only floating-point leaves can be constrained, got {leaves[index[path]].dtype}")
-    b = Bound(mine[0], tuple(mine), tuple(index[p] for p in mine), constraint)
+    said = about.get("axes") if version > 1 else None
+    if said is not None and (not isinstance(said, list) or not all(isinstance(w, str) for w in said)):
+        fail(f"{entry}/axes", "are not a list of words")
+    try:
+        b = bind(mine[0], mine, [index[p] for p in mine], leaves, constraint, parse(said) if said else None)
+    except ValueError as error:
+        fail(f"{entry}/axes", _short(error))
     return b._replace(name=pattern_of(b)) if constraint.joint else b
 
 
@@ -138,7 +143,7 @@ class _Traces:
     def _of(self, b: Bound, one: Constraint, w: Any) -> Any:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), w)
         shapes = [(x.shape, x.dtype.name) for x in jax.tree.leaves(like)]
-        kind = (to_json(one.spec), *shapes)
+        kind = (to_json(one.spec), one.slice is not None, *shapes)
         if kind not in self.found:
             lines = sum(math.prod(shape[:-1]) + math.prod(shape[-1:]) for shape, _ in shapes)
             if _PER_LINE * lines > self.max_bytes:

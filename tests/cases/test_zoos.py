@@ -90,21 +90,16 @@ def test_saved_without_structures(tmp_path: Path) -> None:
 # Axes of layers as others store them (new arguments: write them in).
 
 
-@open_case(
-    raises=AssertionError,
-    match=r"one scale for 16 channels: relative error 2\.40 in the weakest, 0\.19 in the strongest",
-)
 def test_axes_depthwise_multiplier_last() -> None:
     """Keras' DepthwiseConv2D, kernel [kh, kw, C, multiplier]: 16 outputs, not one."""
     k = normal(3, 3, 16, 1) * (1 + jnp.arange(16.0))[:, None]
-    z = api.harden({"k": k}, [("k", api.quantize(4, per="channel"))])["k"]
+    z = api.harden({"k": k}, [("k", api.quantize(4, per="channel"), "taps taps out out")])["k"]
     error = [float(jnp.linalg.norm((z - k)[..., c, :]) / jnp.linalg.norm(k[..., c, :])) for c in range(16)]
     assert max(error) < 0.3, (
         f"one scale for 16 channels: relative error {error[0]:.2f} in the weakest, {error[-1]:.2f} in the strongest"
     )
 
 
-@open_case(raises=AssertionError, match=r"filters\(0\.5\) keeps 16 of 16 channels without a word")
 def test_density_that_leaves_everything() -> None:
     """A density below one that keeps all weights is said, not passed over."""
     with warnings.catch_warnings(record=True) as said:
@@ -119,11 +114,10 @@ def test_density_that_leaves_everything() -> None:
     assert told or kept <= 0.5, "filters(0.5) keeps 16 of 16 channels without a word"
 
 
-@open_case(raises=AssertionError, match="96 of 96 outputs live")
 def test_axes_transposed_flax_kernel() -> None:
     """GPT-2's FlaxConv1D stores `kernel` as [out, in]; with the axes said, filters prune outputs."""
     w = normal(96, 32, seed=1)
-    z = api.harden({"c_attn": {"kernel": w}}, [(".*kernel", api.filters(0.5))])["c_attn"]["kernel"]
+    z = api.harden({"c_attn": {"kernel": w}}, [(".*kernel", api.filters(0.5), "out in")])["c_attn"]["kernel"]
     live = int((z != 0).any(1).sum())
     assert live == 48, f"{live} of 96 outputs live"
 
@@ -131,7 +125,6 @@ def test_axes_transposed_flax_kernel() -> None:
 # nnx.Optimizer's state.
 
 
-@open_case(raises=ValueError, match="pytree structure error: different types at key path")
 def test_retract_on_an_nnx_optimizer() -> None:
     m, rules = nnx.Linear(8, 8, rngs=nnx.Rngs(0)), [(".*kernel", api.n_of_m(2, 4))]
     nnx.update(m, api.harden(nnx.state(m, nnx.Param), rules))
@@ -180,12 +173,10 @@ def _equal_leaves(constraint: Any) -> None:
     assert not bad, f"16 equal leaves: compilations in the first and second call {bad}"
 
 
-@open_case(raises=AssertionError, match="16 equal leaves: compilations in the first and second call {'init': ")
 def test_compile_once_unstructured() -> None:
     _equal_leaves(api.unstructured(0.2))
 
 
-@open_case(raises=AssertionError, match="16 equal leaves: compilations in the first and second call {'init': ")
 def test_compile_once_filters() -> None:
     _equal_leaves(api.filters(0.5))
 

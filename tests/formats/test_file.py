@@ -348,7 +348,7 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "rule path": (_change("content", "rules", 0, "paths", value=[["nothing"]]), "rules\\[0\\]: its paths are not"),
     "rule paths": (_change("content", "rules", 0, "paths", value=[DENSE.split("/")]), "rules.1.: its paths are not"),
     "rule path string": (_change("content", "rules", 0, "paths", value=[CONV]), "rules.0./paths: its"),
-    "rule axes": (_change("content", "rules", 0, "axes", value="in out"), "rules\\[0\\]/axes: are not understood"),
+    "rule axes": (_change("content", "rules", 0, "axes", value="in out"), "rules\\[0\\]/axes: are not a list"),
     "two paths": (
         _change("content", "rules", 0, "paths", value=[CONV.split("/"), ["params", "conv", "bias"]]),
         "holds on one leaf",
