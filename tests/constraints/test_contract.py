@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -88,6 +88,29 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
 }
 table = pytest.mark.parametrize("name", list(EXAMPLES))
 
+# Examples of a kind that another one shows: what compiles a program of its own for each runs on these in the slow tests.
+VARIANTS = (
+    "unstructured conv", "n_of_m conv", "block", "pattern natural", "connectivity", "bsp_columns", "quantize",
+    "quantize channel", "quantize powers", "unify cubes", "unify_and_prune exact", "filters & polarize & quantize",
+    "unify & quantize", "unstructured global & quantize", "bsp gates & quantize", "unstructured global & filters",
+    "n_of_m & columns",
+)  # fmt: skip
+# An example or two of each way to choose: by magnitudes, over several leaves, by sorting, signs, ties and levels.
+SPREAD = (
+    "unstructured global", "filters", "network_structure", "pattern aligned", "bsp", "darb", "polarize energy",
+    "unify_and_prune", "pattern network & polarize & quantize",
+)  # fmt: skip
+
+
+def mostly_slow(quick: Collection[str], names: Collection[str] = tuple(EXAMPLES)) -> pytest.MarkDecorator:
+    """The names as a table, of which all but the quick are slow tests."""
+    assert set(quick) <= set(names)
+    rows = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return pytest.mark.parametrize("name", rows)
+
+
+kinds = mostly_slow(set(EXAMPLES) - set(VARIANTS))
+
 # Sequences of projections and greedy choices: feasible, not claimed to be nearest.
 NOT_NEAREST = (
     "filters_and_columns", "network_structure", "bsp",
@@ -116,7 +139,7 @@ def jitted(name: str, function: str) -> Callable[..., Any]:
     """The functions of an example, compiled once for all tests."""
     constraint = EXAMPLES[name][0]
     if function == "run":
-        return jax.jit(lambda w: run(constraint, w))
+        return lambda w: jitted(name, "project")(w, jitted(name, "init")(w))
     if function == "violations":
         return jax.jit(lambda w, s: cx.constraints.violations(constraint, w, s))
     return jax.jit(getattr(constraint, function))
@@ -128,8 +151,8 @@ def squared(a: Any, b: Any) -> float:
 
 
 def test_every_kind_has_an_example() -> None:
-    shown = {p.spec["kind"] for c, _ in EXAMPLES.values() for p in c.sets}
-    assert shown == set(KINDS)
+    for names in (EXAMPLES, set(EXAMPLES) - set(VARIANTS)):
+        assert {p.spec["kind"] for n in names for p in EXAMPLES[n][0].sets} == set(KINDS)
 
 
 @table
@@ -167,13 +190,13 @@ def test_shape_and_dtype_are_kept(name: str) -> None:
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-@table
+@kinds
 def test_jit_equals_eager_of_numpys_arrays(name: str) -> None:
     w = draw(*EXAMPLES[name])
     same(jitted(name, "run")(w), run(EXAMPLES[name][0], jax.tree.map(np.asarray, w)))
 
 
-@table
+@kinds
 def test_vmap_equals_the_loop(name: str) -> None:
     constraint, shape = EXAMPLES[name]
     ws = [draw(constraint, shape, seed) for seed in range(3)]
@@ -201,7 +224,7 @@ def test_spec_survives_json(name: str) -> None:
     assert (again.stage, again.joint, len(again.parts)) == (constraint.stage, constraint.joint, len(constraint.parts))
 
 
-@table
+@kinds
 def test_retraining_moves_only_inside_the_frozen_piece(name: str) -> None:
     constraint, shape = EXAMPLES[name]
     w = draw(constraint, shape)
@@ -238,13 +261,13 @@ def _free(z: Any, retract: Callable[..., Any], piece: Any) -> Any:
 
 @table
 def test_a_second_call_does_not_compile_again(name: str) -> None:
-    project = jitted(name, "run")
-    project(draw(*EXAMPLES[name], seed=0))
-    project(draw(*EXAMPLES[name], seed=1))
-    assert project._cache_size() == 1  # type: ignore[attr-defined]
+    for seed in range(2):
+        jitted(name, "run")(draw(*EXAMPLES[name], seed=seed))
+    for function in ("init", "project"):
+        assert jitted(name, function)._cache_size() == 1  # type: ignore[attr-defined]
 
 
-@table
+@kinds
 def test_admm_moves_weights_into_the_set(name: str) -> None:
     constraint, shape = EXAMPLES[name]
     target = draw(constraint, shape, 3)
@@ -263,7 +286,7 @@ def test_admm_moves_weights_into_the_set(name: str) -> None:
     assert max(float(v) for k, v in cx.admm_metrics(state).items() if k.startswith("primal")) < 0.2
 
 
-@table
+@mostly_slow(SPREAD)
 def test_two_devices_give_the_same_bits(name: str) -> None:
     w = draw(*EXAMPLES[name])
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
