@@ -88,7 +88,7 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
 }
 table = pytest.mark.parametrize("name", list(EXAMPLES))
 
-# Examples of a kind that another one shows: what compiles a program of its own for each runs on these in the slow tests.
+# Examples of a kind that another one shows: tests that compile a program of its own for each are slow on these.
 VARIANTS = (
     "unstructured conv", "n_of_m conv", "block", "pattern natural", "connectivity", "bsp_columns", "quantize",
     "quantize channel", "quantize powers", "unify cubes", "unify_and_prune exact", "filters & polarize & quantize",
