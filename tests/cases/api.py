@@ -44,6 +44,7 @@ from compressx import (
 from compressx.cache import cache_folder
 from compressx.compaction import CompactionError
 from compressx.formats import container
+from compressx.native import build
 
 # Named as the cases name them; where one is renamed, a function here keeps the old spelling.
 __all__ = [
@@ -301,7 +302,10 @@ print(f.path)
 def copy_native_libraries(cache: Path) -> None:
     """Puts this machine's libraries where `compile_in_a_process` looks: building one takes half a minute."""
     held = cache_folder()
+    todays = {build._named(part.LIBRARY)[0] for part in (kernels.native, kernels.recurrent)}
     for library in held.rglob("*.so"):
+        if library.name not in todays:
+            continue  # of another version of the code
         copy = cache / "compressx" / library.relative_to(held)
         copy.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copy2(library, copy)

@@ -6,6 +6,7 @@ load, compact, compile, export. Each case is a small input that was wrong, and s
 the project's own is needed here.
 """
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def test_scale_of_a_leaf_that_starts_small() -> None:
 # The structure of hardened weights is not the one that hardening used.
 
 
+@functools.cache
 def _polarized(seed: int) -> tuple[Any, Any]:
     rules = [("k", api.unstructured(0.5) & api.polarize(4))]
     return api.harden({"k": 0.1 * normal(3, 3, 8, 8, seed=seed)}, rules), rules

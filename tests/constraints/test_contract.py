@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,27 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
 }
 table = pytest.mark.parametrize("name", list(EXAMPLES))
 
+# Examples of a kind that another one shows: tests that compile a program of its own for each are slow on these.
+VARIANTS = (
+    "unstructured conv", "n_of_m conv", "block", "pattern natural", "connectivity", "bsp_columns", "quantize",
+    "quantize channel", "quantize powers", "unify cubes", "unify_and_prune exact", "filters & polarize & quantize",
+    "unify & quantize", "unstructured global & quantize", "bsp gates & quantize", "unstructured global & filters",
+    "n_of_m & columns",
+)  # fmt: skip
+# An example or two of each way to choose: by magnitudes, over several leaves, by sorting, signs, ties and levels.
+SPREAD = (
+    "unstructured global", "filters", "network_structure", "pattern aligned", "bsp", "darb", "polarize energy",
+    "unify_and_prune", "pattern network & polarize & quantize",
+)  # fmt: skip
+
+
+def mostly_slow(quick: Collection[str], names: Collection[str] = tuple(EXAMPLES)) -> pytest.MarkDecorator:
+    """The names as a table, of which all but the quick are slow tests."""
+    assert set(quick) <= set(names)
+    rows = [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return pytest.mark.parametrize("name", rows)
+
+
 # Sequences of projections and greedy choices: feasible, not claimed to be nearest.
 NOT_NEAREST = (
     "filters_and_columns", "network_structure", "bsp",
@@ -103,12 +125,21 @@ def contract(name: str) -> testing.Contract:
 
 
 def test_every_kind_has_an_example() -> None:
-    shown = {p.spec["kind"] for c, _ in EXAMPLES.values() for p in c.sets}
-    assert shown == set(KINDS)
+    for names in (EXAMPLES, set(EXAMPLES) - set(VARIANTS)):
+        assert {p.spec["kind"] for n in names for p in EXAMPLES[n][0].sets} == set(KINDS)
 
 
-@pytest.mark.parametrize("check", testing.CHECKS)
-@table
+COSTLY = ("eager", "mapped", "active", "trained")  # compiled anew for each example
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        pytest.param(n, c, marks=[pytest.mark.slow] if c in COSTLY and n in VARIANTS else [])
+        for n in EXAMPLES
+        for c in testing.CHECKS
+    ],
+)
 def test_contract(name: str, check: str) -> None:
     constraint = EXAMPLES[name][0]
     if check == "nearest" and (constraint.parts or constraint.spec["kind"] in NOT_NEAREST):
@@ -159,7 +190,7 @@ def test_a_set_of_ones_own_is_checked_whole() -> None:
         testing.check_constraint(first_rows(8), jnp.zeros((8, 6)))
 
 
-@table
+@mostly_slow(SPREAD)
 def test_two_devices_give_the_same_bits(name: str) -> None:
     held = contract(name)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -20,7 +20,7 @@ from compressx._harden import outside
 from compressx._retrain import find_state
 from compressx.constraints.base import violations
 from experiments.common.training.phases import move_levels
-from tests.constraints.test_contract import EXAMPLES
+from tests.constraints.test_contract import EXAMPLES, mostly_slow
 
 _THREE = [[1, 3, 4, 5], [0, 1, 3, 4], [4, 5, 7, 8]]
 SETS: dict[str, tuple[cx.Constraint, Any]] = {
@@ -67,7 +67,15 @@ SETS: dict[str, tuple[cx.Constraint, Any]] = {
         (3, 3, 6, 8),
     ),
 }
-table = pytest.mark.parametrize("name", list(SETS))
+# Of the examples, which other tests project too, those that choose; of the rest, one a choice.
+QUICK = (
+    "pattern aligned", "pattern network", "darb", "bsp_columns gates", "crossbar_aware", "network_structure",
+    "polarize energy", "unify_and_prune",
+    *(set(SETS) - set(EXAMPLES) - {
+        "few patterns & unstructured", "darb inverse", "darb uniform", "quantize 8", "quantize 12 a channel",
+        "patterns & polarize & quantize",
+    }),
+)  # fmt: skip
 
 
 def draw(name: str, seed: int, kind: str = "normal") -> Any:
@@ -101,7 +109,7 @@ def hardened(name: str) -> Callable[..., Any]:
     return jax.jit(run)
 
 
-@table
+@mostly_slow(QUICK, tuple(SETS))
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["normal", "normal", "ties", "sparse", "rows", "columns"])
 )
@@ -153,15 +161,8 @@ def inside(name: str, before: Any, after: Any) -> None:
             assert signs.all()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n in ("pattern aligned", "darb", "unstructured & polarize", "patterns & unstructured", "FORMS")
-        else pytest.param(n, marks=pytest.mark.slow)
-        for n in SETS
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("seed", [0, 1])
+@mostly_slow(("pattern aligned", "darb", "FORMS"), tuple(SETS))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_phase_keeps_what_hardening_left(name: str, seed: int, tmp_path: Path) -> None:
     """harden, retrain, save, verify, load, retrain again: with the structures of hardening, and with none."""
     constraint = SETS[name][0]

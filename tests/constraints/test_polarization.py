@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -108,6 +108,8 @@ def test_the_three_orders_are_three_nestings() -> None:
     rule=st.sampled_from(["sum", "energy"]),
     dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16]),
 )
+# an example of what is open is not made smaller: that takes minutes
+@settings(phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @pytest.mark.xfail(strict=False, reason="open: signs of fragments that are all but balanced, at the ends of the range")
 def test_invariants(values: np.ndarray, size: int, order: str, rule: str, dtype: Any) -> None:
     w = jnp.asarray(values.astype(dtype))

@@ -13,7 +13,7 @@ import pytest
 
 import compressx as cx
 from compressx.constraints.base import violations
-from tests.constraints.test_contract import EXAMPLES
+from tests.constraints.test_contract import EXAMPLES, VARIANTS, mostly_slow
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": jnp.bfloat16, "float64": np.float64}
 # Powers of two between which the weights below (multiples of 2**-5, below 8) and their means are normal numbers.
@@ -97,15 +97,25 @@ def check_invariants(name: str, held: list[np.ndarray], got: dict[str, Any]) -> 
             assert (w.astype(np.float64)[z != 0] == z.astype(np.float64)[z != 0]).all()
 
 
+# in the narrowest dtype beside float32, and of these three in all
 QUICK = ("filters", "pattern_connectivity", "polarize energy", "quantize", "quantize codebook", "unify")
+WHOLE = ("filters", "quantize", "unify")
+
+
+def is_quick(name: str, dtype: str) -> bool:
+    return name in {"float32": set(EXAMPLES) - set(VARIANTS) | set(QUICK), "float16": QUICK}.get(dtype, WHOLE)
+
+
 TABLE = [
-    pytest.param(name, dtype, marks=[] if dtype == "float32" or name in QUICK else pytest.mark.slow)
+    pytest.param(name, dtype, marks=[] if is_quick(name, dtype) else pytest.mark.slow)
     for name in EXAMPLES
     for dtype in DTYPES
 ]
+# by their scope pytest runs the tests of a row one after another, while its program is held
+table = pytest.mark.parametrize(("name", "dtype"), TABLE, scope="module")
 
 
-@pytest.mark.parametrize(("name", "dtype"), TABLE)
+@table
 @hypothesis.given(data=st.data())
 def test_a_power_of_two_passes_through_the_projection(name: str, dtype: str, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["normal", "integers", "sparse"]))
@@ -124,7 +134,7 @@ def test_a_power_of_two_passes_through_the_projection(name: str, dtype: str, dat
         assert (got["anew"] == 0) == (plain["anew"] == 0)
 
 
-@pytest.mark.parametrize(("name", "dtype"), TABLE)
+@table
 @hypothesis.given(seed=st.integers(0, 2**32 - 1))
 def test_weights_of_all_sizes_together_stay_finite_and_inside(name: str, dtype: str, seed: int) -> None:
     held, got = run(name, ends(seed, shapes_of(name), DTYPES[dtype]), DTYPES[dtype])
@@ -134,7 +144,7 @@ def test_weights_of_all_sizes_together_stay_finite_and_inside(name: str, dtype: 
 SUPPORTS = [n for n, (c, _) in EXAMPLES.items() if c.stage == cx.SUPPORT and not c.joint and "pattern" not in n]
 
 
-@pytest.mark.parametrize("name", SUPPORTS)
+@mostly_slow(set(SUPPORTS) - set(VARIANTS), SUPPORTS)
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), power=st.integers(-141, -127))
 def test_denormals_are_weights_of_a_support(name: str, seed: int, power: int) -> None:
@@ -168,7 +178,7 @@ def admm_steps(name: str) -> Callable[..., Any]:
 ADMM = ("unstructured", "filters", "pattern_connectivity", "polarize", "quantize", "unify & quantize", "darb")
 
 
-@pytest.mark.parametrize("name", [n if n in ADMM else pytest.param(n, marks=pytest.mark.slow) for n in EXAMPLES])
+@mostly_slow(ADMM)
 @hypothesis.settings(max_examples=10, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**32 - 1), power=st.integers(-149, 122), mixed=st.booleans())
 def test_steps_of_admm_stay_finite(name: str, seed: int, power: int, mixed: bool) -> None:
@@ -196,9 +206,10 @@ def test_small_leaves_are_quantized_as_well_as_others(dtype: Any, grid: str) -> 
     c = cx.quantize(4, grid=grid)
     w = np.random.default_rng(0).standard_normal((64, 32))
     power = -20 if dtype == np.float16 else -123
+    run = jax.jit(lambda x: c.project(x, c.init(x)))
     errors = []
     for x in (w.astype(dtype), np.ldexp(w, power).astype(dtype)):
-        z = np.asarray(c.project(jnp.asarray(x), c.init(jnp.asarray(x))))
+        z = np.asarray(run(jnp.asarray(x)))
         x = x.astype(np.float64)
         errors.append(np.linalg.norm(z.astype(np.float64) - x) / np.linalg.norm(x))
     assert errors[1] < 1.2 * errors[0] + 0.02, errors

@@ -26,7 +26,7 @@ def _gru(reset):
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(N, T, IN)), jnp.float32)
     variables = jax.tree.map(
-        lambda w: jnp.asarray(rng.normal(size=w.shape) * 0.4, jnp.float32), model.init(jax.random.key(0), x)
+        lambda w: jnp.asarray(rng.normal(size=w.shape) * 0.4, jnp.float32), jax.jit(model.init)(jax.random.key(0), x)
     )
     return model, variables, x
 
@@ -101,14 +101,14 @@ def test_a_simulated_gru_is_the_loop_with_rounded_inputs(reset):
     got = jax.jit(lambda v, x: layers.simulate(model.apply, deployed)(v, x))(grid.variables, x)
     want = _loop(grid.variables["params"], x, reset, scales)
     np.testing.assert_allclose(got, want, atol=2e-4)
-    plain = np.asarray(model.apply(grid.variables, x))
+    plain = np.asarray(jax.jit(model.apply)(grid.variables, x))
     assert np.abs(np.asarray(got) - plain).max() > 1e-3  # the rounding shows
     some = {p: d for p, d in deployed.items() if p in ("gru_0/uz", "gru_1/wh")}
-    got = layers.simulate(model.apply, some)(grid.variables, x)
+    got = jax.jit(layers.simulate(model.apply, some))(grid.variables, x)
     np.testing.assert_allclose(got, _loop(grid.variables["params"], x, reset, {p: scales[p] for p in some}), atol=2e-4)
     bits = {p: Operands(8, 5, True) for p in some}  # 5 bits hold -15..15
     planes = network.deploy_network(grid, bits, {p: scales[p] / 4 for p in some})
-    np.testing.assert_allclose(layers.simulate(model.apply, planes)(grid.variables, x), plain, atol=0.05)
+    np.testing.assert_allclose(jax.jit(layers.simulate(model.apply, planes))(grid.variables, x), plain, atol=0.05)
 
 
 def test_what_recurrent_word_lines_see_is_every_step():
@@ -129,13 +129,14 @@ def test_what_recurrent_word_lines_see_is_every_step():
 def test_an_lstm_through_an_engine_of_many_bits_is_the_lstm():
     model = LanguageModel(classes=7, hidden=4, embedding=3)
     words = jnp.asarray([[1, 2, 3, 4, 0, 6]], jnp.int32)
-    variables = jax.tree.map(lambda w: 8 * w, model.init(jax.random.key(0), words))
+    variables = jax.tree.map(lambda w: 8 * w, jax.jit(model.init)(jax.random.key(0), words))
     fine = DESIGN.but(input_bits=12, weight_bits=12, cols=128)
     names = [layer.name for layer in network.find_layers(model.apply, variables, words)]
     grid = network.on_grid(variables, dict.fromkeys(names, network.levels_of(fine)))
     scales, _ = layers.calibrate(model.apply, fine, grid.variables, words)
     deployed = network.deploy_network(grid, dict.fromkeys(names, fine), scales)
-    got, want = layers.simulate(model.apply, deployed)(grid.variables, words)[0], model.apply(grid.variables, words)[0]
+    got = jax.jit(layers.simulate(model.apply, deployed))(grid.variables, words)[0]
+    want = jax.jit(model.apply)(grid.variables, words)[0]
     np.testing.assert_allclose(got, want, atol=5e-3)
     assert float(jnp.std(want)) > 0.1
 
@@ -176,8 +177,8 @@ def test_what_recurrent_layers_cannot_do_is_said():
     with pytest.raises(ValueError, match="gru_0/wz: read noise is not simulated in recurrent layers"):
         layers.simulate(model.apply, noisy)(grid.variables, x)
     drawn = network.perturb_network(jax.random.key(0), deployed, Variation("lognormal", 0.3))
-    got = layers.simulate(model.apply, drawn)(grid.variables, x)
-    assert np.abs(np.asarray(got - layers.simulate(model.apply, deployed)(grid.variables, x))).max() > 1e-4
+    got, ideal = (jax.jit(layers.simulate(model.apply, d))(grid.variables, x) for d in (drawn, deployed))
+    assert np.abs(np.asarray(got - ideal)).max() > 1e-4
     targets = {"gru_0/wz": aware.Target(DESIGN, 0.1, 0.1)}
     with aware.training_hardware(targets, jax.random.key(0)), pytest.raises(ValueError, match="gru_0/wz: recurrent"):
         model.apply(grid.variables, x)

@@ -34,6 +34,7 @@ RULES = [
     ("params/pattern/kernel", cx.pattern_connectivity(0.4, k=4) & cx.quantize(4)),
 ]
 LAYOUT = [("params/pattern/kernel", "fkw-coded")]
+budget = settings.default.max_examples
 
 
 def _params() -> dict[str, Any]:
@@ -254,7 +255,7 @@ mutation = st.one_of(
 )
 
 
-@settings(max_examples=1000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5 * budget, suppress_health_check=list(HealthCheck))
 @given(mutations=st.lists(mutation, min_size=1, max_size=4))
 def test_mutated_bytes_load_as_they_were_or_are_refused(
     saved: bytes, scratch: Path, hard: dict[str, Any], mutations: list[tuple[str, float, int]]
@@ -481,7 +482,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(max_examples=budget, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_forged_files_load_consistently_or_are_refused(saved: bytes, scratch: Path, data: st.DataObject) -> None:
     header, arrays = _open(saved)

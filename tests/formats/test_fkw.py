@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -17,7 +18,7 @@ from compressx.formats.fkw import assign_patterns, kernel_array, reorder_filters
 def hard(constraint, shape, seed=0, dtype=np.float32):
     """A projected weight and the structure it was projected with."""
     w = jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-    structure = constraint.init(w)
+    structure = jax.jit(constraint.init)(w)
     return np.asarray(jax.jit(constraint.project)(w, structure)), structure
 
 
@@ -59,13 +60,22 @@ CASES = {
 }
 
 
+@functools.cache
+def made(name):
+    """A case's weight and its structure."""
+    constraint, shape = CASES[name]
+    w, structure = hard(constraint, shape)
+    if name == "shrunk":
+        structure = jax.jit(constraint.refresh)(w, structure)
+    return np.asarray(jax.jit(constraint.project)(jnp.asarray(w), structure)), structure
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("known", [True, False])
 def test_round_trip_and_layout(name, known):
     constraint, shape = CASES[name]
-    w, structure = hard(constraint, shape)
-    structure = jax.jit(constraint.refresh)(w, structure) if name == "shrunk" else structure
-    w = np.array(constraint.project(jnp.asarray(w), structure))
+    w, structure = made(name)
+    w = np.array(w)
     if name == "unstructured":
         w[0, 0] = 0  # so that three taps are left and every kernel lies in one pattern
         w[0, 1, 0, 0], w[1, 0, 0, 0], w[1, 1, 0, 0] = 1, 2, 3

@@ -94,7 +94,7 @@ NATIVE = {
 def test_what_stays_with_xla_says_why(case):
     inner, shape, why = ONE[case]
     model, x = Layer(inner), jnp.ones(shape)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     f = kernels.compile(model, variables)
     np.testing.assert_allclose(
         np.asarray(f(x), np.float32), np.asarray(model.apply(variables, x), np.float32), atol=1e-5
@@ -121,7 +121,8 @@ def test_packed_weights_say_whether_they_are_run_as_they_are_stored(tmp_path):
     x = np.random.default_rng(3).standard_normal((2, 8, 8, 1), dtype=np.float32)
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
-        lambda w: np.asarray(w) * (rng.random(w.shape) < 0.5).astype(np.float32), model.init(jax.random.key(0), x)
+        lambda w: np.asarray(w) * (rng.random(w.shape) < 0.5).astype(np.float32),
+        jax.jit(model.init)(jax.random.key(0), x),
     )
     about = {"name": "digits_cnn", "options": {"classes": 10}}
     layout = [(".*/c1/kernel", "csr"), (".*/c2/kernel", "fkw"), (".*/f.*/kernel", "csr")]
@@ -155,7 +156,7 @@ class Whole(nn.Module):
 
 def test_a_line_names_all_that_is_part_of_it():
     x = jnp.ones((2, 4, 4, 3))
-    variables = Whole().init(jax.random.key(0), x)
+    variables = jax.jit(Whole().init)(jax.random.key(0), x)
     lines = kernels.compile(Whole(), variables).layers(x)
     by_path = {line.path: line for line in lines}
     a = by_path["params/a/kernel"]
@@ -177,11 +178,11 @@ def test_a_line_names_all_that_is_part_of_it():
 
 
 @pytest.mark.parametrize("path", [None, "xla", "pallas"])
-@pytest.mark.parametrize("name", ["digits_cnn", "resnet20", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["digits_cnn", "resnet20", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_a_batch_of_nothing_has_an_output_of_nothing(name, path):
     model = models.build(name, 10, **({} if name == "digits_cnn" else {"width": 0.25}))
     x = jnp.zeros((1, 8, 8, 1 if name == "digits_cnn" else 3))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     f = kernels.compile(model, variables, path=path)
     empty = f(x[:0])
     assert (empty.shape, empty.dtype) == ((0, 10), jnp.float32)

@@ -162,24 +162,70 @@ def _command(*args: str, **env: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (("--config=configs/cnn.py:digits_tiny", "--wrkdir=x"), "Unknown command line flag 'wrkdir'"),
-        (("--config=configs/cnn.py:digitz", "--workdir=x"), "no variant 'digitz'; there are digits, mnist_lenet5"),
-        (("--config=configs/cnn.py:digits_tiny", "--workdir=x", "--config.sed=2"), "no such setting"),
-        (("--config=configs/cnn.py:digits_tiny", "--workdir=x", "--mesh=rows=2"), "is not an axis"),
-        (("--config=configs/cnn.py:mnist_lenet5_structured_tiny", "--workdir=x"), "mnist/train-images"),
-    ],
-)
-def test_from_the_command_line_a_fault_is_one_line(tmp_path, args, words) -> None:
-    args = tuple(a.replace("=x", f"={tmp_path / 'x'}") for a in args)
-    code, err = _command(*args, COMPRESSX_DATA=str(tmp_path), HOME=str(tmp_path), no_proxy="*")
+FAULTS = [
+    (("--config=configs/cnn.py:digits_tiny", "--wrkdir=x"), "Unknown command line flag 'wrkdir'"),
+    (("--config=configs/cnn.py:digitz", "--workdir=x"), "no variant 'digitz'; there are digits, mnist_lenet5"),
+    (("--config=configs/cnn.py:digits_tiny", "--workdir=x", "--config.sed=2"), "no such setting"),
+    (("--config=configs/cnn.py:digits_tiny", "--workdir=x", "--mesh=rows=2"), "is not an axis"),
+]
+# The command line in a fork of a process that has imported the driver, which takes longer than all of them.
+_FORKS = """
+import json, os, runpy, sys, tempfile, traceback, warnings
+import experiments.cnn.task
+warnings.filterwarnings("ignore", message=".*fork")
+answers = []
+for args in json.loads(sys.argv[1]):
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if not child:
+            os.dup2(said.fileno(), 2)
+            sys.argv[1:] = args
+            try:
+                runpy.run_module("experiments.cnn", run_name="__main__", alter_sys=True)
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                code = 99
+            sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        answers.append((code, said.read()))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """What each faulty command line ended with and wrote, and the work directory that all of them were given."""
+    workdir = tmp_path_factory.mktemp("faults") / "x"
+    lines = [[a.replace("=x", f"={workdir}") for a in args] for args, _ in FAULTS]
+    command = [sys.executable, "-c", _FORKS, json.dumps(lines)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    return json.loads(done.stdout), workdir
+
+
+def _is_one_line(code, err, words) -> None:
     assert code == 1
     lines = [line for line in err.splitlines() if line]
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     assert words in lines[0]
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_from_the_command_line_a_fault_is_one_line(faults, number) -> None:
+    answers, workdir = faults
+    _is_one_line(*answers[number], FAULTS[number][1])
+    assert not workdir.exists()
+
+
+def test_of_a_process_of_its_own_a_fault_is_one_line(tmp_path) -> None:
+    args = ("--config=configs/cnn.py:mnist_lenet5_structured_tiny", f"--workdir={tmp_path / 'x'}")
+    code, err = _command(*args, COMPRESSX_DATA=str(tmp_path), HOME=str(tmp_path), no_proxy="*")
+    _is_one_line(code, err, "mnist/train-images")
     assert not (tmp_path / "x").exists()
 
 

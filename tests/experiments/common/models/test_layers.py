@@ -185,8 +185,14 @@ def test_formulation_by_shape(monkeypatch):
         (((-1, 0), (0, -1)), 1, 1, 1),
     ],
 )
-@pytest.mark.parametrize("window", [(1, 1), (3, 3), (5, 4)])
-@pytest.mark.parametrize("kernel_on", [False, True])
+@pytest.mark.parametrize(
+    ("kernel_on", "window"),
+    [
+        *((False, window) for window in [(1, 1), (3, 3), (5, 4)]),
+        (True, (3, 3)),
+        *(pytest.param(True, window, marks=pytest.mark.slow) for window in [(1, 1), (5, 4)]),
+    ],
+)
 def test_convolve_is_lax(padding, stride, dilation, groups, window, kernel_on, monkeypatch):
     if kernel_on:
         needs_kernel()

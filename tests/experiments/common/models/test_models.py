@@ -32,11 +32,11 @@ TINY = [
     ("lenet5", MNIST, {"width": 0.5}),
     ("lenet5_caffe", MNIST, {"width": 0.1}),
     ("vgg16", CIFAR, {"width": 0.05}),
-    ("vgg16", CIFAR, {"width": 0.05, "head": "imagenet", "batch_norm": False}),
+    pytest.param("vgg16", CIFAR, {"width": 0.05, "head": "imagenet", "batch_norm": False}, marks=pytest.mark.slow),
     ("resnet20", CIFAR, {"width": 0.25}),
     pytest.param("resnet18", CIFAR, {"width": 0.05, "stem": "cifar"}, marks=pytest.mark.slow),
     pytest.param("resnet50", (33, 33, 3), {"width": 0.05}, marks=pytest.mark.slow),
-    ("mobilenet_v2", CIFAR, {"width": 0.1, "stem": "cifar"}),
+    pytest.param("mobilenet_v2", CIFAR, {"width": 0.1, "stem": "cifar"}, marks=pytest.mark.slow),
 ]
 
 

@@ -20,6 +20,7 @@ from experiments.common.training.state import Sums, TrainState, make_evaluate, m
 V, H = 13, 8
 NET = LanguageModel(classes=V, hidden=H, dropout=0.3)
 PLAIN = LanguageModel(classes=V, hidden=H)
+read_words = jax.jit(PLAIN.apply)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def _ids(n, seed=0):
 
 def _nats(params, ids):
     """The text read at once, word by word, nothing carried by hand."""
-    logits, _ = PLAIN.apply(params, jnp.asarray(ids[None, :-1]))
+    logits, _ = read_words(params, jnp.asarray(ids[None, :-1]))
     p = np.asarray(jax.nn.log_softmax(logits[0], -1), np.float64)
     return -p[np.arange(len(ids) - 1), ids[1:]].sum()
 
@@ -67,24 +68,25 @@ def test_a_step_carries_on_and_its_gradient_stops_at_the_window(params) -> None:
     for t in range(4):  # a whole epoch: the lanes' places 0..19 and 20..39
         state = step(state, data, order, None)
         read = jnp.asarray(np.stack([ids[: 5 * t + 5], ids[20 : 20 + 5 * t + 5]]))
-        _, want = PLAIN.apply(params, read)
+        _, want = read_words(params, read)
         for a, b in zip(jax.tree.leaves(state.batch_stats["carry"]), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     state = step(state, data, order, None)  # the next epoch begins anew
-    _, want = PLAIN.apply(params, jnp.asarray(np.stack([ids[:5], ids[20:25]])))
+    _, want = read_words(params, jnp.asarray(np.stack([ids[:5], ids[20:25]])))
     np.testing.assert_allclose(state.batch_stats["carry"][0][0], want[0][0], rtol=1e-4, atol=1e-5)
 
     # truncated: with the carry given as numbers, the gradient is that of the window alone
     batch = {k: x[order[1]] for k, x in data.items()}
     carry = task.begin(2)
     carry = jax.tree.map(lambda x: x + 0.1, carry)
-    ours = jax.grad(lambda p: task.loss(p, carry, batch, jax.random.key(0), Fit(augment=False), None)[0])(params)
+    loss = lambda p: task.loss(p, carry, batch, jax.random.key(0), Fit(augment=False), None)[0]
+    ours = jax.jit(jax.grad(loss))(params)
 
     def alone(p):
         logits, _ = PLAIN.apply(p, batch["inputs"], carry["carry"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(jax.grad(alone)(params)), strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(jax.jit(jax.grad(alone))(params)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -165,10 +167,10 @@ def test_the_gradient_of_the_loss_is_clipped_and_the_pull_is_not(params) -> None
     (phase,) = [p for p in phases.plan(PLAN) if p.kind == "admm"]
     gradient = jax.tree.map(lambda w: jnp.full(w.shape, 100.0), params)
     tx = training.optimizers.of_phase("plain_sgd", phase, 20, 10, None, 2.0)
-    update, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
+    update, _ = jax.jit(tx.update)(gradient, jax.jit(tx.init)(params), params)
     free = training.optimizers.of_phase("plain_sgd", phase, 20, 10, None)
     clipped = jax.tree.map(lambda g: g * (2.0 / optax.tree.norm(gradient)), gradient)
-    want, _ = jax.jit(free.update)(clipped, free.init(params), params)
+    want, _ = jax.jit(free.update)(clipped, jax.jit(free.init)(params), params)
     for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)
     # plain SGD on the biases, which no rule holds: the learning rate times the clipped gradient
@@ -180,13 +182,12 @@ def test_the_gradient_of_the_loss_is_clipped_and_the_pull_is_not(params) -> None
 def test_a_sample_is_drawn_from_the_models_own_distribution(params) -> None:
     """The first word drawn after a prompt has the frequencies the model states; later ones read what was drawn."""
     prompt = [3, 1]
-    logits, _ = PLAIN.apply(params, jnp.asarray([prompt]))
     drawn = sample(PLAIN, params, prompt, 6, seed=2)
     assert drawn == sample(PLAIN, params, prompt, 6, seed=2)
     assert drawn != sample(PLAIN, params, prompt, 6, seed=3)
     keys = jax.random.split(jax.random.key(2), 6)
     for i, word in enumerate(drawn):  # the whole history read again for every word
-        logits, _ = PLAIN.apply(params, jnp.asarray([prompt + drawn[:i]]))
+        logits, _ = read_words(params, jnp.asarray([prompt + drawn[:i]]))
         assert word == int(jax.random.categorical(keys[i], logits[0, -1]))
     never = [i for i in range(V) if i != 4]
     assert sample(PLAIN, params, prompt, 5, never=never) == [4] * 5

@@ -82,11 +82,15 @@ def _child(tiny, folder: Path, when: str) -> int:
     return done.returncode
 
 
-def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, tmp_path) -> None:
+# in every kind of phase, inside the first save of a session and inside a later one
+@pytest.mark.parametrize(
+    "moments",
+    [("22", "save:2"), pytest.param(("7", "22", "save:2", "34", "save:1", "47"), marks=pytest.mark.slow)],
+)
+def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, tmp_path, moments) -> None:
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert _child(tiny, whole, "never") == 0
-    # in every kind of phase, inside the first save of a session and inside a later one
-    for when in ("7", "22", "save:2", "34", "save:1", "47"):
+    for when in moments:
         assert _child(tiny, pieces, when) == -signal.SIGKILL
     assert _child(tiny, pieces, "never") == 0
     assert (whole / "metrics.jsonl").read_bytes() == (pieces / "metrics.jsonl").read_bytes()
