@@ -287,19 +287,19 @@ def _dual_step(
             inside = _kept(part, v, done)
             if part.stage == LEVEL:
                 if fit_until is None:
-                    s = part.refresh(inside, s)
+                    s = programs(part).refresh(inside, s)
                 else:
-                    s = lax.cond(number <= fit_until, part.refresh, lambda _, s: s, inside, s)
+                    s = lax.cond(number <= fit_until, programs(part).refresh, lambda _, s: s, inside, s)
             elif refresh_every is not None:
                 earlier = list(zip(_sets(b), chosen, strict=False))
 
                 def anew(v: Any, s: Any, part: Constraint = part, earlier: Any = earlier) -> Any:
                     for p, c in earlier:
-                        v = p.project(v, c)
-                    return part.refresh(v, s)
+                        v = programs(p).project(v, c)
+                    return programs(part).refresh(v, s)
 
                 s = lax.cond(number % refresh_every == 0, anew, lambda _, s: s, v, s)
-            z = part.project(inside, s)
+            z = programs(part).project(inside, s)
             done.append(z)
             duals.append(jax.tree.map(jnp.subtract, v, z))
             b.put(trees_z[k], z)

@@ -79,7 +79,7 @@ def retrain(rules: Rules, hard: Hardened | Mapping[str, Any] | None = None) -> o
 
 
 def _retract(b: Bound, w: Any, state: RetrainState) -> Any:
-    return b.constraint.retract(w, state.active[b.name])
+    return b.retract(w, state.active[b.name])
 
 
 def retract(params: Any, rules: Rules, state: Any) -> Hardened:

@@ -61,6 +61,10 @@ class Bound(NamedTuple):
         """The active set around a w that lies in the sets with these structures."""
         return programs.freeze(self.constraint, w, structures)
 
+    def retract(self, w: Any, active: Any) -> Any:
+        """The nearest point of the active set."""
+        return programs.retract(self.constraint, w, active)
+
     def violations(self, w: Any, structures: tuple[Any, ...]) -> Array:
         """How many entries of w a projection would change: int32 []."""
         return programs.violations(self.constraint, w, structures)

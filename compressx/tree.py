@@ -60,7 +60,8 @@ def paths(tree: Any) -> list[str]:
 def check_finite(params: Any, what: str = "weight") -> None:
     """Raises ValueError naming the first leaf that holds a NaN or an infinity (concrete arrays only)."""
     named = zip(paths(params), jax.tree.leaves(params), strict=True)
-    numeric = [(name, x) for name, x in named if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
+    # keys of random numbers, and functions and names among the leaves of a module, are no weights
+    numeric = [(n, x) for n, x in named if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)]
     finite: list[Array] = [jnp.all(jnp.isfinite(x)) for _, x in numeric]
     for (name, leaf), ok in zip(numeric, jax.device_get(finite), strict=True):
         if not ok:

@@ -25,7 +25,9 @@ class Programs(NamedTuple):
 
     init: Callable[..., Any]
     project: Callable[..., Any]
+    refresh: Callable[..., Any]
     freeze: Callable[..., Any]
+    retract: Callable[..., Any]
 
 
 def programs(single: Constraint) -> Programs:
@@ -55,6 +57,13 @@ def freeze(constraint: Constraint, w: Any, structures: tuple[Any, ...]) -> Any:
     """The active set around w, as `Constraint.freeze` returns it."""
     each = tuple(programs(single).freeze(w, structure) for single, structure in constraint.each(structures))
     return each if constraint.parts else each[0]
+
+
+def retract(constraint: Constraint, w: Any, active: Any) -> Any:
+    """The nearest point of the active set, as `Constraint.retract` returns it."""
+    for single, part in zip(constraint.sets, active if constraint.parts else (active,), strict=True):
+        w = programs(single).retract(w, part)
+    return w
 
 
 def violations(constraint: Constraint, w: Any, structures: tuple[Any, ...]) -> Array:
@@ -100,4 +109,36 @@ def _kept(of: _Set) -> Programs:
 
 
 def _compiled(single: Constraint) -> Programs:
-    return Programs(jax.jit(single.init), jax.jit(single.project), jax.jit(single.freeze))
+    return Programs(*(_on_any_mesh(getattr(single, name)) for name in Programs._fields))
+
+
+def _on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function jitted; on weights whose sharding is part of their type (a mesh of `Explicit` axes), inside
+    `jax.sharding.auto_axes`, where XLA shards what is in between: reshapes and sorts are no operations of such types.
+
+    What has the shape of a weight is sharded like it; all else (signs of fragments, scales, libraries) is on every
+    device.
+    """
+    compiled = jax.jit(function)
+
+    @functools.wraps(function)
+    def call(w: Any, *rest: Any) -> Any:
+        held = {x.shape: _explicit(x) for x in jax.tree.leaves(w)}
+        found = next((s for s in held.values() if s is not None), None)
+        if found is None:
+            return compiled(w, *rest)
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (w, *rest))
+        everywhere = jax.sharding.NamedSharding(found.mesh, jax.sharding.PartitionSpec())
+        out = jax.tree.map(lambda x: held.get(x.shape) or everywhere, jax.eval_shape(function, *plain))
+        return jax.jit(jax.sharding.auto_axes(function, out_sharding=out))(w, *rest)
+
+    return call
+
+
+def _explicit(x: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding of an array that lies on a mesh of `Explicit` axes."""
+    if not isinstance(x, jax.Array):
+        return None
+    sharding = jax.typeof(x).sharding
+    mesh = getattr(sharding, "mesh", None)
+    return sharding if mesh is not None and getattr(mesh, "explicit_axes", None) else None
