@@ -136,14 +136,15 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
       `save_model` and `compile` take.
 
     Raises:
-      ValueError: a leaf holds NaN or infinity; there is no state, and a set leaves something open (a scale, signs, a
-        library); the state is of other rules.
+      ValueError: a constrained leaf holds NaN or infinity; there is no state, and a set leaves something open (a scale,
+        signs, a library); the state is of other rules.
       ConstraintViolation: a projected leaf does not lie in one of its sets.
     """
     if fresh and state is not None:
         raise ValueError("harden takes ADMM's state or fresh=True, not both")
     rules = pairs(rules)
-    check_finite(params)
+    leaves = jax.tree.leaves(params)
+    check_finite({p: leaves[i] for b in resolve(rules, params) for p, i in zip(b.paths, b.indices, strict=True)})
     if state is None and not fresh:
         _refuse_to_choose(params, rules)
     structure = structures(params, rules, state)

@@ -31,12 +31,9 @@ from compressx.constraints import on_leaf
 from compressx.formats import container, packing
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
 from compressx.formats.file_rules import claim, pattern_of, read_path, read_rules
+from compressx.formats.trees import MAX_LEAVES, MAX_NAME, in_the_form_of, nest
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import Key, keys, path_name
-
-MAX_LEAVES = 8192
-MAX_DEPTH = 64
-MAX_NAME = 1024
 
 
 class Sizes(NamedTuple):
@@ -112,7 +109,7 @@ def save_model(
     params, held = parts(params, structures)
     rules, keyed = pairs(rules), keys(params)
     names = list(map(path_name, keyed))
-    _nest(keyed)
+    nest(keyed)
     leaves, params = _native(names, params)
     bound = resolve(rules, params) if rules else ()
     given = held if held is not None else choose(params, rules) if rules else {}
@@ -172,7 +169,7 @@ def save_model(
     return Sizes(sum(x.nbytes for x in leaves), packed_bytes, stored, target.stat().st_size)
 
 
-def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> SavedModel:
+def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES, *, like: Any = None) -> SavedModel:
     """Reads a saved model, believing nothing of it: whoever wrote the file, it takes bounded memory and time.
 
     At no time does reading take more than four times `max_bytes`, and 512 MiB: what does not fit is refused before it
@@ -182,12 +179,14 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
       path: a file that `save_model` wrote, or anything else.
       max_bytes: neither the file, nor its arrays, nor the dense weights may take more together, nor may unpacking a
         leaf take more than twice as much on the way; raise it for giants, lower it for files from others.
+      like: a tree of your own (an NNX state, an Equinox module, parameters, or their shapes), in whose form the params
+        come back, matched by path; its leaves that are no arrays (functions, keys of random numbers) stay.
 
     Raises:
       CompressedFileError: the file is damaged, truncated, foreign, too large or inconsistent; the text begins with the
         file and the entry.
       OSError: the file cannot be opened or read.
-      ValueError: max_bytes is no positive integer.
+      ValueError: max_bytes is no positive integer; a path, shape or dtype of `like` is not that of the file.
     """
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1:
         raise ValueError(f"max_bytes must be a positive integer, got {max_bytes!r}")
@@ -208,6 +207,8 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
     dense = sum(x.nbytes for x in jax.tree.leaves(params))
     sizes = Sizes(dense, sum(map(nbytes, packed.values())), stored, size)
     rules = [(pattern_of(b), b.constraint.slice or b.constraint, *([str(b.axes)] if b.axes else [])) for b in bound]
+    if like is not None:
+        params, bound = in_the_form_of(like, params, rules, bound, target)
     return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
 
 
@@ -257,34 +258,6 @@ def _renamed(structures: Mapping[str, Any], bound: Sequence[Bound]) -> dict[str,
     return {f"params/{name}": s for name, s in structures.items()}
 
 
-def _nest(keyed: Sequence[Sequence[Key]], leaves: Sequence[Any] | None = None) -> dict[Key, Any]:
-    """Nested dictionaries, a level for each key of a path; refuses what would not come back as it was."""
-    tree: dict[Key, Any] = {}
-    if len(keyed) > MAX_LEAVES:
-        raise ValueError(f"{len(keyed)} leaves, more than {MAX_LEAVES}")
-    seen: set[str] = set()
-    for i, path in enumerate(keyed):
-        name = path_name(path)
-        if not name or len(name) > MAX_NAME or len(path) > MAX_DEPTH or not name.isprintable():
-            raise ValueError(f"the path {name[:80]!r} is empty, not printable, too long or too deep")
-        if name in seen:
-            raise ValueError(f"the path {name!r} names two leaves, or a leaf and a branch")
-        seen.add(name)
-        node = tree
-        for number, key in enumerate(path):
-            if any(type(other) is not type(key) for other in node):
-                raise ValueError(f"the path {name!r} has a number where another leaf has a name")
-            if number + 1 == len(path):
-                if key in node:
-                    raise ValueError(f"the path {name!r} names two leaves, or a leaf and a branch")
-                node[key] = leaves[i] if leaves is not None else None
-            else:
-                node = node.setdefault(key, {})
-                if not isinstance(node, dict):
-                    raise ValueError(f"the path {name!r} runs through another leaf")
-    return tree
-
-
 def _list(value: Any, entry: str, limit: int = MAX_LEAVES) -> list[Any]:
     if not isinstance(value, list) or len(value) > limit:
         fail(entry, f"is not a list of at most {limit}")
@@ -329,6 +302,6 @@ def _leaves(
         packed[name] = item
         dense.append(w)
     try:
-        return packed, _nest(keyed, dense)
+        return packed, nest(keyed, dense)
     except ValueError as error:
         fail("leaves", str(error))
