@@ -72,11 +72,13 @@ INLINE Vec Larger(Vec a, Vec b) {
   return kNan ? (a != a ? a : b != b ? b : larger) : larger;
 }
 
-// True if a probe has met NaN or an infinity: it adds up 0 * v.
-INLINE bool Met(Vec probe) {
-  bool met = false;
-  for (int i = 0; i < kLanes; ++i) met |= probe[i] != 0.f;
-  return met;
+// What a probe gathers of a vector: bits, where it is NaN or infinite.
+INLINE IVec Odd(Vec v) { return reinterpret_cast<IVec>(v - v); }
+
+INLINE bool Met(IVec probe) {
+  int bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= probe[i];
+  return bits != 0;
 }
 
 // Writes vector j of a plane, its invalid lanes as zeros, and its copies in the margins.
@@ -92,15 +94,15 @@ INLINE void Put(const Grid& g, float* plane, int64_t j, Vec v) {
 // Residual, activation and margins of a block's sums, which the probe sees. Out of line: its pointers would push those of
 // the loops out of the registers.
 template <int F>
-NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums, Vec* probe) {
-  Vec seen = *probe;
+NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums, IVec* probe) {
+  IVec seen = *probe;
   for (int k = 0; k < count; ++k, sums += F * kLanes) {
     const int64_t filter = c.order[first + k];
     const float* add = c.residual ? c.residual + (filter * c.add.plane() + c.add.margin + j) * kLanes : nullptr;
     float* plane = c.y + filter * c.out.plane() * kLanes;
     Each<F>([&](auto f) {
       Vec v = Load(sums + f * kLanes);
-      seen += v * Splat(0.f);
+      seen |= Odd(v);
       if (add && !c.after) v += Load(add + f * kLanes);
       v = Activate(v, c.activation);
       if (add && c.after) v += Load(add + f * kLanes);
@@ -212,7 +214,7 @@ NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
       weight += E;
     } while (++index != stop);
   }
-  Vec probe = {};
+  IVec probe = {};
   Finish<F>(c, first, count, j, sums, &probe);
   if (Met(probe)) {
     ExactSums(c, block, j, F, sums);
@@ -240,7 +242,7 @@ template <int F>
 NOINLINE void RunTile(const Conv& c, int64_t block, int64_t j, float* sums) {
   const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
   const float* base = c.x + (c.in.margin + j) * kLanes;
-  Vec probe = {};
+  IVec probe = {};
   for (int group = 0; group < c.groups; ++group) {
     const int64_t item = (int64_t)group * c.couts + first;
     const int* start = c.run_start + item * kLongest;
@@ -325,12 +327,12 @@ NOINLINE float Peak(int64_t n) {
 
 // The largest of the rows * columns window at every vector from which it fits, in `to`; returns a probe of what it saw.
 template <bool kNan>
-INLINE Vec Largest(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
-  Vec probe = {};
+INLINE IVec Largest(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
+  IVec probe = {};
   for (int64_t j = 0; j < vectors - (rows - 1) * row - (columns - 1); ++j) {
     __builtin_prefetch(from + (j + (rows - 1) * row + 32) * kLanes);
     Vec v = Load(from + j * kLanes);
-    probe += v * Splat(0.f);
+    probe |= Odd(v);
     for (int r = 0; r < rows; ++r)
       for (int k = 0; k < columns; ++k) v = Larger<kNan>(v, Load(from + (j + r * row + k) * kLanes));
     Store(to + j * kLanes, v);
@@ -340,8 +342,8 @@ INLINE Vec Largest(const float* from, int64_t vectors, int64_t row, int rows, in
 
 void WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
   const int64_t last = (rows - 1) * row + columns - 1;
-  Vec probe = Largest<false>(from, vectors, row, rows, columns, to);
-  for (int64_t j = vectors - last; j < vectors; ++j) probe += Load(from + j * kLanes) * Splat(0.f);
+  IVec probe = Largest<false>(from, vectors, row, rows, columns, to);
+  for (int64_t j = vectors - last; j < vectors; ++j) probe |= Odd(Load(from + j * kLanes));
   if (Met(probe)) Largest<true>(from, vectors, row, rows, columns, to);
 }
 
