@@ -21,7 +21,7 @@ import numpy as np
 
 from compressx._harden import prove
 from compressx._harden import structures as initial_structures
-from compressx.constraints import Constraint, on_leaf
+from compressx.constraints import Constraint, from_spec, on_leaf
 from compressx.formats import container, packing
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
 from compressx.formats.file_rules import claim, pattern_of, read_rules
@@ -139,6 +139,10 @@ def save_model(
             }
         )
     for number, b in enumerate(bound):
+        try:
+            from_spec(b.constraint.spec)
+        except ValueError as error:
+            raise ValueError(f"{b.name}: {b.constraint} could not be read back: {error}") from None
         parts = parts_of[b.name]
         if parts and b.constraint.joint and list(b.paths) != sorted(b.paths, key=lambda p: p.split("/")):
             raise ValueError(
@@ -148,7 +152,7 @@ def save_model(
         held_names = [f"rule {number}:{i}" for i in range(len(parts))]
         arrays |= dict(zip(held_names, parts, strict=True))
         described.append({"paths": list(b.paths), "spec": dict(b.constraint.spec), "structure": held_names})
-    content = {"model": dict(model) if model else None, "extra": extra, "leaves": entries, "rules": described}
+    content = {"model": _model(dict(model) if model else None), "extra": extra, "leaves": entries, "rules": described}
     target = Path(path)
     stored = container.write(target, content, arrays, coding)
     return Sizes(sum(x.nbytes for x in leaves), packed_bytes, stored, target.stat().st_size)
@@ -180,20 +184,21 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> Save
         bound, structures = read_rules(_list(content.get("rules"), "rules"), params, arrays, max_bytes)
         if arrays:
             fail(sorted(arrays)[0], "belongs to no leaf and no rule")
-        model = content.get("model")
-        if model is not None and not (
-            isinstance(model, dict)
-            and isinstance(model.get("name"), str)
-            and len(model["name"]) <= MAX_NAME
-            and isinstance(model.get("options", {}), dict)
-        ):
-            fail("model", f"{str(model)[:120]} is not a name with options")
+        model = _model(content.get("model"))
     except CompressedFileError as error:
         raise CompressedFileError(f"{target}: {error}") from None
     dense = sum(x.nbytes for x in jax.tree.leaves(params))
     sizes = Sizes(dense, sum(map(nbytes, packed.values())), stored, size)
     rules = [(pattern_of(b), b.constraint) for b in bound]
     return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
+
+
+def _model(model: Any) -> dict[str, Any] | None:
+    """A model's name and options, checked; None."""
+    named = isinstance(model, dict) and isinstance(model.get("name"), str) and len(model["name"]) <= MAX_NAME
+    if model is not None and not (named and isinstance(model.get("options", {}), dict)):
+        fail("model", f"{str(model)[:120]} is not a name of at most {MAX_NAME} characters with options")
+    return model
 
 
 def _native(names: Sequence[str] | str, tree: Any) -> tuple[list[np.ndarray], Any]:

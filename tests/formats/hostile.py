@@ -614,7 +614,9 @@ class Opener:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.formats.hostile"]
         env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        root = Path(__file__).resolve().parents[2]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, env=env, cwd=root, **pipes)
 
     def __enter__(self) -> "Opener":
         return self
