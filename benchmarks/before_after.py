@@ -7,8 +7,8 @@ CHECKOUT is the root of the code before the change (`git worktree add ../before 
 a process of its own, both pinned to one core with one thread, and they take turns; who begins alternates. In its turn a
 process runs `--runs` times, of which the least counts. Where a process's memory lies changes its speed by some percent
 for as long as it lives, so both are started anew `--starts` times. The ratio after / before of processor time is taken
-within a round, for a loaded machine lengthens elapsed time much more; its median is printed with a bootstrap interval of
-95 % (starts are drawn, and rounds within them), and the largest difference of the two outputs over the largest output.
+within a round, for a loaded machine lengthens elapsed time much more; its median is printed with a bootstrap interval
+of 95 % (starts are drawn, and rounds within them), and the largest difference of the two outputs over the largest one.
 """
 
 import argparse
