@@ -1,13 +1,14 @@
 """Compiled networks and recurrent steps of two checkouts, round by round: what a change costs.
 
     python -m benchmarks.before_after CHECKOUT [--cases=vgg16,resnet50,mobilenet_v2,gru10,gru103] [--rate=8.1]
-        [--rounds=40] [--runs=3] [--path=xla]
+        [--starts=5] [--rounds=12] [--runs=3] [--path=xla]
 
 CHECKOUT is the root of the code before the change (`git worktree add ../before COMMIT`); this one is after it. Each has
 a process of its own, both pinned to one core with one thread, and they take turns; who begins alternates. In its turn a
-process runs `--runs` times, of which the least counts. The ratio after / before of processor time is taken within a
-round, for a loaded machine lengthens elapsed time much more; its median is printed with a bootstrap interval of 95 %,
-and the largest difference of the two outputs over the largest output.
+process runs `--runs` times, of which the least counts. Where a process's memory lies changes its speed by some percent
+for as long as it lives, so both are started anew `--starts` times. The ratio after / before of processor time is taken
+within a round, for a loaded machine lengthens elapsed time much more; its median is printed with a bootstrap interval
+of 95 % (starts are drawn, and rounds within them), and the largest difference of the two outputs over the largest one.
 """
 
 import argparse
@@ -100,15 +101,18 @@ class Side:
 
 
 def interval(ratios: Any, seed: int = 0) -> list[float]:
-    """Median, and the interval that 95 % of the medians of resampled rounds lie in."""
+    """Median of ratios `[starts, rounds]`, and the interval that 95 % of the medians of resampled ones lie in."""
     import numpy as np
 
-    drawn = np.random.default_rng(seed).choice(ratios, (5000, len(ratios)))
+    rng = np.random.default_rng(seed)
+    starts, rounds = ratios.shape
+    chosen = rng.integers(0, starts, (5000, starts, 1))
+    drawn = ratios[chosen, rng.integers(0, rounds, (5000, starts, rounds))].reshape(5000, -1)
     return [float(np.median(ratios)), *(float(v) for v in np.quantile(np.median(drawn, axis=1), [0.025, 0.975]))]
 
 
-def compare(before: Path, case: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of a case."""
+def start(before: Path, case: str, args: argparse.Namespace) -> tuple[dict[str, list[list[float]]], float]:
+    """Seconds of each round of two fresh processes, elapsed and processor's, and how far their outputs differ."""
     import numpy as np
 
     sides = {"before": Side(before, case, args.rate, args.path), "after": Side(_ROOT, case, args.rate, args.path)}
@@ -123,12 +127,19 @@ def compare(before: Path, case: str, args: argparse.Namespace) -> dict[str, Any]
         assert side.process.stdin is not None
         side.process.stdin.close()
         side.process.wait()
-    elapsed, processor = (
-        np.array([s[k] for s in seconds["after"]]) / np.array([s[k] for s in seconds["before"]]) for k in (0, 1)
-    )
-    apart = float(np.abs(y["after"] - y["before"]).max() / np.abs(y["before"]).max())
-    best = {f"{name}_ms": 1e3 * min(s[1] for s in found) for name, found in seconds.items()}
-    return {"case": case, "processor": interval(processor), "elapsed": interval(elapsed), **best, "apart": apart}
+    return seconds, float(np.abs(y["after"] - y["before"]).max() / np.abs(y["before"]).max())
+
+
+def compare(before: Path, case: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of a case."""
+    import numpy as np
+
+    found = [start(before, case, args) for _ in range(args.starts)]
+    both = {name: np.array([seconds[name] for seconds, _ in found]) for name in ("before", "after")}
+    ratios = both["after"] / both["before"]  # [starts, rounds, (elapsed, processor)]
+    best = {f"{name}_ms": 1e3 * float(seconds[..., 1].min()) for name, seconds in both.items()}
+    apart = max(apart for _, apart in found)
+    return {"elapsed": interval(ratios[..., 0]), "processor": interval(ratios[..., 1]), **best, "apart": apart}
 
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +151,8 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="root of the code before the change")
     parser.add_argument("--cases", default=",".join(CASES), help="names, with commas")
     parser.add_argument("--rate", type=float, default=8.1, help="compression of the networks")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--starts", type=int, default=5, help="of both processes")
+    parser.add_argument("--rounds", type=int, default=12, help="of a start")
     parser.add_argument("--runs", type=int, default=3, help="in a turn")
     parser.add_argument("--path", help="xla or native; the default where it is left out")
     args = parser.parse_args()

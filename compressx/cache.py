@@ -77,8 +77,14 @@ def obstacle(folder: Path, space: int) -> str | None:
         with scratch(folder):
             pass  # the truth, whatever modes and mounts say
     except OSError as error:
-        return f"{error.strerror}: {error.filename}"
+        return said(error)
     return None
+
+
+def said(error: OSError) -> str:
+    """What the system says of a file, and which file it is, in one line."""
+    parts = [str(part) for part in (error.strerror, error.filename) if part is not None]
+    return ": ".join(parts) or str(error)
 
 
 # --- One process at a time

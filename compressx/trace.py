@@ -1,6 +1,6 @@
 """A traced function as a flat list of operations on numbered values, calls inlined."""
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -158,11 +158,11 @@ def _needed(ops: Sequence[Op], outputs: Sequence[int]) -> tuple[Op, ...]:
     return tuple(reversed(kept))
 
 
-def settled(program: Program, followed: Container[str]) -> Program:
-    """The program with what constants alone make as constants, as far as that helps to follow channels.
+def settled(program: Program) -> Program:
+    """The program with what constants alone make as constants: nothing of it belongs together but by what it meets.
 
-    Computed are operations that are not `followed` (such as `iota`), and the indices of gathers and slices. What
-    depends on an extent that is free (the batch's, when a program is exported) stays.
+    Broadcasts stay, as their extent is whatever they meet, and so does what depends on an extent that is free (the
+    batch's, when a program is exported).
     """
     made = {v: op for op in program.ops for v in op.outputs}
     constants = dict(program.constants)
@@ -181,8 +181,8 @@ def settled(program: Program, followed: Container[str]) -> Program:
 
     with jax.ensure_compile_time_eval():
         for op in program.ops:
-            indices = op.inputs[1:] if op.primitive.name in ("gather", "dynamic_slice") else ()
-            for v in indices if op.primitive.name in followed else op.outputs:
+            index = op.inputs[1:] if op.primitive.name in ("gather", "dynamic_slice") else ()
+            for v in (*index, *(op.outputs if op.primitive.name != "broadcast_in_dim" else ())):
                 if v in fixed:
                     compute(v)
     ops = _needed([op for op in program.ops if op.outputs[0] not in constants], program.outputs)

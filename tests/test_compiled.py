@@ -42,12 +42,14 @@ class Workshop:
         self.folder = folder
         self.source = folder / "tiny" / "answer.cc"
         self.source.parent.mkdir()
+        (folder / "runs").mkdir()
         self.source.write_text(f'extern "C" int answer() {{ return {RIGHT}; }}\n')
         self.built = folder / "prebuilt"
         subprocess.run([GXX, "-shared", "-fPIC", self.source, "-o", self.built], check=True)
         self.compiler = folder / "cc"
         self.compiler.write_text(
-            '#!/bin/sh\nfor out; do :; done\n[ "$out" = --version ] && exit 1\necho x >> "$(dirname "$0")/runs"\n'
+            '#!/bin/sh\nfor out; do :; done\n[ "$out" = --version ] && exit 1\n'
+            f'mktemp "{folder}/runs/XXXXXXXX" > /dev/null\n'
             f'head -c 2000 "{self.built}" > "$out" && sleep ${{DELAY:-0}} && tail -c +2001 "{self.built}" >> "$out"\n'
         )
         self.compiler.chmod(0o755)
@@ -92,8 +94,7 @@ class Workshop:
 
     def runs(self) -> int:
         """How often the stand-in has run."""
-        record = self.folder / "runs"
-        return len(record.read_text().split()) if record.exists() else 0
+        return len(list((self.folder / "runs").iterdir()))
 
 
 NO_COMPILER = {"CXX": "", "PATH": "/nowhere"}
@@ -505,7 +506,9 @@ def test_no_compiler_and_nothing_built_is_told_and_off_is_silent(workshop: Works
 
 
 def test_a_library_that_does_not_open_is_built_anew_by_another_compiler_alone(workshop: Workshop) -> None:
-    bad = script(workshop, "bad", f'for out; do :; done; echo x >> {workshop.folder}/runs; echo "no library" > "$out"')
+    bad = script(
+        workshop, "bad", f'for out; do :; done; mktemp {workshop.folder}/runs/XXXXXXXX; echo "no library" > "$out"'
+    )
     place, runs = workshop.place(), workshop.runs()
     for environment in ({"CXX": bad}, {"CXX": bad}, NO_COMPILER):  # compiled once, not in every process
         answer = workshop.one(place, environment=environment)

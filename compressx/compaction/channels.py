@@ -7,7 +7,7 @@ import flax.linen as nn
 import numpy as np
 from scipy import sparse
 
-from compressx.compaction.primitives import LABELS, MANY, WHOLE, Axes, Axis, Contraction, Units
+from compressx.compaction.primitives import LABELS, MANY, Axes, Axis, Contraction, Units
 from compressx.trace import Function, Program, settled, trace
 
 
@@ -84,7 +84,7 @@ def channels(model: nn.Module | Function, variables: Any, x: Any, keep: Sequence
     Raises:
       CompactionError: channels pass through a primitive that has no rule and is not in `keep`.
     """
-    program = settled(trace(model, variables, x), LABELS.keys() - WHOLE)
+    program = settled(trace(model, variables, x))
     weights = set(range(len(program.paths))) | set(program.constants)
     touched = set(range(len(program.paths)))  # what depends on the variables at all: only that has channels
     for op in program.ops:
@@ -99,7 +99,7 @@ def channels(model: nn.Module | Function, variables: Any, x: Any, keep: Sequence
         axes[value] = []
         for a, n in enumerate(program.shapes[value]):
             blocks.append((u.count, value, a))
-            axes[value].append(u.fresh(n))
+            axes[value].append(u.fresh(n, loose=value in program.constants))
     blocks.append((u.count, len(program.paths), 0))  # where the leaves' and constants' units end
     for value in program.inputs:
         axes[value] = [None] * len(program.shapes[value])

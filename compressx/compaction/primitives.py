@@ -47,7 +47,7 @@ class Units:
         self._loose: list[tuple[int, int]] = []
 
     def fresh(self, n: int, loose: bool = False) -> np.ndarray:
-        """New units; loose ones come from broadcasting, and are whatever they meet."""
+        """New units; loose ones come from broadcasting or are constants, and are whatever they meet."""
         start, self.count = self.count, self.count + n
         if loose:
             self._loose.append((start, self.count))
@@ -260,7 +260,7 @@ def _gather(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape],
         if picks is not None and a in picks:
             units = ins[0][a]
             axes[to] = units if units is None else units[picks[a]]
-        elif a not in numbers.start_index_map and op.params["slice_sizes"][a] == shapes[0][a]:
+        elif op.params["slice_sizes"][a] == shapes[0][a] and (picks is not None or a not in numbers.start_index_map):
             axes[to] = ins[0][a]
         else:
             u.fix(ins[0][a], "gather takes a part of it")
@@ -275,27 +275,28 @@ def _gather(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape],
 
 def picked(op: Op, shape: Shape, constants: Mapping[int, Any]) -> dict[int, np.ndarray] | None:
     """Axis -> indices, where a `gather` or `dynamic_slice` takes constant ones along axes; None where it does not."""
-    p, name = op.params, op.primitive.name
-    if name == "dynamic_slice":
-        if not all(v in constants for v in op.inputs[1:]):
-            return None
-        starts = [int(np.asarray(constants[v])) for v in op.inputs[1:]]
-        cut = zip(starts, p["slice_sizes"], shape, strict=True)
-        return {a: np.arange(size) + min(max(at, 0), n - size) for a, (at, size, n) in enumerate(cut) if size != n}
-    numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
-    if op.inputs[1] not in constants or numbers.operand_batching_dims:
+    sizes = op.params["slice_sizes"]
+    cut = [a for a, (size, n) in enumerate(zip(sizes, shape, strict=True)) if size != n]
+    if not all(v in constants for v in op.inputs[1:]) or not all(isinstance(shape[a], int) for a in cut):
         return None
-    ids, axes = np.asarray(constants[op.inputs[1]]).astype(np.int64), numbers.start_index_map
-    if ids.ndim == 1 and not numbers.collapsed_slice_dims:  # one window, which slices are where the batch is free
-        picks = {a: at + np.arange(sizes[a]) for a, at in zip(axes, ids, strict=True)}
-    elif ids.ndim == 2 and len(axes) == 1 and axes == numbers.collapsed_slice_dims:  # points along one axis
-        picks = {axes[0]: ids[:, 0]}
-        if tuple(numbers.offset_dims) != tuple(a for a in range(len(shape)) if a != axes[0]):
+    if op.primitive.name == "dynamic_slice":
+        starts = [int(np.asarray(constants[v])) for v in op.inputs[1:]]
+        return {a: np.arange(sizes[a]) + min(max(starts[a], 0), shape[a] - sizes[a]) for a in cut}
+    numbers, ids = op.params["dimension_numbers"], np.asarray(constants[op.inputs[1]]).astype(np.int64)
+    axes = list(numbers.start_index_map)
+    if ids.ndim == 1 and not numbers.collapsed_slice_dims and not numbers.operand_batching_dims:
+        # one window, which slices are where the batch is free
+        if any(at for a, at in zip(axes, ids, strict=True) if a not in cut) or not set(cut) <= set(axes):
             return None
+        picks = {a: at + np.arange(sizes[a]) for a, at in zip(axes, ids, strict=True) if a in cut}
+    elif ids.ndim == 2 and axes == list(numbers.collapsed_slice_dims) and len(axes) == 1 and set(cut) <= set(axes):
+        # points along one axis, which stays where it is
+        if not isinstance(shape[axes[0]], int) or axes[0] in numbers.offset_dims:
+            return None
+        picks = {axes[0]: ids[:, 0]}
     else:
         return None
-    whole = all(sizes[a] == n for a, n in enumerate(shape) if a not in picks)
-    return picks if whole and all(((at >= 0) & (at < shape[a])).all() for a, at in picks.items()) else None
+    return picks if all(((at >= 0) & (at < shape[a])).all() for a, at in picks.items()) else None
 
 
 def _pad(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
@@ -479,7 +480,7 @@ CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 MANY = ("split", "optimization_barrier")  # the axes of their results differ
 
 # They number places or write values by computed indices: the channels that meet them are fixed.
-WHOLE = ("iota", "scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")
+_WHOLE = ("iota", "scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")
 
 LABELS: dict[str, Label] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
@@ -487,7 +488,7 @@ LABELS: dict[str, Label] = {
     **dict.fromkeys(WINDOWS, _window),
     **dict.fromkeys(("argmax", "argmin"), _reduce),
     **dict.fromkeys(CUMULATIVE, _cumulative),
-    **dict.fromkeys(WHOLE, _fixed),
+    **dict.fromkeys(_WHOLE, _fixed),
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
     "transpose": _transpose,

@@ -55,7 +55,8 @@ def shrink(op: Op, ins: list[Masks], outs: list[Masks], whole: list[Shape], shap
         strides = p["strides"] or (1,) * len(shape)
         if any(m is not None and stride != 1 for m, stride in zip(ins[0], strides, strict=True)):
             spans = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-            return _pick(op, {a: np.arange(*span) for a, span in enumerate(spans)}, ins[0], outs[0], whole[0])
+            cut = {a: span for a, span in enumerate(spans) if span != (0, whole[0][a], 1)}
+            return _pick(op, {a: np.arange(*span) for a, span in cut.items()}, ins[0], outs[0], whole[0])
         for key in ("start_indices", "limit_indices"):
             p[key] = tuple(i if m is None else int(m[:i].sum()) for i, m in zip(p[key], ins[0], strict=True))
     elif name in ("dynamic_slice", "gather"):
@@ -66,11 +67,11 @@ def shrink(op: Op, ins: list[Masks], outs: list[Masks], whole: list[Shape], shap
             size if m is None else int(m.sum()) for size, m in zip(p["slice_sizes"], ins[0], strict=True)
         )
     elif name == "pad":
-        cut = []
+        config = []
         for (low, high, interior), mask in zip(p["padding_config"], outs[0], strict=True):
             ends = (low, high) if mask is None else (int(mask[:low].sum()), int(mask[mask.size - high :].sum()))
-            cut.append((*ends, interior))
-        p["padding_config"] = tuple(cut)
+            config.append((*ends, interior))
+        p["padding_config"] = tuple(config)
     elif name == "split":
         p["sizes"] = tuple(s[p["axis"]] for s in shapes)
     elif name == "conv_general_dilated" and p["feature_group_count"] != 1:

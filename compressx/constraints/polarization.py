@@ -46,7 +46,8 @@ def polarize(fragment: int, *, order: str = "W", rule: str = "sum") -> Constrain
 
     "energy" makes the projection the nearest point over all choices of signs; the paper's "sum" does not in general.
     Signs are constant between refreshes (`admm(refresh_every=...)`). `init` and `refresh` also choose the order of the
-    rows: those that are zero in all filters come last. So prune and harden before polarizing, or intersect, where the
+    rows: those that are zero in all filters come last; where `init` finds weights that lie in the set only if some such
+    rows keep their place, they keep it. So prune and harden before polarizing, or intersect, where the
     signs are chosen for the pruned weights: `filters(...) & columns(...) & polarize(8)`. Where pruning moves during
     ADMM, hardening forms order and signs anew for the rows that are left in the end. The last fragment may be short.
     Retraining moves in the cone of the signs; a weight at 0 may grow again to its fragment's side. Polarizing can empty
@@ -113,7 +114,8 @@ def polarity(w: Array, fragment: int, order: str = "W", rule: str = "sum", prune
     pieces = _cut(m[rows], fragment)
     below = jnp.any(negative(pieces), axis=1)
     mixed = below & jnp.any(nonzero(pieces) & ~negative(pieces), axis=1)
-    x = lift(pieces, PEAK - exponent(m))  # so that neither a sum nor a square leaves the range
+    # each on a scale of its own: neither a sum nor a square leaves the range, nor is small beside another fragment's
+    x = lift(pieces, PEAK - exponent(pieces, axis=1, keepdims=True))
     if rule == "energy":
         x = jnp.sign(x) * jnp.square(x)
     return Polarity(rows, jnp.where(mixed, jnp.sum(x, axis=1) < 0, below))

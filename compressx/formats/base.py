@@ -108,7 +108,7 @@ def take(packed: Packed, name: str, dtype: str | tuple[str, ...], shape: tuple[i
     """The array `name`, checked to exist with one of the dtypes and with the shape (None: any extent)."""
     entry = f"{packed.format}/{name}"
     if name not in packed.arrays:
-        fail(entry, f"missing; the file has {', '.join(packed.arrays) or 'no arrays'}")
+        fail(entry, f"missing; the file has {', '.join(packed.arrays)[:200] or 'no arrays'}")
     array = packed.arrays[name]
     names = (dtype,) if isinstance(dtype, str) else dtype
     if array.dtype.name not in names:
@@ -123,14 +123,14 @@ def only(packed: Packed, *names: str) -> None:
     """Refuses arrays that the format does not know."""
     unknown = sorted(set(packed.arrays) - set(names))
     if unknown:
-        fail(f"{packed.format}/{unknown[0]}", f"unknown array; the format has {', '.join(names)}")
+        fail(f"{packed.format}/{unknown[0][:80]}", f"unknown array; the format has {', '.join(names)}")
 
 
 def integer(packed: Packed, name: str, low: int, high: int) -> int:
     """The integer `name` of the meta, checked to lie in low..high."""
     value = packed.meta.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        fail(f"{packed.format}/{name}", f"{value!r} is not an integer in {low}..{high}")
+        fail(f"{packed.format}/{name}", f"{repr(value)[:80]} is not an integer in {low}..{high}")
     return value
 
 
@@ -140,7 +140,7 @@ def choice(packed: Packed, name: str, values: tuple[Any, ...]) -> Any:
     for v in values:
         if type(v) is type(value) and v == value:
             return v
-    fail(f"{packed.format}/{name}", f"{value!r} is not one of {', '.join(map(repr, values))}")
+    fail(f"{packed.format}/{name}", f"{repr(value)[:80]} is not one of {', '.join(map(repr, values))}")
 
 
 def check_range(entry: str, x: np.ndarray, high: int) -> None:

@@ -131,21 +131,21 @@ def _places(packed: Packed) -> tuple[np.ndarray, str, Iterator[tuple[np.ndarray,
     if not clean(codes, rows * width):
         fail("block-max/codes", "bits after the last row are set")
     table = np.array(sizes, np.int64)
+    blocks_of, bits_of = -(-length // table), _bits(table)
 
-    def size_of(row: np.ndarray) -> np.ndarray:
+    def code_of(row: np.ndarray) -> np.ndarray:
         code = read_bits(codes, width * row, width) if width else np.zeros(row.size, np.int64)
         if code.size and int(code.max()) >= len(sizes):
             fail("block-max/codes", f"name other than the {len(sizes)} block sizes")
-        return table[code]
+        return code
 
     def blocks(here: slice) -> np.ndarray:
-        return -(-length // size_of(np.arange(here.start, here.stop)))
+        return blocks_of[code_of(np.arange(here.start, here.stop))]
 
-    number, bits = 0, 0
+    used = np.zeros(len(sizes), np.int64)  # rows of each size
     for here in pieces(rows):
-        size = size_of(np.arange(here.start, here.stop))
-        number += int((-(-length // size)).sum())
-        bits += int((-(-length // size) * _bits(size)).sum())
+        used += np.bincount(code_of(np.arange(here.start, here.stop)), minlength=len(sizes))
+    number, bits = int((used * blocks_of).sum()), int((used * blocks_of * bits_of).sum())
     if number != values.size:
         fail("block-max/values", f"{values.size} values, expected {number}, one a block")
     stored = take(packed, "offsets", "uint8", (-(-bits // 8),))
@@ -155,9 +155,10 @@ def _places(packed: Packed) -> tuple[np.ndarray, str, Iterator[tuple[np.ndarray,
     def places() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         read = 0
         for row, block in entries(blocks, rows):
-            size = size_of(row)
-            ends = read + np.cumsum(_bits(size))
-            offset = read_bits(stored, ends - _bits(size), _bits(size))
+            code = code_of(row)
+            size, wide = table[code], bits_of[code]
+            ends = read + np.cumsum(wide)
+            offset = read_bits(stored, ends - wide, wide)
             start = block * size
             if (offset >= np.minimum(size, length - start)).any():
                 fail("block-max/offsets", "a place lies outside its block")

@@ -35,6 +35,7 @@ MAX_VALUES = 1 << 20  # in the JSON of a header; parsed, each takes up to 200 by
 MAX_NESTING = 64  # of lists and objects in it
 MAX_DIGITS = 128  # of a number in it
 MAX_ARRAYS = 1 << 16
+MAX_NAME = 2048  # characters of an array's name
 MAX_AXES = 16
 CODINGS = ("none", "zlib", "lzma")
 _LZMA_MEMORY = 1 << 25  # what `_encode` writes takes 9 MiB to read
@@ -67,8 +68,8 @@ def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarra
     """
     if coding not in CODINGS:
         raise ValueError(f"coding must be one of {', '.join(CODINGS)}, got {coding!r}")
-    if len(arrays) > MAX_ARRAYS:
-        raise ValueError(f"{len(arrays)} arrays, more than a reader accepts ({MAX_ARRAYS})")
+    if len(arrays) > MAX_ARRAYS or max(map(len, arrays), default=0) > MAX_NAME:
+        raise ValueError(f"more than {MAX_ARRAYS} arrays, or one whose name has more than {MAX_NAME} characters")
     described, stored = {}, {}
     for name, array in arrays.items():
         plain = np.ascontiguousarray(array).reshape(array.shape)
@@ -114,7 +115,7 @@ def read(path: Path, max_bytes: int) -> tuple[int, dict[str, Any], dict[str, np.
     version = parsed.get("version")
     if type(version) is not int or version not in READ:  # 1.0 and true are equal to 1
         known = " and ".join(map(str, READ))
-        fail("header/version", f"{version!r} cannot be read by this release, which reads {known}")
+        fail("header/version", f"{repr(version)[:80]} cannot be read by this release, which reads {known}")
     content, described = parsed.get("content"), parsed.get("arrays")
     if not isinstance(content, dict) or not isinstance(described, dict):
         fail("header", "'content' and 'arrays' must be JSON objects")
@@ -274,8 +275,8 @@ def _metadata(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         fail("file", "its header is not text: damaged, or no safetensors file")
     parsed = from_json(text, "file")
-    if isinstance(parsed, dict) and len(parsed) - 1 > MAX_ARRAYS:
-        fail("file", f"{len(parsed) - 1} arrays, more than {MAX_ARRAYS}")
+    if isinstance(parsed, dict) and (len(parsed) - 1 > MAX_ARRAYS or max(map(len, parsed), default=0) > MAX_NAME):
+        fail("file", f"more than {MAX_ARRAYS} arrays, or one whose name has more than {MAX_NAME} characters")
     metadata = parsed.get("__metadata__", {}) if isinstance(parsed, dict) else {}
     return metadata if isinstance(metadata, dict) else {}
 

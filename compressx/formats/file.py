@@ -27,7 +27,7 @@ import numpy as np
 
 from compressx._harden import agree, parts, prove
 from compressx._harden import structures as choose
-from compressx.constraints import on_leaf
+from compressx.constraints import from_spec, on_leaf
 from compressx.formats import container, packing
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
 from compressx.formats.file_rules import claim, pattern_of, read_path, read_rules
@@ -147,6 +147,10 @@ def save_model(
             }
         )
     for number, b in enumerate(bound):
+        try:
+            from_spec(b.constraint.spec)
+        except ValueError as error:
+            raise ValueError(f"{b.name}: {b.constraint} could not be read back: {error}") from None
         open_parts = parts_of[b.name]
         if open_parts and b.constraint.joint and list(b.indices) != sorted(b.indices, key=keyed.__getitem__):
             raise ValueError(

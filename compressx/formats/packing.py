@@ -94,7 +94,7 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES, workspace: int | None = N
       CompressedFileError: the packed data is inconsistent, or takes more; nothing of that size has been made then.
     """
     if packed.format not in FORMATS:
-        fail(str(packed.format), f"unknown format; known: {', '.join(FORMATS)}")
+        fail(str(packed.format)[:80], f"unknown format; known: {', '.join(FORMATS)}")
     size = extent(packed) * dtype_of(packed).itemsize
     if size > max_bytes:
         fail(packed.format, f"shape {list(packed.shape)} needs {size} bytes, more than max_bytes={max_bytes}")

@@ -42,6 +42,7 @@ struct Conv {
   Grid in, out, add;      // of x, y and residual, of one segment length
   int planes;             // of an input channel (more than one: the phases of a stride)
   int couts, filters, taps, activation, groups;
+  bool guarded;  // its sums may need ExactSums
   bool after;  // the residual is added after the activation
   const int* order;
   const uint32_t* visits;  // input channel << 16 | pattern << 8 | kernels - 1
@@ -155,7 +156,7 @@ struct Scratch {
 Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits, F32 starts, F32 offsets, F32 places,
                   F32 order, F32 bias, F32 valid, F32 real, F32 residual, ffi::Result<F32> y, int64_t isa, int64_t segment,
                   int64_t margin, int64_t margin_in, int64_t margin_add, int64_t row, int64_t planes, int64_t taps, int64_t filters, int64_t width,
-                  int64_t groups, int64_t columns, int64_t activation, int64_t after, int64_t threads) {
+                  int64_t groups, int64_t columns, int64_t guarded, int64_t activation, int64_t after, int64_t threads) {
   Conv c{};
   Span<float> xs, ws, bs, rs, ys;
   Span<uint8_t> is;
@@ -174,7 +175,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   constexpr int64_t kLarge = 1 << 30;
   if (segment < 1 || segment > kLarge || margin < 0 || margin > kLarge || margin_in < 0 || margin_in > kLarge ||
       margin_add < 0 || margin_add > kLarge || row < 1 || row > kLarge || planes < 1 || planes > 4096 || !(taps == 0 || (taps >= 2 && taps <= 5)) || filters < 1 || filters > kLarge || width < 1 ||
-      width > most || groups < 1 || groups > kLarge || activation < 0 || activation > kLeaky || after < 0 || after > 1 || threads < 0)
+      width > most || groups < 1 || groups > kLarge || activation < 0 || activation > kLeaky || after < 0 || after > 1 || guarded < 0 || guarded > 1 || threads < 0)
     return Bad("an attribute is out of range");
   if (taps && filters > kMostFilters) return Bad("more filters in a block than an index can name");
   c.in = Grid{segment, margin_in, ms.data}, c.out = Grid{segment, margin, ms.data};
@@ -195,7 +196,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
   c.real = es.data;
   c.row = row, c.reach = row;
   c.planes = planes, c.couts = couts, c.filters = std::min(filters, couts), c.taps = taps;
-  c.activation = activation, c.groups = groups, c.after = after;
+  c.activation = activation, c.groups = groups, c.after = after, c.guarded = guarded;
   c.order = fs.data, c.visits = vs.data, c.offsets = os.data, c.index = is.data, c.weight = ws.data;
   const int64_t blocks = (couts + c.filters - 1) / c.filters;
   if (taps) {
@@ -386,7 +387,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     CompressxPatternConv, compressx::ConvHandler,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
         A("isa") A("segment") A("margin") A("margin_in") A("margin_add") A("row") A("planes") A("taps") A("filters") A("width") A("groups")
-            A("columns") A("activation") A("after") A("threads"));
+            A("columns") A("guarded") A("activation") A("after") A("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CompressxToPlanes, compressx::ToPlanesHandler,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::BufferR4<ffi::F32>>().Ret<ffi::AnyBuffer>()
                                   A("isa") A("row") A("image") A("segment") A("margin") A("threads"));

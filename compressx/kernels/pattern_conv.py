@@ -153,7 +153,7 @@ class Layer(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """The static part of a `Layer`."""
+    """The static part of a `Layer`. `guarded`: it holds fillers, or weights that are NaN or infinite."""
 
     grid: Grid
     phases: int
@@ -165,6 +165,7 @@ class Fixed(NamedTuple):
     activation: str
     residual_after: bool
     couts: int
+    guarded: bool
 
 
 def layer(
@@ -198,7 +199,8 @@ def layer(
     most = native.WIDTHS[native.isa_of(grid)][t.taps == 0]
     width = min(plan.width, most, grid.segment)
     counts = (len(geometry.phases()), t.taps, t.filters, width, t.groups)
-    fixed = Fixed(grid, *counts, plan.columns, activation, residual_after, couts)
+    guarded = bool(schedule.fillers(t.weight).any()) or not np.isfinite(t.weight).all()
+    fixed = Fixed(grid, *counts, plan.columns, activation, residual_after, couts, guarded)
     return Layer(arrays, fixed, schedule.loads(t, width))
 
 
@@ -233,6 +235,7 @@ def run(
         width=fixed.width,
         groups=fixed.groups,
         columns=int(fixed.columns),
+        guarded=int(fixed.guarded),
         activation=ACTIVATIONS.index(fixed.activation),
         after=int(fixed.residual_after),
         threads=threads,

@@ -49,14 +49,14 @@ INLINE Vec Shift(Vec v, int m) {
   return Select(inside, __builtin_shuffle(v, from & (kLanes - 1)));
 }
 
-// Comparisons with NaN are false: each of these leaves NaN as it is. A negative zero becomes a positive one in ReLU.
+// Comparisons with NaN are false: each of these leaves NaN as it is.
 INLINE Vec Activate(Vec v, int activation) {
   if (activation == kNone) return v;
   if (activation == kLeaky) {
     const Vec less = v * Splat(0.1f);
     return v > less ? v : less;
   }
-  v = v <= Vec{} ? Vec{} : v;
+  v = Vec{} > v ? Vec{} : v;
   if (activation == kRelu6) {
     const Vec six = Splat(6.f);
     v = v > six ? six : v;
@@ -72,11 +72,19 @@ INLINE Vec Larger(Vec a, Vec b) {
   return kNan ? (a != a ? a : b != b ? b : larger) : larger;
 }
 
-// True if a probe has met NaN or an infinity: it adds up 0 * v.
-INLINE bool Met(Vec probe) {
-  bool met = false;
-  for (int i = 0; i < kLanes; ++i) met |= probe[i] != 0.f;
-  return met;
+// Gathers bits where a vector has NaN or infinities, for v - v has none elsewhere.
+INLINE void Watch(Vec v, IVec* odd) { *odd |= reinterpret_cast<IVec>(v - v); }
+
+INLINE bool Any(IVec odd) {
+  int bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= odd[i];
+  return bits != 0;
+}
+
+NOINLINE bool Odd(const float* from, int64_t vectors) {
+  IVec odd = {};
+  for (int64_t i = 0; i < vectors; ++i) Watch(Load(from + i * kLanes), &odd);
+  return Any(odd);
 }
 
 // Writes vector j of a plane, its invalid lanes as zeros, and its copies in the margins.
@@ -89,25 +97,22 @@ INLINE void Put(const Grid& g, float* plane, int64_t j, Vec v) {
   for (int64_t m = 1, k = j - g.segment; k >= -g.margin; ++m, k -= g.segment) Store(main + k * kLanes, Shift(v, (int)m));
 }
 
-// Residual, activation and margins of a block's sums, which the probe sees. Out of line: its pointers would push those of
-// the loops out of the registers.
+// Residual, activation and margins of a block's sums. Out of line: its pointers would push those of the loops out of
+// the registers.
 template <int F>
-NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums, Vec* probe) {
-  Vec seen = *probe;
+NOINLINE void Finish(const Conv& c, int first, int count, int64_t j, const float* sums) {
   for (int k = 0; k < count; ++k, sums += F * kLanes) {
     const int64_t filter = c.order[first + k];
     const float* add = c.residual ? c.residual + (filter * c.add.plane() + c.add.margin + j) * kLanes : nullptr;
     float* plane = c.y + filter * c.out.plane() * kLanes;
     Each<F>([&](auto f) {
       Vec v = Load(sums + f * kLanes);
-      seen += v * Splat(0.f);
       if (add && !c.after) v += Load(add + f * kLanes);
       v = Activate(v, c.activation);
       if (add && c.after) v += Load(add + f * kLanes);
       Put(c.out, plane, j + f, v);
     });
   }
-  *probe = seen;
 }
 
 // The sums of a block begin as the biases of its filters.
@@ -142,8 +147,9 @@ INLINE bool Filler(float weight) {
   return bits == 0x80000000u;
 }
 
-// The sums of a block in which NaN or infinities have been met, without what the fast loops add to them: fillers times an
-// input that is not finite, and such a weight times the zeros around the images. Finite sums come out as they were.
+// The sums of a block among which are NaN or infinities, without what the fast loops add to them: fillers times an input
+// that is not finite, and such a weight times the zeros around the images. Finite sums come out as they were. A layer
+// that has neither fillers nor such weights is not guarded: its fast sums are right.
 NOINLINE void ExactSums(const Conv& c, int64_t block, int64_t j, int width, float* sums) {
   const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
   const int wide = width * kLanes;
@@ -212,12 +218,8 @@ NOINLINE void VisitTile(const Conv& c, int64_t block, int64_t j, float* sums) {
       weight += E;
     } while (++index != stop);
   }
-  Vec probe = {};
-  Finish<F>(c, first, count, j, sums, &probe);
-  if (Met(probe)) {
-    ExactSums(c, block, j, F, sums);
-    Finish<F>(c, first, count, j, sums, &probe);
-  }
+  if (c.guarded && Odd(sums, (int64_t)count * F)) ExactSums(c, block, j, F, sums);
+  Finish<F>(c, first, count, j, sums);
 }
 
 // Adds a run of K weights, which read neighbouring vectors: each input is loaded once for all of them.
@@ -240,7 +242,6 @@ template <int F>
 NOINLINE void RunTile(const Conv& c, int64_t block, int64_t j, float* sums) {
   const int first = (int)block * c.filters, count = c.couts - first < c.filters ? c.couts - first : c.filters;
   const float* base = c.x + (c.in.margin + j) * kLanes;
-  Vec probe = {};
   for (int group = 0; group < c.groups; ++group) {
     const int64_t item = (int64_t)group * c.couts + first;
     const int* start = c.run_start + item * kLongest;
@@ -256,12 +257,12 @@ NOINLINE void RunTile(const Conv& c, int64_t block, int64_t j, float* sums) {
           AddRun<n + 1, F>(base + (int64_t)*place * kLanes, weight, s);
       });
       Each<F>([&](auto f) { Store(to + f * kLanes, s[f]); });
-      if (group + 1 == c.groups) Finish<F>(c, first + k, 1, j, to, &probe);
+      if (group + 1 == c.groups) Finish<F>(c, first + k, 1, j, to);
     }
   }
-  if (Met(probe)) {
+  if (c.guarded && Odd(sums, (int64_t)count * F)) {
     ExactSums(c, block, j, F, sums);
-    for (int k = 0; k < count; ++k) Finish<F>(c, first + k, 1, j, sums + (int64_t)k * F * kLanes, &probe);
+    for (int k = 0; k < count; ++k) Finish<F>(c, first + k, 1, j, sums + (int64_t)k * F * kLanes);
   }
 }
 
@@ -323,26 +324,24 @@ NOINLINE float Peak(int64_t n) {
   return sum + (float)(2 * kSums * kLanes);
 }
 
-// The largest of the rows * columns window at every vector from which it fits, in `to`; returns a probe of what it saw.
+// The largest of the rows * columns window at every vector from which it fits, in `to`; true if it saw NaN or infinities.
 template <bool kNan>
-INLINE Vec Largest(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
-  Vec probe = {};
+INLINE bool Largest(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
+  IVec odd = {};
   for (int64_t j = 0; j < vectors - (rows - 1) * row - (columns - 1); ++j) {
     __builtin_prefetch(from + (j + (rows - 1) * row + 32) * kLanes);
     Vec v = Load(from + j * kLanes);
-    probe += v * Splat(0.f);
+    Watch(v, &odd);
     for (int r = 0; r < rows; ++r)
       for (int k = 0; k < columns; ++k) v = Larger<kNan>(v, Load(from + (j + r * row + k) * kLanes));
     Store(to + j * kLanes, v);
   }
-  return probe;
+  const int64_t last = (rows - 1) * row + columns - 1;
+  return Any(odd) || Odd(from + (vectors - last) * kLanes, last);
 }
 
 void WindowMax(const float* from, int64_t vectors, int64_t row, int rows, int columns, float* to) {
-  const int64_t last = (rows - 1) * row + columns - 1;
-  Vec probe = Largest<false>(from, vectors, row, rows, columns, to);
-  for (int64_t j = vectors - last; j < vectors; ++j) probe += Load(from + j * kLanes) * Splat(0.f);
-  if (Met(probe)) Largest<true>(from, vectors, row, rows, columns, to);
+  if (Largest<false>(from, vectors, row, rows, columns, to)) Largest<true>(from, vectors, row, rows, columns, to);
 }
 
 // Fills a plane from chosen elements of another.

@@ -18,15 +18,18 @@ INLINE Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 INLINE void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 INLINE Vec Splat(float a) { return a - Vec{}; }
 
-// True if none of n elements is NaN or infinite.
+// True if none of n elements is NaN or infinite: v - v has no bits then.
 INLINE bool Finite(const float* x, int64_t n) {
-  Vec probe = {};  // 0 * v, added up
+  IVec odd = {};
+  int bits = 0;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) probe += Load(x + i) * Splat(0.f);
-  float rest = 0.f;
-  for (; i < n; ++i) rest += x[i] * 0.f;
-  for (int k = 0; k < kLanes; ++k) rest += probe[k];
-  return rest == 0.f;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = Load(x + i);
+    odd |= reinterpret_cast<IVec>(v - v);
+  }
+  for (; i < n; ++i) bits |= x[i] - x[i] != 0.f;
+  for (int k = 0; k < kLanes; ++k) bits |= odd[k];
+  return bits == 0;
 }
 
 // What steps add: products; where an input is not finite only those with weights that are not zero, for tiles hold zeros

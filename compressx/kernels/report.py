@@ -141,9 +141,12 @@ class _Walk:
             self._elementwise(op, weights)
         elif name in ("gather", "dynamic_slice") and self.sources[op.inputs[0]]:
             self._plain(op, "lookup", op.inputs[0], "rows are looked up, nothing is multiplied")
-        elif not self._inside(op):
-            value = max((v for v in op.inputs if self.sources[v]), key=lambda v: math.prod(self.program.shapes[v]))
-            self._plain(op, name, value, "only convolutions have kernels in a compiled network")
+        else:
+            before = len(self.lines.lines)
+            self._inside(op)
+            named = {path for line in self.lines.lines[before:] for path in (line.path, *line.others)}
+            if any(self.lines.program.paths[i] not in named for i in weights):  # such as the state a loop begins with
+                self._plain(op, name, self._largest(op), "only convolutions have kernels in a compiled network")
 
     def _weighted(self, op: Op, on: str, why: str) -> None:
         """A convolution or product: the weight is the operand that depends on variables alone, the right one of two."""
@@ -188,8 +191,11 @@ class _Walk:
                 lines[held] = line._replace(others=tuple(dict.fromkeys(others)))
                 self.owner[op.outputs[0]] = held
                 return
-        value = max((v for v in op.inputs if self.sources[v]), key=lambda v: math.prod(self.program.shapes[v]))
-        self._plain(op, "elementwise", value, "no convolution takes it in")
+        self._plain(op, "elementwise", self._largest(op), "no convolution takes it in")
+
+    def _largest(self, op: Op) -> int:
+        """The largest operand that variables alone make."""
+        return max((v for v in op.inputs if self.sources[v]), key=lambda v: math.prod(self.program.shapes[v]))
 
     def _held(self, op: Op) -> int | None:
         """The last line that an operand is still part of."""
@@ -205,9 +211,8 @@ class _Walk:
         elif op.primitive.name not in ELEMENTWISE | _MOVES:
             self._inside(op)
 
-    def _inside(self, op: Op) -> bool:
-        """Reads what lies inside of a loop, a branch or a call; whether there was a line in it."""
-        before = len(self.lines.lines)
+    def _inside(self, op: Op) -> None:
+        """Reads what lies inside of a loop, a branch or a call."""
         steps = self.steps * int(op.params.get("length", 1))
         for inner, sources in _bodies(op, [self.sources[v] for v in op.inputs]):
             within = f"it is inside of {op.primitive.name}, which XLA runs whole"
@@ -217,7 +222,6 @@ class _Walk:
                     walk.read(one)
                 else:
                     walk.once(one)
-        return len(self.lines.lines) > before
 
 
 def _module(path: str) -> str:

@@ -182,6 +182,11 @@ def dense(s: Sparse) -> np.ndarray:
 FILLER = np.float32(-0.0)
 
 
+def fillers(weight: np.ndarray) -> np.ndarray:
+    """Where weights of a stream are fillers (bool)."""
+    return (weight == 0) & np.signbit(weight)
+
+
 def _marked(s: Sparse) -> np.ndarray:
     """The weights as a stream holds them: `FILLER` where there is none of the layer's, whose own zeros are 0.0.
 

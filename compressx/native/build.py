@@ -252,7 +252,7 @@ def _build(library: Library, command: list[str], maker: str, path: Path, old: ca
                 cache.publish(made, path)
         return _look(path)[1]  # a full disk does not always raise while writing
     except OSError as error:
-        return f"{error.strerror}: {error.filename}" if error.strerror else str(error)
+        return cache.said(error)
 
 
 def _compile(command: list[str], made: Path) -> None:

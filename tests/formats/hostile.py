@@ -1,9 +1,10 @@
 """Files that `save_model` never wrote: sound ones of every format and every set, changed on purpose; who opens them.
 
 `bomb` makes arrays that a hostile file holds in a few bytes: of a format's right sizes, for a leaf as large as allowed.
-`sources` are sound files, one for each format and each set. `changed` moves a field to an extreme, lengthens or nests a
-list, swaps, shrinks, grows or recodes an array, and so on. `Opener` opens files in a process whose memory is limited,
-and tells for each what came of it, its processor time and its peak of memory.
+`sources` are sound files, one for each format and each set. `changed` gives bombs as they are, rules whose numbers and
+lists are extreme but of their own types, very many leaves and rules, and files in which any field or array is changed.
+`Opener` opens files in a process whose memory is limited, and tells for each what came of it, its processor time and
+its peak of memory.
 
     python -m tests.formats.hostile        the other end of `Opener`
 """
@@ -194,7 +195,7 @@ def large(r: random.Random, max_bytes: int, format: str | None = None) -> Source
     """A bomb of a format that just fits, or just does not."""
     format = format or r.choice(sorted(FORMATS))
     coded = format in ("quantized", "unified", "cells", "bit-planes", "bit-planes-complement") or "-coded" in format
-    dtype = r.choice(["float16", "float32", "float64", "bfloat16"] if coded else sorted(DTYPES))
+    dtype = r.choice(["float16", "float32", "float64", "bfloat16"] if coded else [*DTYPES, "uint8", "int8", "bool"])
     n = int(max_bytes / DTYPES[dtype].itemsize * r.choice([1.0, 1.0, 1.01, 0.9, 0.5, 0.24, 0.12]))
     inner = format.removesuffix("-coded")
     free = inner in ("dense", "bitmask", "coo-delta", "quantized", "bit-planes", "bit-planes-complement")
@@ -373,24 +374,22 @@ def many(r: random.Random) -> Source:
 
 
 def sources(r: random.Random, max_bytes: int) -> Source:
-    """A file to be changed."""
+    """A file to be changed: a rule on small leaves or on large ones, an intersection, a small leaf or a bomb."""
     what = r.random()
-    if what < 0.35:
-        return large(r, max_bytes)
-    if what < 0.45:
-        return _source({"k": bomb(name := r.choice(sorted(FORMATS)), (3, 3, 4, 8), _dtype(name, r), r)})
-    if what < 0.85:
+    if what < 0.7:
         spec, dtype = r.choice(SPECS), r.choice(["float32", "float32", "float16", "bfloat16"])
         shape = None
         if r.random() < 0.4:
             four = "pattern" in spec["kind"] or spec["kind"] == "connectivity"
             shape = shapes(int(max_bytes / DTYPES[dtype].itemsize * r.choice([1, 0.3, 0.01])), 4 if four else 1, 4, r)
         return ruled(spec, shape, dtype)
+    if what < 0.8:
+        base = ruled(SPECS[0])
+        base.header["content"]["rules"][0]["spec"] = intersected(r)
+        return base
     if what < 0.9:
-        return many(r)
-    base = ruled(SPECS[0])
-    base.header["content"]["rules"][0]["spec"] = intersected(r)
-    return base
+        return _source({"k": bomb(name := r.choice(sorted(FORMATS)), (3, 3, 4, 8), _dtype(name, r), r)})
+    return large(r, max_bytes)
 
 
 def _dtype(format: str, r: random.Random) -> str:
@@ -551,49 +550,80 @@ def _text(text: str, r: random.Random) -> str:
     return text
 
 
+def stretched(spec: dict[str, Any], r: random.Random, max_bytes: int) -> dict[str, Any]:
+    """A spec in which one or two numbers are extreme, of their own type, or lists are long, of their own elements."""
+    spec = copy.deepcopy(spec)
+    near = [max_bytes // k + d for k in (1, 2, 4, 8, 64) for d in (0, 1)] + [math.isqrt(max_bytes), 1000, 100]
+    for _ in range(r.choice([1, 1, 2])):
+        kinds = (int, float) if r.random() < 0.75 else (list,)
+        found = [p for p in places(spec) if type(at(spec, p)) in kinds] or [("kind",)]
+        keys, times = r.choice(found), r.choice([2, 50, 1000, 20_000])
+        value = at(spec, keys)
+        if isinstance(value, int):
+            value = r.choice([*near, *near, 1 << 31, 1 << 40, 1 << 62, 0, 1, 2, 3, -1, value + 1, value - 1])
+        elif isinstance(value, float):
+            value = r.choice([1.0, 1e-3, 1e-9, 5e-324, 1 - 1e-9, value / 2, 0.0])
+        elif isinstance(value, list):
+            counted = [[i, 1, 1] for i in range(times)] if keys[-1] == "groups" else list(range(1, times))
+            value = r.choice([value * (times // max(len(value), 1)), value[:-1], counted, counted[::-1]])
+        at(spec, keys[:-1])[keys[-1]] = value
+    return spec
+
+
+def _any_change(s: Source, r: random.Random, max_bytes: int) -> None:
+    """A value of the header becomes extreme or another one, or an array or the shapes are changed."""
+    what = r.random()
+    found = list(places(s.header))
+    fields = [p for p in found if p[:1] == ("content",) and ("spec" in p or "meta" in p or "shape" in p)] or found
+    keys = r.choice(fields if r.random() < 0.6 else found)
+    if what < 0.65:
+        parent = at(s.header, keys[:-1])
+        parent[keys[-1]] = extreme(parent[keys[-1]], r, max_bytes)
+    elif what < 0.72:
+        at(s.header, keys[:-1])[keys[-1]] = copy.deepcopy(at(s.header, r.choice(found)))
+    elif what < 0.95 and s.arrays and isinstance(s.header.get("arrays"), dict):
+        _array(s, r)
+    else:
+        content = s.header.get("content")
+        for leaf in content["leaves"] if isinstance(content, dict) and isinstance(content.get("leaves"), list) else []:
+            if isinstance(leaf, dict) and isinstance(leaf.get("shape"), list):
+                leaf["shape"] = list(shapes(max_bytes // r.choice([1, 2, 4, 8]), 1, 4, r))
+
+
 def changed(r: random.Random, max_bytes: int) -> tuple[Any, dict[str, np.ndarray], str | None]:
-    """A sound file with none to four changes: header, arrays, and the header's text where that is no more its JSON."""
-    s = sources(r, max_bytes)
-    s = Source(copy.deepcopy(s.header), dict(s.arrays))
-    for _ in range(r.choice([0, 1, 1, 1, 2, 2, 4])):
-        what = r.random()
-        found = list(places(s.header))
-        fields = [p for p in found if p[:1] == ("content",) and ("spec" in p or "meta" in p or "shape" in p)] or found
-        keys = r.choice(fields if r.random() < 0.6 else found)
-        if what < 0.65:
-            parent = at(s.header, keys[:-1])
-            parent[keys[-1]] = extreme(parent[keys[-1]], r, max_bytes)
-        elif what < 0.72:
-            at(s.header, keys[:-1])[keys[-1]] = copy.deepcopy(at(s.header, r.choice(found)))
-        elif what < 0.95 and s.arrays:
-            if not isinstance(s.header.get("arrays"), dict):
-                continue
-            _array(s, r)
-        else:
-            for leaf in s.header["content"]["leaves"] if isinstance(s.header.get("content"), dict) else []:
-                if isinstance(leaf, dict) and isinstance(leaf.get("shape"), list):
-                    leaf["shape"] = list(shapes(max_bytes // r.choice([1, 2, 4, 8]), 1, 4, r))
-    text = None
-    if r.random() < 0.1:
-        text = _text(json.dumps(s.header, default=str), r)
+    """Header, arrays, and the header's text where that is no more its JSON.
+
+    A bomb as it is, a rule with extreme numbers, very many leaves, rules or parts, or any of these with some changes.
+    """
+    what = r.random()
+    if what < 0.3:
+        s = large(r, max_bytes)
+    elif what < 0.65:
+        s = sources(r, max_bytes)
+        for rule in s.header["content"]["rules"]:
+            rule["spec"] = stretched(rule["spec"], r, max_bytes)
+    elif what < 0.7:
+        s = many(r)
+    else:
+        s = sources(r, max_bytes)
+        s = Source(copy.deepcopy(s.header), dict(s.arrays))
+        for _ in range(r.choice([1, 1, 2, 4])):
+            _any_change(s, r, max_bytes)
+    text = _text(json.dumps(s.header, default=str), r) if r.random() < 0.05 else None
     return s.header, s.arrays, text
 
 
 def write(path: Path, r: random.Random, max_bytes: int) -> None:
-    """Writes a changed file; one that safetensors would not write is left as a shorter one."""
+    """Writes the next changed file that safetensors writes and whose text is text."""
     while True:
         header, arrays, text = changed(r, max_bytes)
         try:
             text = json.dumps(header) if text is None else text
             text.encode()
             forge(path, header, arrays, text)
-            return
-        except (
-            UnicodeEncodeError,
-            ValueError,
-            RecursionError,
-        ):  # a key that is no text, nesting that json cannot write
+        except (UnicodeEncodeError, ValueError, RecursionError):
             continue
+        return
 
 
 # --- opening
@@ -614,7 +644,9 @@ class Opener:
     def __init__(self) -> None:
         command = [sys.executable, "-m", "tests.formats.hostile"]
         env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        root = Path(__file__).resolve().parents[2]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, text=True, env=env, cwd=root, **pipes)
 
     def __enter__(self) -> "Opener":
         return self

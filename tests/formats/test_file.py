@@ -174,6 +174,12 @@ def test_what_could_not_be_read_back_is_not_saved(hard: dict[str, Any], tmp_path
         save_model(path, hard, RULES, coding="gzip")
     with pytest.raises(ValueError, match="disagree on params/conv/kernel"):
         save_model(path, hard, RULES, {})
+    with pytest.raises(ValueError, match="has not one .class."):
+        save_model(path, hard, RULES, model={"name": "x" * 1025})
+    of_ones_own = cx.unstructured(0.5)._replace(spec={"kind": "mine"})
+    tree = cx.harden({"w": jnp.arange(8.0)}, [("w", of_ones_own)]).params
+    with pytest.raises(ValueError, match="w: .* could not be read back: .*mine"):
+        save_model(path, tree, [("w", of_ones_own)])
     assert not path.exists() and list(tmp_path.iterdir()) == []
 
 
@@ -316,6 +322,7 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "version bool": (_change("version", value=True), "header/version: True cannot be read"),
     "version fraction": (_change("version", value=1.0), "header/version: 1.0 cannot be read"),
     "version string": (_change("version", value="1"), "header/version: '1' cannot be read"),
+    "version long": (_change("version", value="1" * 9999), "header/version: '1{79} cannot be read"),
     "content": (_change("content", value=[]), "must be JSON objects"),
     "leaves": (_change("content", "leaves", value={}), "leaves: is not a list"),
     "leaves gone": (_change("content", "leaves", value=[]), "rules\\[0\\]: its paths are not leaves"),
@@ -334,6 +341,7 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "format": (_leaf(CONV, "format", _format("pickle")), "params/conv/kernel: pickle: unknown format"),
     "format string": (_leaf(CONV, "format", "dense"), "params/conv/kernel: its format is not a name with a version"),
     "format version": (_leaf(CONV, "format", _format("dense", 2)), "params/conv/kernel: version 2 of its format"),
+    "format long": (_leaf(CONV, "format", _format("x" * 9999)), "params/conv/kernel: x{80}: unknown format"),
     "format type": (_leaf(CONV, "format", _format(["dense"])), "params/conv/kernel: its format"),
     "dtype": (_leaf(CONV, "dtype", "object"), "params/conv/kernel: dtype 'object' is not one of"),
     "dtype type": (_leaf(CONV, "dtype", ["float32"]), "params/conv/kernel: dtype"),
@@ -371,6 +379,7 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "array shape": (_change("arrays", f"{CONV}:matrix", "shape", value=[4, 18]), "in the file, .* in the header"),
     "array bomb": (_change("arrays", f"{CONV}:matrix", "shape", value=[1 << 62]), "needs more than max_bytes"),
     "array gone": (lambda h, a: a.pop(f"{CONV}:matrix"), "is not in both the header and the file"),
+    "array name": (lambda h, a: a.update({"x" * 2049: np.ones(1)}), "file: .* name has more than 2048 characters"),
     "array more": (lambda h, a: a.update(x=np.ones(1)), "x: is not in both the header and the file"),
     "array dtype": (lambda h, a: a.update(x=np.ones(1, np.complex64)), "x: dtype .* is never written"),
 }

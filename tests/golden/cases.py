@@ -370,10 +370,71 @@ class Run(NamedTuple):
     within: dict[str, float | None]
 
 
-_COUNTS = dict.fromkeys(("dataset.train", "dataset.test", "rate.constrained_weights", "bytes.dense", "violations"))
+_COUNTS = dict.fromkeys(("dataset.train", "dataset.test", "bytes.dense", "violations"))
+_RESIDUALS = {"residual.primal": 2e-4, "residual.dual": 2e-4}
+
+
+def _losses(driver: str, *phases: str) -> dict[str, float | None]:
+    """The losses on the test set at the end of phases of a few steps each."""
+    return {f"{driver}.phases.{phase}.end.test_loss": 2e-4 for phase in phases}
+
 
 DRIVERS: dict[str, Run] = {
-    "cnn": Run("cnn", "digits_tiny", {}, _COUNTS),
-    "gru_speech": Run("gru_speech", "tones_tiny", {}, _COUNTS),
-    "language_model": Run("language_model", "generated_tiny", {"plan.baselines": (), "model.layers": 1}, _COUNTS),
+    "cnn": Run(
+        "cnn",
+        "digits_tiny",
+        {},
+        {
+            **_COUNTS,
+            **_RESIDUALS,
+            # one of 50 images
+            **dict.fromkeys([f"metric.{k}" for k in ("dense", "one_shot", "hardened", "compressed")], 0.021),
+            "metric.dense_same_budget": 0.021,
+            **_losses("cnn", "dense", "admm", "retrain", "one_shot", "dense_same_budget"),
+            "rate.constrained_weights": None,
+            "rate.all_weights": 0.2,  # biases that training left at 0
+            "bytes.packed": 60,  # positions of single weights, coded by their distances
+            "rate.bytes": 0.4,
+            "cnn.operations.multiplications": None,
+            "cnn.operations.dense": None,
+        },
+    ),
+    "gru_speech": Run(
+        "gru_speech",
+        "tones_tiny",
+        {},
+        {
+            **_COUNTS,
+            **_RESIDUALS,
+            # one of 30 phones
+            **dict.fromkeys([f"metric.{k}" for k in ("dense", "one_shot", "hardened", "compressed")], 0.034),
+            **_losses("gru_speech", "dense", "bsp_10x_admm", "bsp_10x_retrain", "bsp_10x_one_shot_one_shot"),
+            "rate.constrained_weights": None,
+            "rate.all_weights": None,
+            "bytes.packed": 40,  # blocks that keep the same inputs share their list
+            "rate.bytes": 0.1,
+            "gru_speech.counted_weights": None,
+        },
+    ),
+    "language_model": Run(
+        "language_model",
+        "generated_tiny",
+        {"plan.baselines": (), "model.layers": 1},
+        {
+            **_COUNTS,
+            **_RESIDUALS,
+            # perplexities, 4e-4 of each
+            "metric.dense": 0.02,
+            "metric.hardened": 0.04,
+            "metric.compressed": 0.03,
+            **_losses("language_model", "dense", "admm", "retrain"),
+            # rows choose their block sizes by their density, which a weight near the threshold moves
+            "rate.constrained_weights": 0.2,
+            "rate.all_weights": 0.02,
+            "bytes.packed": 120,
+            "rate.bytes": 0.02,
+            "language_model.places": None,
+            "language_model.words": None,
+        },
+    ),
 }

@@ -1,6 +1,7 @@
 """Golden figures: what the library computes for fixed inputs, remade and compared with what is stored beside this file.
 
     python -m tests.golden.make                        # remakes every figure, prints which differ, writes nothing
+    python -m tests.golden.make 'sets/unify*'          # likewise for those of that name
     python -m tests.golden.make --only 'sets/unify*'   # writes those of that name that differ
     python -m tests.golden.make --list
 
@@ -88,7 +89,7 @@ def compare(at: str, old: Any, new: Any) -> Iterator[str]:
 
 def _brief(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 60 else f"{text[:20]}..."
 
 
 def write(group: str, figures: Mapping[str, Figure]) -> None:
@@ -107,15 +108,16 @@ def _joined(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns 1 where figures differ and were not written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", metavar="NAME", help="write these figures anew: a name of --list, or with * and ?")
+    parser.add_argument("name", nargs="?", default="*", help="compare these figures alone: a name, or with * and ?")
+    parser.add_argument("--only", metavar="NAME", help="write these figures anew, where they differ")
     parser.add_argument("--list", action="store_true", help="print the names of all figures")
     chosen = parser.parse_args(argv)
     if chosen.list:
         print("\n".join(names()))
         return 0
-    wanted = [n for n in names() if fnmatch.fnmatchcase(n, chosen.only or "*")]
+    wanted = [n for n in names() if fnmatch.fnmatchcase(n, chosen.only or chosen.name)]
     if not wanted:
-        parser.error(f"--only={chosen.only}: no figure has that name; --list prints them all")
+        parser.error(f"no figure has the name {chosen.only or chosen.name!r}; --list prints them all")
     print(", ".join(f"{k} {v}" for k, v in adapter.about().items()), f"on {platform.processor() or platform.machine()}")
     changed = 0
     for name in wanted:

@@ -232,13 +232,14 @@ def _loop(m: _Maker, source: int, name: str) -> None:
     m.weight(name, "input", (c, 3), kernel=True)
     m.weight(name, "hidden", (3, 3), kernel=True)
     m.weight(name, "shift", (3,))
+    m.weight(name, "start", (1, 1, 3))
 
     def f(v: Any, x: Any) -> Any:
         def step(state: Any, row: Any) -> Any:
             state = jnp.tanh(row @ v["input"] + state @ v["hidden"] + v["shift"][None, None])
             return state, state
 
-        start = jnp.zeros((x.shape[0], w, 3))
+        start = jnp.broadcast_to(v["start"], (x.shape[0], w, 3))
         return lax.scan(step, start, x.transpose(1, 0, 2, 3))[1].transpose(1, 0, 2, 3)
 
     m.add(f, (source,), name)
