@@ -39,9 +39,9 @@ def weights(kind: str, seed: int, shapes: tuple[tuple[int, ...], ...]) -> list[n
 
 
 def ends(seed: int, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> list[np.ndarray]:
-    """Leaves that mix zeros, the smallest normal number, ones and numbers near the largest."""
+    """Leaves that mix zeros, numbers whose means are just normal, ones and numbers near the largest."""
     rng, info = np.random.default_rng(seed), jnp.finfo(dtype)
-    some = [0.0, float(info.tiny), 3 * float(info.tiny), 1.0, 1.5, float(info.max) / 8, float(info.max) / 4]
+    some = [0.0, 256 * float(info.tiny), 768 * float(info.tiny), 1.0, 1.5, float(info.max) / 8, float(info.max) / 4]
     chosen = rng.choice(some, size=rng.integers(2, len(some) + 1), replace=False)
     return [rng.choice(chosen, s) * rng.choice([-1.0, 1.0], s) for s in shapes]
 

@@ -114,7 +114,7 @@ params = {"conv": conv, "b": [jnp.ones(2, jnp.bfloat16), 3]}
 params |= {name: jax.random.normal(k[1], (16, 8)) for name in {"x", "y", "zeta", "omega"}}
 rules = [("conv/kernel", cx.pattern_connectivity(0.4, k=4) & cx.quantize(4))]
 rules += [("x|y|zeta", cx.unstructured(0.3, scope="rule"))]
-hard = cx.harden(params, rules)
+hard = cx.harden(params, rules, fresh=True)
 about = {"options": {"b": 1, "a": [1, 2]}, "name": "net"}
 cx.save_model(sys.argv[1], hard, rules, model=about, extra={"seed": 0, "ok": True, "é": 1e-9}, coding=sys.argv[2])
 """
