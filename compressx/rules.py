@@ -17,7 +17,7 @@ from jax import Array
 
 from compressx.axes import DEFAULTS, Axes, guessed, over_stack, parse
 from compressx.constraints import programs
-from compressx.constraints.base import Constraint
+from compressx.constraints.base import Constraint, KeepsAll
 from compressx.tree import paths
 
 Rules = Iterable[tuple[Any, ...]]  # (pattern, constraint or None) or (pattern, constraint or None, axes)
@@ -193,12 +193,14 @@ def _check(b: Bound, leaves: Sequence[Any]) -> None:
     shapes = ", ".join(f"{p} {shape}" for p, shape in zip(b.paths, b.shapes, strict=True))
     try:
         with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
+            warnings.simplefilter("always", KeepsAll)
             jax.eval_shape(run, b.take(leaves))
     except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{shapes}: {b.constraint} does not fit: {error}") from None
     for warning in said:
-        warnings.warn(f"{shapes}: {b.constraint}: {warning.message}", warning.category, stacklevel=3)
+        named = issubclass(warning.category, KeepsAll)
+        text = f"{shapes}: {b.constraint}: {warning.message}" if named else str(warning.message)
+        warnings.warn(text, warning.category, stacklevel=3)
 
 
 def table(bound: Sequence[Bound], params: Any) -> list[dict[str, Any]]:

@@ -544,7 +544,10 @@ def start(workshop: Workshop, place: Path, **environment: str) -> subprocess.Pop
         "print(compiled.load(compiled.Library(pathlib.Path(sys.argv[1]), {}, ('-shared', '-fPIC'))).answer())"
     )
     environment = {"COMPRESSX_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp")} | environment
-    return subprocess.Popen([sys.executable, "-c", code, workshop.source], env=os.environ | environment)
+    # where the tests run in the background of a shell an interrupt is ignored, and processes inherit that
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", code, workshop.source]
+    return subprocess.Popen(command, env=os.environ | environment, preexec_fn=heeds)
 
 
 def wait_for(condition) -> None:

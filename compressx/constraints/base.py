@@ -356,6 +356,10 @@ def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
     return total
 
 
+class KeepsAll(UserWarning):
+    """A density below 1 that leaves every group of a leaf: there are too few to leave one out."""
+
+
 def count(density: float | None, n: int, keep: int | None = None, what: str = "weights") -> int:
     """The exact number to keep of n: `keep` as given, or `floor(density * n + 1/2)`.
 
@@ -376,7 +380,7 @@ def count(density: float | None, n: int, keep: int | None = None, what: str = "w
             f"density={density} of {n} {what} keeps none of them; raise the density, give keep=, or leave this leaf out"
         )
     if k == n and density < 1 and n:
-        warnings.warn(f"density={density} of {n} {what} keeps all of them", stacklevel=2)
+        warnings.warn(f"density={density} of {n} {what} keeps all of them", KeepsAll, stacklevel=2)
     return k
 
 

@@ -309,12 +309,16 @@ def test_jit_and_vmap_agree_with_eager() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((0,), "at least 1 weight"), ((4, "X"), '"W", "H" or "C"'), ((4, "W", "max"), '"sum" or "energy"')],
+    ("fragment", "options", "message"),
+    [
+        (0, {}, "at least 1 weight"),
+        (4, {"order": "X"}, 'order must be "W", "H" or "C", got \'X\''),
+        (4, {"rule": "max"}, 'rule must be "sum" or "energy", got \'max\''),
+    ],
 )
-def test_bad_arguments_are_named(arguments: tuple[Any, ...], message: str) -> None:
+def test_bad_arguments_are_named(fragment: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cx.polarize(*arguments)
+        cx.polarize(fragment, **options)
 
 
 def test_a_bias_cannot_be_polarized() -> None:
@@ -362,6 +366,6 @@ def test_hardening_keeps_admms_signs_where_the_rows_are_the_same() -> None:
     state = find_state(cx.admm(rules).init(start))
     opposite = jax.tree.map(jnp.negative, start)  # the same columns, and the other sign everywhere
     for settled in (structures(opposite, rules, state), jax.jit(lambda p: structures(p, rules, state))(opposite)):
-        for got, held in ((settled["w"][1], state.structure["w"][1]), (settled["v"], state.structure["v"][0])):
+        for got, held in ((settled["w"][1], state.structure["w"][1]), (settled["v"][0], state.structure["v"][0])):
             np.testing.assert_array_equal(got.order, held.order)
             np.testing.assert_array_equal(got.negative, held.negative)
