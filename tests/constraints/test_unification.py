@@ -141,9 +141,9 @@ def test_greedy_can_be_beaten_and_exact_is_never_worse() -> None:
 
 
 @functools.cache
-def jitted(*arguments: Any) -> tuple[Any, ...]:
+def jitted(block: Any, unified: float, pruned: float, selection: str, zeros: str = "tie") -> tuple[Any, ...]:
     """A constraint and its functions, compiled once for all examples."""
-    c = cx.unify_and_prune(*arguments)
+    c = cx.unify_and_prune(block, unified, pruned, selection=selection, zeros=zeros)
     return c, jax.jit(c.project), jax.jit(c.freeze), jax.jit(c.retract)
 
 

@@ -110,7 +110,8 @@ def test_trained_levels_reach_the_engine_unchanged(spec, forms_bits, sot_bits):
         jax.tree.map(np.testing.assert_array_equal, placed.grid.variables["params"], subject.variables["params"])
         for path in ("c1", "c2", "f1", "f2"):
             assert subject.held[path].bits == spec["bits"]
-            np.testing.assert_array_equal(placed.grid.scales[path], subject.weights.structure[f"params/{path}/kernel"])
+            (scale,) = subject.weights.structure[f"params/{path}/kernel"]
+            np.testing.assert_array_equal(placed.grid.scales[path], scale)
         if place is crossbar_forms.place:
             assert {d.weight_bits for d in placed.designs.values()} == {forms_bits}
             arrays = placed.deploy("flip", True)
