@@ -55,8 +55,8 @@ def shrink(op: Op, ins: list[Masks], outs: list[Masks], whole: list[Shape], shap
         strides = p["strides"] or (1,) * len(shape)
         if any(m is not None and stride != 1 for m, stride in zip(ins[0], strides, strict=True)):
             spans = zip(p["start_indices"], p["limit_indices"], strides, strict=True)
-            cut = {a: span for a, span in enumerate(spans) if span != (0, whole[0][a], 1)}
-            return _pick(op, {a: np.arange(*span) for a, span in cut.items()}, ins[0], outs[0], whole[0])
+            spanned = {a: np.arange(*span) for a, span in enumerate(spans) if span != (0, whole[0][a], 1)}
+            return _pick(op, spanned, ins[0], outs[0], whole[0])
         for key in ("start_indices", "limit_indices"):
             p[key] = tuple(i if m is None else int(m[:i].sum()) for i, m in zip(p[key], ins[0], strict=True))
     elif name in ("dynamic_slice", "gather"):
