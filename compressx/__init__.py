@@ -2,7 +2,7 @@
 
 Transforms      `admm`, `retrain` (optax transforms), `harden`, `check`, `retract`; `resolve` binds rules to leaves
 Constraints     a set of weights each, combined with `&`; `support` makes one of your own from a function
-Formats         `save_model`, `load_model`; `compressx.formats` for single leaves
+Formats         `save_model`, `load_model`, `write_rules`, `read_rules`; `compressx.formats` for single leaves
 Execution       `compile`; `compressx.kernels`, `compressx.compaction`, `compressx.crossbar`, `compressx.export`
 """
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         unstructured,
     )
     from compressx.constraints.unification import prune_blocks, unify, unify_and_prune
-    from compressx.formats import load_model, save_model
+    from compressx.formats import load_model, read_rules, save_model, write_rules
     from compressx.kernels import Compiled, compile
     from compressx.native.memory import keep_memory
     from compressx.rules import Bound, resolve
@@ -80,7 +80,9 @@ _HOMES = {
     "retrain": "compressx._retrain.retrain",
     "find_retrain_state": "compressx._retrain.find_state",
     "load_model": "compressx.formats.load_model",
+    "read_rules": "compressx.formats.read_rules",
     "save_model": "compressx.formats.save_model",
+    "write_rules": "compressx.formats.write_rules",
     "Compiled": "compressx.kernels.Compiled",
     "compile": "compressx.kernels.compile",
     "keep_memory": "compressx.native.memory.keep_memory",
@@ -156,6 +158,7 @@ __all__ = [
     "prune_blocks",
     "quantize",
     "quantize_activations",
+    "read_rules",
     "resolve",
     "retract",
     "retrain",
@@ -171,4 +174,5 @@ __all__ = [
     "unstructured",
     "views",
     "violations",
+    "write_rules",
 ]

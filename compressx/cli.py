@@ -1,7 +1,7 @@
 """The `compressx` command: look into saved models, check and compare them, and see whether this machine is ready.
 
     compressx inspect FILE    what is kept of every layer, and its bytes
-    compressx verify FILE     every constraint, checked on the stored weights
+    compressx verify FILE     every constraint, checked on the stored weights; --rules RULES for those of another file
     compressx diff A B        what differs between two files
     compressx export FILE OUT --to onnx --shape 32x32x3 --model package.module:Class [--options JSON] [--compact]
                               the network for other runtimes; --compact for the small one
@@ -32,6 +32,9 @@ from compressx._harden import in_their_precision
 from compressx.constraints import violations
 from compressx.formats import CompressedFileError, SavedModel
 from compressx.formats.base import pieces
+from compressx.formats.container import to_json
+from compressx.formats.file_rules import check_cost
+from compressx.rules import resolve
 from compressx.tree import paths
 
 OK, FINDING, ERROR = 0, 1, 2
@@ -88,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("inspect", _inspect, "what is kept of every layer, and its bytes", "FILE")
-    command("verify", _verify, "check every constraint on the stored weights; exit code 1 if one is violated", "FILE")
+    about = "check every constraint on the stored weights; exit code 1 if one is violated"
+    verify = command("verify", _verify, about, "FILE")
+    rules = "check these rules, which write_rules or a person wrote, in place of those that the file holds"
+    verify.add_argument("--rules", metavar="RULES", help=rules)
     command("diff", _diff, "compare two files; exit code 1 if they differ", "A", "B")
     export = command("export", _export, "write the network for other runtimes, any batch size", "FILE")
     export.add_argument("OUT", help="the file to write")
@@ -207,6 +213,8 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
 
 def _verify(arguments: argparse.Namespace) -> Answer:
     model = formats.load_model(arguments.FILE, arguments.max_bytes)
+    if arguments.rules is not None:
+        model = _under(model, arguments)
     counts = _violations(model, arguments)
     checked: list[dict[str, Any]] = [
         {"paths": list(b.paths), "constraint": str(b.constraint), "violations": counts[b.name]} for b in model.bound
@@ -218,8 +226,33 @@ def _verify(arguments: argparse.Namespace) -> Answer:
         for x in checked
     ]
     lines.append(f"{arguments.FILE}: {len(checked)} constraints checked, {len(bad)} violated")
-    data = {"file": arguments.FILE, "constraints": checked, "violated": len(bad)}
+    data = {"file": arguments.FILE, "rules": arguments.rules, "constraints": checked, "violated": len(bad)}
     return Answer(FINDING if bad else OK, data, list(map(_clean, lines)))
+
+
+def _under(model: SavedModel, arguments: argparse.Namespace) -> SavedModel:
+    """The model under the rules of another file, with its own structure (signs, library, scale) of the sets it has too.
+
+    For other sets a structure is chosen, so that the weights lie in them wherever such a choice is found.
+    """
+    rules = formats.read_rules(arguments.rules).rules
+    try:
+        bound = resolve(rules, model.params)
+        check_cost(bound, model.params, arguments.max_bytes)
+    except ValueError as error:
+        raise _Refused(f"{arguments.rules}: {error}") from None
+    held = {
+        (b.paths, part.joint, to_json(part.spec)): structure
+        for b in model.bound
+        for part, structure in b.constraint.each(model.structures[b.name])
+    }
+    leaves, found = jax.tree.leaves(model.params), {}
+    for b in bound:
+        w = b.take(leaves)
+        with in_their_precision(w):
+            chosen = zip(b.constraint.sets, b.choose(w), strict=True)
+        found[b.name] = tuple(held.get((b.paths, part.joint, to_json(part.spec)), s) for part, s in chosen)
+    return model._replace(bound=bound, structures=found)
 
 
 def _violations(model: SavedModel, arguments: argparse.Namespace) -> dict[str, int]:

@@ -81,6 +81,7 @@ def base(variant: str) -> Settings:
         "optimizer": "adam",
         "plan": {"dense": fit(1, 1e-3), "stages": (), "method": "admm", "baselines": ()},
         "init_from": "",
+        "rules": "",
         "save": {"steps": 0, "seconds": 60.0},
         "paper": {"quantity": "", "value": 0.0},
     }

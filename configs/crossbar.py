@@ -56,8 +56,7 @@ def levels(bits: int) -> Settings:
 
 def base(variant: str) -> Settings:
     """What all variants share."""
-    shared = ("variant", "seed", "data", "model", "batch", "eval_batch", "optimizer", "init_from", "save", "paper")
-    return {k: v for k, v in cnn.base(variant).items() if k in shared} | {
+    return {k: v for k, v in cnn.base(variant).items() if k != "plan"} | {
         "take": "",
         "dense": fit(1, 1e-3),
         "branches": (),

@@ -93,6 +93,7 @@ def base(variant: str) -> Settings:
         "batch": 8,
         "eval_batch": 32,
         "pages": 12,
+        "rules": "",
         "plan": {"dense": fit(8, 1e-2), "stages": (), "method": "admm", "baselines": ()},
         "save": {"steps": 0, "seconds": 120.0},
         "paper": {"quantity": "", "value": 0.0},

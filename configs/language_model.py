@@ -77,6 +77,7 @@ def base(variant: str) -> Settings:
         "loss": "word",
         "plan": {"dense": fit(1, 1e-3), "stages": (), "method": "admm", "baselines": ("one_shot", "dense_same_budget")},
         "init_from": "",
+        "rules": "",
         "probe": {"run": True, "size": 8, "groups": 10, "words": 2000},
         "sample": 60,
         "save": {"steps": 0, "seconds": 60.0},

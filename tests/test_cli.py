@@ -122,6 +122,63 @@ def test_verify_works_with_structures_and_joint_constraints(tmp_path: Path, caps
     assert _run(capsys, "verify", str(tmp_path / "pattern"))[0] == 0
 
 
+def test_verify_checks_the_rules_of_another_file(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = str(tmp_path / "rules.json")
+    cx.write_rules(rules, [(".*/bias", None), ("a/.*", cx.unstructured(keep=20)), ("b/.*", cx.filters(0.5))])
+    code, out, _ = _run(capsys, "verify", file, "--rules", rules)
+    assert code == 0 and "ok       a/kernel: unstructured(keep=20" in out and "2 constraints checked, 0 viol" in out
+    cx.write_rules(rules, [("a/kernel", cx.unstructured(keep=5))])
+    code, out, _ = _run(capsys, "verify", file, "--rules", rules, "--json")
+    told = json.loads(out)
+    assert code == 1 and told["rules"] == rules and told["violated"] == 1
+    assert [x["violations"] for x in told["constraints"]] == [7]
+    for written, message in (
+        (lambda: cx.write_rules(rules, [("c/.*", cx.filters(0.5))]), "rules.json: rule 0: 'c/.*' matches nothing"),
+        (lambda: cx.write_rules(rules, [("a/.*", cx.filters(0.5))]), "a/bias (12,): filters(density=0.5) does not fit"),
+        (lambda: Path(rules).write_text("{}"), "rules.json: file: has no 'version'"),
+        (lambda: Path(rules).unlink(), "rules.json: No such file or directory"),
+    ):
+        written()
+        code, out, err = _run(capsys, "verify", file, "--rules", rules)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        cx.pattern(k=4, shrink=(12, 4)),
+        cx.polarize(fragment=4),
+        cx.quantize(4),
+        cx.filters(0.5) & cx.polarize(fragment=4) & cx.quantize(4),
+    ],
+    ids=str,
+)
+def test_verify_under_a_run_s_own_rules_takes_the_structure_that_training_chose(
+    constraint: cx.Constraint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = [("w", constraint)]
+    w = jax.random.normal(jax.random.key(0), (3, 3, 8, 8))
+    tx = cx.admm(rules, rho=1.0, every=1)
+    state = tx.init({"w": w})
+    moved = {"w": w + 0.5 * jax.random.normal(jax.random.key(1), w.shape)}
+    _, state = tx.update(moved, state, moved)
+    formats.save_model(tmp_path / "m", cx.harden(moved, rules, state), rules)
+    cx.write_rules(tmp_path / "r", rules)
+    code, out, _ = _run(capsys, "verify", str(tmp_path / "m"), "--rules", str(tmp_path / "r"))
+    assert code == 0 and "1 constraints checked, 0 violated" in out
+
+
+def test_rules_that_would_take_too_much_are_refused(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cx.write_rules(tmp_path / "r", [("b/kernel", cx.darb(0.25))])
+    command = ("verify", file, "--rules", str(tmp_path / "r"), "--max-bytes", "4000")
+    code, out, err = _run(capsys, *command)
+    assert (code, out) == (2, "") and "b/kernel" in err and "4000" in err
+
+
 def test_diff_of_a_file_with_itself(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _run(capsys, "diff", file, file)
     assert (code, out) == (0, "the same: 3 leaves, bit for bit\n")

@@ -4,6 +4,7 @@ from compressx.formats.base import MAX_BYTES, CompressedFileError, Format, Packe
 from compressx.formats.file import SavedModel, Sizes, load_model, save_model
 from compressx.formats.on_levels import in_floats
 from compressx.formats.packing import FORMATS, pack, unpack
+from compressx.formats.portable import RulesFile, read_rules, write_rules
 
 __all__ = [
     "FORMATS",
@@ -11,6 +12,7 @@ __all__ = [
     "CompressedFileError",
     "Format",
     "Packed",
+    "RulesFile",
     "SavedModel",
     "Sizes",
     "dense_nbytes",
@@ -18,6 +20,8 @@ __all__ = [
     "load_model",
     "nbytes",
     "pack",
+    "read_rules",
     "save_model",
     "unpack",
+    "write_rules",
 ]

@@ -83,7 +83,7 @@ def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarra
     head, body = _serialized(stored, metadata)
     for text, entry in ((header, "header"), (head[8:].decode(), "file")):
         from_json(text, entry)  # what a reader would refuse is not written
-    _replace(path, head, body)
+    replace(path, head, body)
     return sum(a.nbytes for a in stored.values())
 
 
@@ -98,7 +98,7 @@ def read(path: Path, max_bytes: int) -> tuple[int, dict[str, Any], dict[str, np.
       CompressedFileError: the file is damaged, truncated, foreign, too large or inconsistent.
       OSError: the file cannot be opened or read.
     """
-    data = _read_bytes(path, max_bytes)
+    data = read_bytes(path, max_bytes)
     size = len(data)
     metadata = _metadata(data)
     header, checksum = metadata.get("compressx"), metadata.get("sha256")
@@ -248,20 +248,20 @@ def _decode_all(described: dict[str, Any], stored: dict[str, np.ndarray], max_by
     return arrays
 
 
-def _read_bytes(path: Path, max_bytes: int) -> bytes:
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file that is no larger than `max_bytes`."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe that nobody writes to would wait for ever
         fail("file", "is not a regular file")
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         if size > max_bytes:
             fail("file", f"takes {size} bytes, more than max_bytes={max_bytes}")
-        data = f.read(size)
-    if len(data) < 8:
-        fail("file", f"{len(data)} bytes are too few for a safetensors file")
-    return data
+        return f.read(size)
 
 
 def _metadata(data: bytes) -> dict[str, Any]:
+    if len(data) < 8:
+        fail("file", f"{len(data)} bytes are too few for a safetensors file")
     length = int.from_bytes(data[:8], "little")
     if length > len(data) - 8:
         fail(
@@ -321,7 +321,8 @@ def _serialized(stored: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -
     return len(header).to_bytes(8, "little") + header, plain[start:]
 
 
-def _replace(path: Path, *parts: bytes | memoryview) -> None:
+def replace(path: Path, *parts: bytes | memoryview) -> None:
+    """Puts these bytes in the place of a file in one step: a reader sees the old file or the whole new one."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with open(handle, "wb") as f:

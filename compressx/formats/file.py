@@ -30,7 +30,7 @@ from compressx._harden import structures as choose
 from compressx.constraints import from_spec, on_leaf
 from compressx.formats import container, packing
 from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
-from compressx.formats.file_rules import claim, pattern_of, read_path, read_rules
+from compressx.formats.file_rules import bound_rules, claim, pattern_of, read_path
 from compressx.formats.trees import MAX_LEAVES, MAX_NAME, in_the_form_of, nest
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import Key, keys, path_name
@@ -198,7 +198,7 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES, *, like
     try:
         version, content, arrays, (stored, size) = container.read(target, max_bytes)
         packed, params = _leaves(content.get("leaves"), version, arrays, max_bytes)
-        bound, structures = read_rules(_list(content.get("rules"), "rules"), version, params, arrays, max_bytes)
+        bound, structures = bound_rules(_list(content.get("rules"), "rules"), version, params, arrays, max_bytes)
         if arrays:
             fail(sorted(arrays)[0], "belongs to no leaf and no rule")
         model = content.get("model")

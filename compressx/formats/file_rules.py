@@ -58,7 +58,7 @@ def read_path(path: Any, version: int, entry: str) -> tuple[Key, ...]:
     return tuple(path)
 
 
-def read_rules(
+def bound_rules(
     listed: Sequence[Any], version: int, params: dict[Key, Any], arrays: dict[str, np.ndarray], max_bytes: int
 ) -> tuple[tuple[Bound, ...], dict[str, tuple[Any, ...]]]:
     """The rules of a file bound to its leaves, and their structures by name; takes these out of `arrays`.
@@ -78,6 +78,13 @@ def read_rules(
         structures[b.name] = _structure(b, template, about.get("structure"), arrays)
         bounds.append(b)
     return tuple(bounds), structures
+
+
+def check_cost(bound: Sequence[Bound], params: Any, max_bytes: int) -> None:
+    """Raises CompressedFileError where projecting leaves onto their sets would take too much, as for a saved model."""
+    traces, leaves = _Traces(max_bytes), jax.tree.leaves(params)
+    for b in bound:
+        traces.structure(b, b.take(leaves))
 
 
 def pattern_of(b: Bound) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.common import training
+from experiments.common import settings, training
 from experiments.common.settings import Paper, Save, check_seed
 from experiments.common.training import ConfigError, Plan
 
@@ -63,6 +63,7 @@ class Config:
       eval_batch: examples a step of evaluation.
       optimizer: see `training.Job`.
       init_from: work directory of another run whose dense weights are taken, "" to train them here.
+      rules: file of rules that replace those of the only stage, with its schedule; "" for none.
       save: when checkpoints are written.
       paper: what to compare with.
     """
@@ -76,6 +77,7 @@ class Config:
     eval_batch: int = 1000
     optimizer: str = "adam"
     init_from: str = ""
+    rules: str = ""
     save: Save = Save()
     paper: Paper = Paper()
 
@@ -91,4 +93,4 @@ def read(config: Any) -> Config:
     Raises:
       ConfigError: a key or a value that is not allowed.
     """
-    return training.parse(Config, config)
+    return settings.with_rules(training.parse(Config, config))

@@ -154,7 +154,8 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     }
     workdir, results = options.workdir, outcome.results
     model = {"name": config.model.name, "options": dict(config.model.options)}
-    stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, model, facts)
+    way = phases.schedule(todo, last.name)
+    stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, model, facts, way)
     times, latencies = None, {"reason": "nothing is compressed"}
     measured: dict[str, Any] = {}
     sections: list[tuple[str, Any]] = []

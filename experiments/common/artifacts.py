@@ -16,6 +16,7 @@ from experiments.common.report.layers import Layer
 from experiments.common.training import Weights
 
 MODEL = "compressed.safetensors"
+RULES = "rules.json"
 
 
 class Stored(NamedTuple):
@@ -37,9 +38,24 @@ class Stored(NamedTuple):
 
 
 def save(
-    path: Path, weights: Weights, rules: Rules | None, model: Mapping[str, Any], extra: Mapping[str, Any]
+    path: Path,
+    weights: Weights,
+    rules: Rules | None,
+    model: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    schedule: Mapping[str, Any] | None = None,
 ) -> Stored:
     """Writes the compressed model, reads it back, and measures what was read.
+
+    Beside the run's own model its rules are written as a file that `--config.rules` reads.
+
+    Args:
+      path: the file.
+      weights: of the model, with their structure.
+      rules: that they satisfy; None where nothing is constrained.
+      model: the network, see `formats.save_model`.
+      extra: facts to keep in the file.
+      schedule: by which ADMM reached the rules, see `phases.schedule`.
 
     Raises:
       CompressedFileError, OSError: the file cannot be written or read.
@@ -53,6 +69,8 @@ def save(
     ):
         if np.asarray(a).tobytes() != np.asarray(b).tobytes():
             raise RuntimeError(f"{path}: {name} came back with other bits; this is a bug of the format")
+    if rules and path.name == MODEL:
+        formats.write_rules(path.with_name(RULES), rules, schedule)
     return stored
 
 
@@ -124,5 +142,6 @@ def links(workdir: Path) -> list[tuple[str, str]]:
         "configuration": "config.json",
         "metrics": "metrics.jsonl",
         "compressed model": MODEL,
+        "rules": RULES,
     }
     return [(what, name) for what, name in names.items() if name == "summary.json" or (workdir / name).exists()]

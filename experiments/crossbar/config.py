@@ -6,7 +6,7 @@ from typing import Any
 
 from compressx.rules import Rules
 from experiments.cnn.config import Data, Model
-from experiments.common import training
+from experiments.common import settings, training
 from experiments.common.settings import Paper, Save
 from experiments.common.training import Admm, ConfigError, Fit, Phase, phases
 from experiments.common.training.config import Rule
@@ -127,6 +127,7 @@ class Config:
     Attributes:
       variant: its name; seed: of everything random.
       data, model, batch, eval_batch, optimizer, init_from, save, paper: as in `experiments.cnn.config.Config`.
+      rules: file of rules that replace those of the only branch, with its schedule; "" for none.
       take: work directory of a finished run whose compressed network is put on the engine as it is.
       dense: the uncompressed training.
       branches: what is compressed, each after the one it starts from.
@@ -143,6 +144,7 @@ class Config:
     eval_batch: int = 1000
     optimizer: str = "adam"
     init_from: str = ""
+    rules: str = ""
     take: str = ""
     save: Save = Save()
     paper: Paper = Paper()
@@ -176,7 +178,8 @@ class Config:
 
 def read(config: Any) -> Config:
     """The frozen config of a ConfigDict or nested dict."""
-    return training.parse(Config, config)
+    made = training.parse(Config, config)
+    return dataclasses.replace(made, branches=settings.replaced(made.branches, made.rules))
 
 
 def plan_phases(config: Config) -> tuple[Phase, ...]:

@@ -11,6 +11,7 @@ chosen on training images; the test set chooses nothing.
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,8 @@ def _conclude(
     started = time.monotonic()
     found = measurer.measure(subjects, main.name, scene, config.hardware, config.variation, config.seed)
     measuring = time.monotonic() - started
-    stored = _store(config, options, main, scene)
+    way = phases.schedule(trained[0] if trained else (), f"retrain_{main.name}")
+    stored = _store(config, options, main, scene, way)
     results = trained[1].results if trained else {}
     outcome_of = lambda phase, when="end": results.get(phase, {}).get(when, {}).get("accuracy")
     summary = runner.summary(
@@ -192,7 +194,9 @@ def _conclude(
     )
 
 
-def _store(config: Config, options: Options, main: Subject, scene: Scene) -> artifacts.Stored:
+def _store(
+    config: Config, options: Options, main: Subject, scene: Scene, way: Mapping[str, Any] | None
+) -> artifacts.Stored:
     info = scene.info
     facts = {
         "driver": "crossbar",
@@ -206,7 +210,7 @@ def _store(config: Config, options: Options, main: Subject, scene: Scene) -> art
         path = Path(config.take) / artifacts.MODEL
         return artifacts.read(path)
     model = {"name": config.model.name, "options": dict(config.model.options)}
-    return artifacts.save(options.workdir / artifacts.MODEL, main.weights, main.rules, model, facts)
+    return artifacts.save(options.workdir / artifacts.MODEL, main.weights, main.rules, model, facts, way)
 
 
 def evaluate(config: Config, options: Options) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.common import training
+from compressx.formats import CompressedFileError
+from experiments.common import settings, training
 from experiments.common.settings import Paper, Save, check_seed
 from experiments.common.training import ConfigError, Plan
 from experiments.entity_linking import linking
@@ -98,6 +99,7 @@ class Config:
       batch: rows a step.
       eval_batch: rows a step of evaluation.
       pages: documents shown on the page.
+      rules: file of rules that replace those of the only stage, with its schedule; "" for none.
       save: when checkpoints are written.
       paper: what to compare with.
     """
@@ -113,6 +115,7 @@ class Config:
     batch: int = 8
     eval_batch: int = 64
     pages: int = 12
+    rules: str = ""
     save: Save = Save(seconds=120.0)
     paper: Paper = Paper()
 
@@ -137,8 +140,8 @@ def read(config: Any) -> Config:
       ConfigError: a key or a value that is not allowed.
     """
     try:
-        return training.parse(Config, config)
-    except ConfigError:
+        return settings.with_rules(training.parse(Config, config))
+    except (ConfigError, CompressedFileError):
         raise
     except ValueError as error:  # what the library's own dataclasses refuse
         raise ConfigError(str(error)) from None

@@ -203,7 +203,8 @@ def _compress(config: Config, options: Options, corpora: Corpora, main: _Arm, de
     }
     after = left[last.name]
     model = {"name": "linker", "options": json.loads(json.dumps(dataclasses.asdict(main.linker)))}
-    stored = artifacts.save(options.workdir / artifacts.MODEL, after._replace(batch_stats={}), last.rules, model, facts)
+    path, mine = options.workdir / artifacts.MODEL, after._replace(batch_stats={})
+    stored = artifacts.save(path, mine, last.rules, model, facts, phases.schedule(todo, last.name))
     return _Squeezed(table, stored, outcome, left[phases.DENSE].params, after, last, errors)
 
 

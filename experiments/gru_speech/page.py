@@ -44,7 +44,8 @@ def conclude(
         if (rules := made[-1].rules) is not None:
             file = workdir / (artifacts.MODEL if arm is head else f"arms/{arm.name}.safetensors")
             file.parent.mkdir(parents=True, exist_ok=True)
-            stored[arm.name] = kept = artifacts.save(file, mine, rules, described, _facts(config, train, known, row))
+            facts, way = _facts(config, train, known, row), phases.schedule(made, made[-1].name)
+            stored[arm.name] = kept = artifacts.save(file, mine, rules, described, facts, way)
             row |= _stored(kept, mine, rules)
             # before any retraining: what ADMM (or, one-shot, the dense network) leaves
             hard = phases.harden(left[made[-1].start], rules)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.common import training
+from experiments.common import settings, training
 from experiments.common.settings import Paper, Save, check_seed
 from experiments.common.training import ConfigError, Plan
 from experiments.common.training.language import LOSSES
@@ -75,6 +75,7 @@ class Config:
       clip: largest norm of the gradient of the loss; 0 is any.
       loss: "word" or "window", see `training.language`.
       init_from: work directory of another run whose dense weights are taken, "" to train them here.
+      rules: file of rules that replace those of the only stage, with its schedule; "" for none.
       probe: of the observations.
       sample: words of sample text.
       save: when checkpoints are written.
@@ -92,6 +93,7 @@ class Config:
     clip: float = 5.0
     loss: str = "word"
     init_from: str = ""
+    rules: str = ""
     probe: Probe = Probe()
     sample: int = 60
     save: Save = Save()
@@ -115,7 +117,7 @@ def read(config: Any) -> Config:
     Raises:
       ConfigError: a key or a value that is not allowed.
     """
-    return dealt(training.parse(Config, config))
+    return settings.with_rules(dealt(training.parse(Config, config)))
 
 
 def dealt(config: Config) -> Config:

@@ -87,6 +87,8 @@ class Config:
                 raise ConfigError(f"seeds={seeds} is impossible; give different ones, at least one")
         if (self.main, self.at) not in names:
             raise ConfigError(f"main={self.main!r} at={self.at!r} is no point; there are {names}")
+        if self.base.rules:
+            raise ConfigError(f"base.rules={self.base.rules!r}: the points give the rules; leave it empty")
         if len(self.base.plan.stages) != 1 or self.base.plan.baselines or self.base.init_from:
             raise ConfigError("base needs one stage, no baselines and no init_from: the points are compared instead")
 

@@ -131,7 +131,8 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
         exact["hardened"] = perplexity(hard.params, corpus.test)._asdict()
     facts = {"driver": "language_model", "dataset": corpus.info.name, "seed": config.seed, "words": list(corpus.words)}
     network = {"name": "lstm_lm", "options": dataclasses.asdict(config.model)}
-    stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, network, facts)
+    way = phases.schedule(todo, last.name)
+    stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, network, facts, way)
     scene = language_page.Scene(model, corpus, dense.params, result, last.rules, stored, workdir)
     found = language_page.examine(scene, config.probe)
     times, found["latency"] = None, {"reason": "nothing is compressed"}

@@ -189,7 +189,8 @@ def conclude(
     facts = {"driver": "pneumonia", "seed": config.seed, **task.facts, "classes": task.classes}
     facts["threshold"] = scores[head.name]["threshold"]
     model = {"name": config.model.name, "options": dict(config.model.options)}
-    stored = artifacts.save(options.workdir / artifacts.MODEL, networks[head.name], last.rules, model, facts)
+    path, way = options.workdir / artifacts.MODEL, phases.schedule(plan.phases, last.name)
+    stored = artifacts.save(path, networks[head.name], last.rules, model, facts, way)
     block: dict[str, Any] = {
         "points": {
             p.name: {

@@ -93,6 +93,8 @@ class Config:
             raise ConfigError(f"against={self.against!r} is impossible; it must be {', '.join(_RATES)}")
         if any(b < 1 for b in self.budgets):
             raise ConfigError(f"budgets={self.budgets} is impossible; a budget is dense bytes over packed, at least 1")
+        if self.base.rules:
+            raise ConfigError(f"base.rules={self.base.rules!r}: the points of a sweep give the rules; leave it empty")
         if len(self.base.plan.stages) != 1 or self.base.plan.baselines:
             raise ConfigError(
                 "base.plan must have one stage and no baselines: the sweep's methods are compared instead"

@@ -7,6 +7,7 @@ the set they landed in.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from compressx._retrain import RetrainState, retract
 from compressx.constraints.base import Constraint
 from compressx.rules import Rules
 from compressx.tree import check_finite
-from experiments.common.training.config import ConfigError, Fit, Plan, Rule, Stage
+from experiments.common.training.config import Admm, ConfigError, Fit, Plan, Rule, Stage
 from experiments.common.training.gradual import check_scalable
 from experiments.common.training.state import all_finite
 
@@ -88,6 +89,21 @@ def plan(config: Plan) -> tuple[Phase, ...]:
 def final(config: Plan) -> str:
     """The phase whose weights are the run's result."""
     return (_method(config.method, config.stages) or [Phase(DENSE, "dense", "", config.dense)])[-1].name
+
+
+def schedule(todo: Sequence[Phase], last: str) -> dict[str, Any] | None:
+    """The schedule by which ADMM reached a phase's rules, as arguments of `compressx.admm`; None where it did not.
+
+    Left out is what is no number there: a rho that moves, and updates once an epoch.
+    """
+    starts = [p.start for p in todo if p.name == last]
+    fit = next((p.fit for p in todo if p.name in starts and p.kind == "admm"), None)
+    if not isinstance(fit, Admm):
+        return None
+    found: dict[str, Any] = {"refresh_every": fit.refresh_every or None}
+    if fit.rho_schedule == "constant":
+        found["rho"] = fit.rho
+    return found | ({"every": fit.every} if fit.every else {})
 
 
 def _method(method: str, stages: tuple[Stage, ...]) -> list[Phase]:

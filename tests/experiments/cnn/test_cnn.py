@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import compressx as cx
 from compressx import cli, formats
 from compressx.kernels import native
 from configs import cnn as configs
@@ -20,7 +21,10 @@ from experiments.common.report.summary import check_summary, read_summary
 from experiments.common.training import ConfigError
 
 ROOT = Path(__file__).parents[3]
-FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "checkpoints")
+FILES = (
+    *("config.json", "metrics.jsonl", "compressed.safetensors", "rules.json", "report.html", "summary.json"),
+    "checkpoints",
+)
 PLOTS = ("training.png", "residuals.png", "rho.png", "histograms.png", "kept.png", "masks.png")
 
 
@@ -80,6 +84,36 @@ def test_the_stored_model_is_the_one_that_was_measured(done, capsys) -> None:
     evaluated = read_summary(folder / "eval" / "digits-test" / "summary.json")
     assert evaluated["metric"]["compressed"] == summary["metric"]["compressed"]
     assert evaluated["rate"] == summary["rate"]
+
+
+def test_the_rules_of_a_run_give_another_run_the_same_network(done, tmp_path, capsys) -> None:
+    folder, summary = done
+    found = cx.read_rules(folder / "rules.json")
+    assert dict(found.rules)["params/c1/kernel"].spec["keep"] == 54
+    assert found.schedule == {"every": 2, "refresh_every": None}  # rho moves
+    assert cli.main(["verify", str(folder / "compressed.safetensors"), "--rules", str(folder / "rules.json")]) == 0
+    other = (("params/f1/kernel", {"kind": "filters", "density": 0.5}),)
+    config = _config(rules=str(folder / "rules.json"), plan__stages__0__rules=other, plan__baselines=())
+    out = cnn.train_and_evaluate(config, Options(tmp_path / "run"))
+    assert out["metric"]["compressed"] == summary["metric"]["compressed"]
+    assert (tmp_path / "run" / "rules.json").read_bytes() == (folder / "rules.json").read_bytes()
+    assert "rules.json" in (folder / "report.html").read_text()
+
+
+def test_a_file_of_rules_replaces_sets_and_schedule_of_the_only_stage(tmp_path) -> None:
+    path = tmp_path / "r.json"
+    cx.write_rules(path, [("params/f2/.*", None), ("params/f1/kernel", cx.filters(0.5))], {"rho": [(".*", 0.5)]})
+    (stage,) = _config(rules=str(path)).plan.stages
+    assert stage.rules[0] == ("params/f2/.*", None) and stage.rules[1][1]["kind"] == "filters"
+    assert (stage.admm.rho, stage.admm.rho_schedule, stage.admm.every) == (((".*", 0.5),), "constant", 2)
+    for variant, stages in (("mnist_lenet5_unstructured_246x", 2), ("mnist_lenet5_forms_8", 3)):
+        with pytest.raises(ConfigError, match=f"r.json' replaces the sets of a config's only stage.* has {stages}"):
+            _config(variant, rules=str(path))
+    with pytest.raises(FileNotFoundError):
+        _config(rules=str(tmp_path / "absent.json"))
+    path.write_text("[]")
+    with pytest.raises(formats.CompressedFileError, match="r.json: file: "):
+        _config(rules=str(path))
 
 
 def test_a_finished_run_is_left_as_it_is(done, capsys) -> None:

@@ -24,7 +24,10 @@ from experiments.crossbar.config import Hardware, plan_phases
 from experiments.crossbar.models import Scene, live_weights, make_subject
 
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}
-FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "checkpoints")
+FILES = (
+    *("config.json", "metrics.jsonl", "compressed.safetensors", "rules.json", "report.html", "summary.json"),
+    "checkpoints",
+)
 PLOTS = (
     *("mapping", "occupancy", "cycles", "saturation", "variation", "fps", "tile_mw", "tile_mm2"),
     *("training", "residuals", "masks"),
@@ -333,6 +336,7 @@ def test_every_variant_fits_its_network(variant):
         ({"variation__seeds": 1}, "at least 2 devices"),
         ({"variation__models": ("ful",)}, "variation.models names 'ful'"),
         ({"take": "a", "init_from": "b"}, "both name a run"),
+        ({"rules": "r.json"}, "rules='r.json' replaces the sets of a config's only stage, and this one has 4"),
         ({"noise_aware__start": "x"}, "noise_aware.start='x' is no branch"),
     ],
 )

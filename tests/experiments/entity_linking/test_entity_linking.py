@@ -14,7 +14,10 @@ from experiments.common.training import ConfigError
 from experiments.entity_linking import config as linking_config
 from experiments.entity_linking import task as entity_linking
 
-FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "arms/dense")
+FILES = (
+    *("config.json", "metrics.jsonl", "compressed.safetensors", "rules.json", "report.html", "summary.json"),
+    "arms/dense",
+)
 
 
 def _config(variant: str = "generated_tiny", **changes):

@@ -16,7 +16,10 @@ from experiments.gru_speech import config as speech_config
 from experiments.gru_speech import measures as speech_results
 from experiments.gru_speech import task as gru_speech
 
-FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "checkpoints")
+FILES = (
+    *("config.json", "metrics.jsonl", "compressed.safetensors", "rules.json", "report.html", "summary.json"),
+    "checkpoints",
+)
 PLOTS = ("rates.png", "degradation.png", "confusion.png", "posterior.png", "training.png", "residuals.png", "masks.png")
 
 

@@ -18,7 +18,10 @@ from experiments.common.training.language import make_perplexity
 from experiments.language_model import config as language_model_config
 from experiments.language_model import task as language_model
 
-FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "checkpoints")
+FILES = (
+    *("config.json", "metrics.jsonl", "compressed.safetensors", "rules.json", "report.html", "summary.json"),
+    "checkpoints",
+)
 PLOTS = ("training", "residuals", "rho", "histograms", "kept", "masks", "blocks", "row_density", "row_sensitivity")
 
 

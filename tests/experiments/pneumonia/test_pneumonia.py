@@ -30,7 +30,10 @@ from experiments.pneumonia import (
 )
 
 WAYS = {"plain", "native", "native_1_thread", "gathered", "mixed"}
-FILES = ("config.json", "metrics.jsonl", "compressed.safetensors", "report.html", "summary.json", "reliability.png")
+FILES = (
+    *("config.json", "metrics.jsonl", "compressed.safetensors", "rules.json", "report.html", "summary.json"),
+    "reliability.png",
+)
 
 
 def _config(variant: str, **changes):

@@ -69,6 +69,11 @@ def test_impossible_sweeps_are_refused(change, words) -> None:
         _config(**change)
 
 
+def test_rules_of_a_file_do_not_go_with_points() -> None:
+    with pytest.raises(ConfigError, match="base.rules='r.json': the points of a sweep give the rules"):
+        _config(base=dataclasses.replace(_config().base, rules="r.json"))
+
+
 def test_a_given_dense_network_serves_every_run(tmp_path) -> None:
     base = dataclasses.replace(_config().base, init_from="elsewhere")
     assert {r.config.init_from for r in sweep.runs(_config(base=base), tmp_path)} == {"elsewhere"}

@@ -57,6 +57,15 @@ def test_every_method_gets_the_same_epochs(method, shape) -> None:
         assert todo[-1].rules[0][1].spec["keep"] == 2  # the last stage's, at once
 
 
+def test_the_schedule_is_that_of_admm_in_the_words_of_the_library() -> None:
+    fit = Admm(rho=((".*", 0.1),), rho_schedule="constant", every=7, refresh_every=2)
+    todo = phases.plan(Plan(Fit(), (Stage(RULES[0], fit, Fit()),), baselines=("one_shot", "gradual")))
+    assert phases.schedule(todo, "retrain") == {"rho": ((".*", 0.1),), "every": 7, "refresh_every": 2}
+    assert phases.schedule(phases.plan(_plan()), "retrain_2") == {"refresh_every": None}  # rho moves, once an epoch
+    for name in ("one_shot", "gradual_retrain", "dense", "absent"):
+        assert phases.schedule(todo, name) is None
+
+
 def test_baselines_come_after_and_start_from_the_same_weights() -> None:
     todo = phases.plan(_plan(baselines=("one_shot", "dense_same_budget")))
     assert [(p.name, p.start) for p in todo[5:]] == [("one_shot", "dense"), ("dense_same_budget", "dense")]
