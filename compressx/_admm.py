@@ -394,8 +394,9 @@ def find_state(opt_state: Any) -> AdmmState:
     found = [s for s in leaves if isinstance(s, AdmmState)]
     if len(found) != 1:
         raise ValueError(f"expected one AdmmState in the optimizer state, found {len(found)}")
-    state: AdmmState = unboxed(found[0])
-    return state
+    state = found[0]
+    plain = {name: unboxed(getattr(state, name)) for name in AdmmState._fields if name not in ("z", "center")}
+    return state._replace(**plain)
 
 
 def by_set(primal: Mapping[str, Any], dual: Mapping[str, Any], rules: Rules) -> dict[str, dict[str, float]]:

@@ -21,8 +21,8 @@ from jax import Array
 from compressx.constraints.base import Constraint
 
 WORDS = ("stack", "taps", "in", "out")
-# Sets of single weights: what the axes are is of no account to them.
-_SINGLE = ("unstructured",)
+# Sets of single weights, to which it is of no account what the axes are, and sets that name the axes of each leaf.
+_FREE = ("unstructured", "coupled_filters", "network_structure")
 DEFAULTS = {2: ("in", "out"), 4: ("taps", "taps", "in", "out")}
 
 
@@ -89,7 +89,7 @@ def guessed(constraint: Constraint, shape: tuple[int, ...]) -> str | None:
     """Why a set cannot hold on a leaf whose axes nobody has said, or None: nothing structured is done to a guess."""
     if len(shape) < 3 or len(shape) in DEFAULTS:
         return None
-    structured = [s for s in constraint.sets if s.spec["kind"] not in _SINGLE and s.spec.get("per") != "tensor"]
+    structured = [s for s in constraint.sets if s.spec["kind"] not in _FREE and s.spec.get("per") != "tensor"]
     if not structured:
         return None
     return (

@@ -360,8 +360,12 @@ class KeepsAll(UserWarning):
     """A density below 1 that leaves every group of a leaf: there are too few to leave one out."""
 
 
-def count(density: float | None, n: int, keep: int | None = None, what: str = "weights") -> int:
+def count(
+    density: float | None, n: int, keep: int | None = None, what: str = "weights", *, quiet: bool = False
+) -> int:
     """The exact number to keep of n: `keep` as given, or `floor(density * n + 1/2)`.
+
+    A density below 1 that keeps all of them is a warning, `KeepsAll`, unless `quiet`.
 
     Raises:
       ValueError: both or neither are given, the density is not in (0, 1], keep is not in 1..n, or nothing would stay.
@@ -379,7 +383,7 @@ def count(density: float | None, n: int, keep: int | None = None, what: str = "w
         raise ValueError(
             f"density={density} of {n} {what} keeps none of them; raise the density, give keep=, or leave this leaf out"
         )
-    if k == n and density < 1 and n:
+    if k == n and density < 1 and n and not quiet:
         warnings.warn(f"density={density} of {n} {what} keeps all of them", KeepsAll, stacklevel=2)
     return k
 

@@ -75,8 +75,8 @@ def kept(
     if len(shape) < 2:
         raise ValueError(f"a crossbar holds a matrix: the weight needs at least 2 axes, got shape {tuple(shape)}")
     positions, filters = math.prod(shape[:-1]), shape[-1]
-    p = positions if column_density is None else count(column_density, positions, what="positions")
-    f = filters if filter_density is None else count(filter_density, filters, what="filters")
+    p = positions if column_density is None else count(column_density, positions, what="positions", quiet=True)
+    f = filters if filter_density is None else count(filter_density, filters, what="filters", quiet=True)
     wide = cols // cells_per_weight
     return min(positions, -(-p // rows) * rows), min(filters, -(-f // wide) * wide)
 
