@@ -66,9 +66,9 @@ def onnx(
 ) -> bytes:
     """The network as an ONNX model (opset 18).
 
-    The graph is made from the traced program, so it is what the module computes. Images stay `[n, h, w, c]` outside, and
-    each convolution stands between two transpositions, which runtimes cancel. `scan` and the loops of `jax.lax` are
-    ONNX' own. bfloat16 is stored as such, and computed as float32 rounded to bfloat16 after each operation; inputs and
+    The graph is made from the traced program, so it is what the module computes. Images stay `[n, h, w, c]` outside,
+    and each convolution stands between two transpositions, which runtimes cancel. `scan` and the loops of `jax.lax`
+    are ONNX' own. bfloat16 is stored as such, and computed as float32 rounded to bfloat16 after each operation; inputs and
     outputs of the model are float32 then, for few runtimes take bfloat16.
 
     A single input is called `x`, a single output `y`. Of several, each is called by its path in the tree (`a`, `a/0`),

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from compressx.export.graph import Call, Graph, Unsupported, held, onnx_type
+from compressx.export.graph import Call, Graph, Unsupported, boolean, held, onnx_type
 
 Elementwise = Callable[[Graph, list[str], Call], str]
 
@@ -22,16 +23,16 @@ def _is(call: Call, kind: Any) -> bool:
     return bool(jnp.issubdtype(call.dtypes[0], kind))
 
 
-def _by_type(boolean: str, integer: str) -> Elementwise:
+def _by_type(truth: str, integer: str) -> Elementwise:
     """One operator for truth values and another for integers."""
-    return lambda g, xs, call: g.node(boolean if call.dtypes[0] == bool else integer, *xs)
+    return lambda g, xs, call: g.node(truth if boolean(call.dtypes[0]) else integer, *xs)
 
 
 def _ordered(op: str) -> Elementwise:
     """A comparison; truth values are compared as integers."""
 
     def make(g: Graph, xs: list[str], call: Call) -> str:
-        if call.dtypes[0] == bool:
+        if boolean(call.dtypes[0]):
             xs = [g.node("Cast", x, to=onnx_type("int32")) for x in xs]
         return str(g.node(op, *xs))
 
@@ -48,8 +49,8 @@ def _select(g: Graph, xs: list[str], call: Call) -> str:
     out = cases[0]
     for number, case in enumerate(cases[1:], 1):
         # Index 0 is False. An index beyond the last case is not defined.
-        taken = which if call.dtypes[0] == bool else g.node("Equal", which, g.like(number, call.dtypes[0]))
-        if call.out_dtypes[0] == bool:  # runtimes have no Where of truth values
+        taken = which if boolean(call.dtypes[0]) else g.node("Equal", which, g.like(number, call.dtypes[0]))
+        if boolean(call.out_dtypes[0]):  # runtimes have no Where of truth values
             kept = g.node("And", g.node("Not", taken), out)
             out = g.node("Or", g.node("And", taken, case), kept)
         else:
@@ -65,10 +66,6 @@ def _integer_pow(g: Graph, xs: list[str], call: Call) -> str:
     power = int(call.params["y"])
     raised = xs[0] if abs(power) == 1 else g.node("Pow", xs[0], g.like(abs(power), call.dtypes[0]))
     return str(g.node("Reciprocal", raised)) if power < 0 else raised
-
-
-def _rem(g: Graph, xs: list[str], call: Call) -> str:
-    return str(g.node("Mod", *xs, fmod=1))  # the sign of the dividend
 
 
 def _round(g: Graph, xs: list[str], call: Call) -> str:
@@ -109,16 +106,25 @@ def _cbrt(g: Graph, xs: list[str], call: Call) -> str:
     return str(g.node("Mul", g.node("Sign", xs[0]), root))
 
 
+def _atan2(g: Graph, xs: list[str], call: Call) -> str:
+    """The angle of (x, y): that of the slope, turned by half a circle on the left."""
+    y, x = xs
+    number = lambda n: g.like(n, call.dtypes[0])
+    zero = number(0)
+    up = g.node("Where", g.node("Less", y, zero), number(-1), number(1))
+    half = g.node("Mul", up, number(np.pi))
+    slope = g.node("Atan", g.node("Div", y, x))  # upright where x is 0; nothing where both are
+    right = g.node("Where", g.node("Equal", y, zero), g.node("Mul", y, zero), slope)
+    left = g.node("Add", right, half)
+    return str(g.node("Where", g.node("Less", x, zero), left, right))
+
+
 def _reduce_precision(g: Graph, xs: list[str], call: Call) -> str:
     bits = (call.params["exponent_bits"], call.params["mantissa_bits"])
     kinds = {(8, 7): "bfloat16", (5, 10): "float16", (8, 23): "float32"}
     if bits not in kinds or held(call.dtypes[0]) != "float32":
         raise Unsupported(f"the operation 'reduce_precision' to {bits} bits")
     return str(g.node("Cast", g.node("Cast", xs[0], to=onnx_type(kinds[bits])), to=onnx_type("float32")))
-
-
-def _sign(g: Graph, xs: list[str], call: Call) -> str:
-    return str(g.node("Sign", xs[0]))
 
 
 TABLE: dict[str, Elementwise] = {
@@ -131,15 +137,16 @@ TABLE: dict[str, Elementwise] = {
     "asin": _node("Asin"),
     "asinh": _node("Asinh"),
     "atan": _node("Atan"),
+    "atan2": _atan2,
     "atanh": _node("Atanh"),
     "cbrt": _cbrt,
     "ceil": _node("Ceil"),
     "clamp": _clamp,
     "convert_element_type": _convert,
     "copy": _same,
-    "copy_p": _same,
     "cos": _node("Cos"),
     "cosh": _node("Cosh"),
+    "device_put": _same,
     "div": _node("Div"),
     "eq": _node("Equal"),
     "erf": _node("Erf"),
@@ -157,9 +164,9 @@ TABLE: dict[str, Elementwise] = {
     "log1p": _log1p,
     "logistic": _node("Sigmoid"),
     "lt": _ordered("Less"),
-    "max": lambda g, xs, call: g.node("Or" if call.dtypes[0] == bool else "Max", *xs),
-    "min": lambda g, xs, call: g.node("And" if call.dtypes[0] == bool else "Min", *xs),
-    "mul": lambda g, xs, call: g.node("And" if call.dtypes[0] == bool else "Mul", *xs),
+    "max": lambda g, xs, call: g.node("Or" if boolean(call.dtypes[0]) else "Max", *xs),
+    "min": lambda g, xs, call: g.node("And" if boolean(call.dtypes[0]) else "Min", *xs),
+    "mul": lambda g, xs, call: g.node("And" if boolean(call.dtypes[0]) else "Mul", *xs),
     "name": _same,
     "ne": lambda g, xs, call: g.node("Not", g.node("Equal", *xs)),
     "neg": _node("Neg"),
@@ -167,12 +174,12 @@ TABLE: dict[str, Elementwise] = {
     "or": _by_type("Or", "BitwiseOr"),
     "pow": _node("Pow"),
     "reduce_precision": _reduce_precision,
-    "rem": _rem,
+    "rem": _node("Mod", fmod=1),  # the sign of the dividend
     "round": _round,
     "rsqrt": lambda g, xs, call: g.node("Reciprocal", g.node("Sqrt", xs[0])),
     "select_n": _select,
     "sharding_constraint": _same,
-    "sign": _sign,
+    "sign": _node("Sign"),
     "sin": _node("Sin"),
     "sinh": _node("Sinh"),
     "sqrt": _node("Sqrt"),
@@ -185,6 +192,22 @@ TABLE: dict[str, Elementwise] = {
 }
 
 EXACT = frozenset(
-    ("abs", "and", "ceil", "clamp", "copy", "copy_p", "eq", "floor", "ge", "gt", "is_finite", "le", "lt", "max", "min")
+    (
+        "abs",
+        "and",
+        "ceil",
+        "clamp",
+        "copy",
+        "device_put",
+        "eq",
+        "floor",
+        "ge",
+        "gt",
+        "is_finite",
+        "le",
+        "lt",
+        "max",
+        "min",
+    )
     + ("name", "ne", "not", "or", "rem", "round", "select_n", "sharding_constraint", "sign", "stop_gradient", "xor")
 )

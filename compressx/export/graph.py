@@ -117,6 +117,11 @@ def onnx_type(dtype: Any) -> int:
     return int(_TYPES[str(jnp.dtype(dtype))])
 
 
+def boolean(dtype: Any) -> bool:
+    """True for truth values, which runtimes neither add, compare nor select."""
+    return bool(jnp.dtype(dtype) == np.dtype(np.bool_))
+
+
 def static(shape: Sequence[Any]) -> bool:
     """True where no extent depends on the batch."""
     return all(isinstance(n, (int, np.integer)) for n in shape)
@@ -317,7 +322,9 @@ class Graph:
             return None
         if call.name in self.rules.elementwise:
             shape = _broadcast(v.shape for v in call.values)
-            return [a if v.shape == shape else jnp.broadcast_to(a, shape) for a, v in zip(arrays, call.values, strict=True)]
+            return [
+                a if v.shape == shape else jnp.broadcast_to(a, shape) for a, v in zip(arrays, call.values, strict=True)
+            ]
         if not all(map(static, (*call.shapes, *call.out_shapes))):
             return None
         if call.name == "transpose" and jnp.issubdtype(call.dtypes[0], jnp.floating):

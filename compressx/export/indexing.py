@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherScatterMode
 
-from compressx.export.graph import Call, Graph, Rule, Unsupported, held, onnx_type, static
+from compressx.export.graph import Call, Graph, Rule, Unsupported, boolean, onnx_type, static
 
 Label = tuple[str, int]  # ("index", axis of the indices) or ("window", axis of the operand)
 
@@ -28,7 +28,13 @@ def _clipped(g: Graph, ids: str, last: Sequence[Any]) -> str:
 def _inside(g: Graph, ids: str, last: Sequence[Any]) -> str:
     """Whether each window lies inside: truth values in the shape of the indices without their last axis."""
     fits = g.node("And", g.node("GreaterOrEqual", ids, g.ints(0)), g.node("LessOrEqual", ids, g.dims(last)))
-    return str(g.node("Cast", g.node("ReduceMin", g.node("Cast", fits, to=onnx_type("int32")), g.ints(-1), keepdims=0), to=onnx_type("bool")))
+    return str(
+        g.node(
+            "Cast",
+            g.node("ReduceMin", g.node("Cast", fits, to=onnx_type("int32")), g.ints(-1), keepdims=0),
+            to=onnx_type("bool"),
+        )
+    )
 
 
 def _windows(g: Graph, ids: str, rank: int, sizes: Sequence[int]) -> str:
@@ -132,7 +138,7 @@ def _arranged(g: Graph, x: str, labels: list[Label], call: Call) -> str:
 def _filler(g: Graph, call: Call) -> str:
     value, dtype = call.params["fill_value"], jnp.dtype(call.out_dtypes[0])
     if value is None:
-        if dtype == bool:
+        if boolean(dtype):
             value = True
         elif jnp.issubdtype(dtype, jnp.integer):
             value = jnp.iinfo(dtype).max if jnp.issubdtype(dtype, jnp.unsignedinteger) else jnp.iinfo(dtype).min
@@ -152,7 +158,9 @@ def _scatter(reduction: str) -> Rule:
         others = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
         # Updates in the order: axes of the indices, windows of the indexed axes, other axes of the operand.
         rest = [i for i in kept if i not in indexed]
-        u = g.transpose(g.read(call, 2), [*others, *(places[i] for i in indexed if i in places), *map(places.get, rest)])
+        u = g.transpose(
+            g.read(call, 2), [*others, *(places[i] for i in indexed if i in places), *map(places.get, rest)]
+        )
         u = g.unsqueeze(u, [len(others) + i for i, axis in enumerate(indexed) if axis not in places])
         ids, last = g.cast(g.read(call, 1), call.dtypes[1], np.int64), _last(shape, sizes, indexed)
         drops = GatherScatterMode.from_any(call.params["mode"]) != GatherScatterMode.CLIP
@@ -167,6 +175,8 @@ def _scatter(reduction: str) -> Rule:
             count = g.unsqueeze(count, [i for i in range(lead_ids + 1) if i != along])
             count = g.node("Expand", count, g.dims([*call.shapes[1][:-1], 1]))
             ids = g.node("Concat", count, ids, axis=lead_ids)
+        if call.name == "scatter-sub":
+            u = g.node("Neg", u)
         moved = _Moved([*batched, *indexed], [1] * len(batched) + [sizes[a] for a in indexed], shape)
         if batched:
             u = g.unsqueeze(u, [lead_ids + i for i in range(len(batched))])
@@ -244,6 +254,7 @@ TABLE: dict[str, Rule] = {
     "scatter-max": _scatter("max"),
     "scatter-min": _scatter("min"),
     "scatter-mul": _scatter("mul"),
+    "scatter-sub": _scatter("add"),
 }
 
-EXACT = frozenset(TABLE) - {"scatter-add", "scatter-mul"}
+EXACT = frozenset(TABLE) - {"scatter-add", "scatter-mul", "scatter-sub"}

@@ -1,13 +1,13 @@
 """Primitives that move, cut, join, sort and reduce arrays."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from onnx import helper
 
-from compressx.export.graph import MOST, Call, Graph, Rule, Unsupported, Value, held, onnx_type, static
+from compressx.export.graph import MOST, Call, Graph, Rule, Unsupported, Value, boolean, held, info, onnx_type, static
 
 
 def _broadcast(g: Graph, call: Call) -> list[Value]:
@@ -53,7 +53,9 @@ def _transpose(g: Graph, call: Call) -> str:
 
 
 def _concatenate(g: Graph, call: Call) -> str:
-    return str(g.node("Concat", *(g.read(call, i) for i in range(len(call.values))), axis=int(call.params["dimension"])))
+    return str(
+        g.node("Concat", *(g.read(call, i) for i in range(len(call.values))), axis=int(call.params["dimension"]))
+    )
 
 
 def _split(g: Graph, call: Call) -> list[Value]:
@@ -61,6 +63,21 @@ def _split(g: Graph, call: Call) -> list[Value]:
     names = g.node("Split", x, g.dims(sizes), outputs=len(sizes), axis=int(call.params["axis"]))
     names = [names] if len(sizes) == 1 else names
     return [Value(shape, name) for shape, name in zip(call.out_shapes, names, strict=True)]
+
+
+def _stack(g: Graph, call: Call) -> str:
+    axis = int(call.params["axis"])
+    return str(g.node("Concat", *(g.unsqueeze(g.read(call, i), [axis]) for i in range(len(call.values))), axis=axis))
+
+
+def _unstack(g: Graph, call: Call) -> list[Value]:
+    axis, number, x = int(call.params["axis"]), len(call.out_shapes), g.read(call, 0)
+    parts = [x] if number == 1 else g.node("Split", x, g.ints(*[1] * number), outputs=number, axis=axis)
+    return [Value(shape, g.squeeze(part, [axis])) for shape, part in zip(call.out_shapes, parts, strict=True)]
+
+
+def _tile(g: Graph, call: Call) -> str:
+    return str(g.node("Tile", g.read(call, 0), g.dims(call.params["reps"])))
 
 
 def _slice(g: Graph, call: Call) -> str:
@@ -115,7 +132,7 @@ def _reduce(op: str) -> Rule:
         x, axes = g.read(call, 0), [int(a) for a in call.params["axes"]]
         if not axes:
             return x
-        if call.dtypes[0] != bool:
+        if not boolean(call.dtypes[0]):
             return str(g.node(op, x, g.ints(*axes), keepdims=0))
         number = g.node(op, g.node("Cast", x, to=onnx_type("int32")), g.ints(*axes), keepdims=0)
         return str(g.node("Cast", number, to=onnx_type("bool")))
@@ -126,7 +143,7 @@ def _reduce(op: str) -> Rule:
 def _arg(op: str) -> Rule:
     def make(g: Graph, call: Call) -> str:
         (axis,), x = call.params["axes"], g.read(call, 0)
-        x = g.node("Cast", x, to=onnx_type("int32")) if call.dtypes[0] == bool else x
+        x = g.node("Cast", x, to=onnx_type("int32")) if boolean(call.dtypes[0]) else x
         return g.cast(g.node(op, x, axis=int(axis), keepdims=0), np.int64, call.out_dtypes[0])
 
     return make
@@ -137,10 +154,37 @@ def _cumsum(g: Graph, call: Call) -> str:
     return str(g.node("CumSum", g.read(call, 0), axis, reverse=reverse))
 
 
+def _cumulative(op: str, first: float) -> Rule:
+    """Scan along an axis, the operator between what has come before and each entry."""
+
+    def make(g: Graph, call: Call) -> str:
+        axis, dtype = int(call.params["axis"]), call.dtypes[0]
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise Unsupported(f"the operation {call.name!r} of {dtype}")
+        sides = [n for i, n in enumerate(call.shapes[0]) if i != axis]
+        before, entry = g.fresh(), g.fresh()
+        with g.body() as nodes:
+            now = g.node(op, before, entry)
+            ends = [g.node("Identity", now), g.node("Identity", now)]
+        declare = lambda names: [info(name, sides, held(dtype)) for name in names]
+        body = helper.make_graph(nodes, g.fresh(), declare([before, entry]), declare(ends))
+        start = g.node("Expand", g.like(first, dtype), g.dims(sides))
+        attributes = {"scan_input_axes": [axis], "scan_output_axes": [axis]}
+        back = [int(call.params["reverse"])]
+        attributes |= {"scan_input_directions": back, "scan_output_directions": back}
+        names = g.node("Scan", start, g.read(call, 0), outputs=2, body=body, num_scan_inputs=1, **attributes)
+        return str(names[1])
+
+    return make
+
+
 def _top_k(g: Graph, call: Call) -> list[Value]:
     axis = int(call.params.get("axis", -1)) % len(call.shapes[0])
     names = g.node("TopK", g.read(call, 0), g.dims([call.params["k"]]), outputs=2, axis=axis)
-    return [Value(call.out_shapes[0], names[0]), Value(call.out_shapes[1], g.cast(names[1], np.int64, call.out_dtypes[1]))]
+    return [
+        Value(call.out_shapes[0], names[0]),
+        Value(call.out_shapes[1], g.cast(names[1], np.int64, call.out_dtypes[1])),
+    ]
 
 
 def _sort(g: Graph, call: Call) -> list[Value]:
@@ -148,7 +192,7 @@ def _sort(g: Graph, call: Call) -> list[Value]:
     axis = int(call.params["dimension"])
     if call.params["num_keys"] != 1:
         raise Unsupported(f"a sort by {call.params['num_keys']} keys")
-    if call.dtypes[0] == bool:
+    if boolean(call.dtypes[0]):
         raise Unsupported("a sort of truth values")
     keys, *others = (g.read(call, i) for i in range(len(call.values)))
     ordered, places = g.node("TopK", keys, g.dims([call.shapes[0][axis]]), outputs=2, axis=axis, largest=0)
@@ -165,6 +209,9 @@ TABLE: dict[str, Rule] = {
     "argmin": _arg("ArgMin"),
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
+    "cummax": _cumulative("Max", -np.inf),
+    "cummin": _cumulative("Min", np.inf),
+    "cumprod": _cumulative("Mul", 1.0),
     "cumsum": _cumsum,
     "dim_as_value": _dim_as_value,
     "iota": _iota,
@@ -182,8 +229,11 @@ TABLE: dict[str, Rule] = {
     "sort": _sort,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
     "top_k": _top_k,
     "transpose": _transpose,
+    "unstack": _unstack,
 }
 
-EXACT = frozenset(TABLE) - {"cumsum", "reduce_prod", "reduce_sum"}
+EXACT = frozenset(TABLE) - {"cumprod", "cumsum", "reduce_prod", "reduce_sum"}

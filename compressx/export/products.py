@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.export.graph import Call, Graph, Rule, Unsupported, held, onnx_type
+from compressx.export.graph import Call, Graph, Rule, Unsupported, held
 from compressx.export.moves import pad
 
 
