@@ -68,8 +68,8 @@ def onnx(
 
     The graph is made from the traced program, so it is what the module computes. Images stay `[n, h, w, c]` outside,
     and each convolution stands between two transpositions, which runtimes cancel. `scan` and the loops of `jax.lax`
-    are ONNX' own. bfloat16 is stored as such, and computed as float32 rounded to bfloat16 after each operation; inputs and
-    outputs of the model are float32 then, for few runtimes take bfloat16.
+    are ONNX' own. bfloat16 is stored as such, and computed as float32 rounded to bfloat16 after each operation; inputs
+    and outputs of the model are float32 then, for few runtimes take bfloat16.
 
     A single input is called `x`, a single output `y`. Of several, each is called by its path in the tree (`a`, `a/0`),
     after an `x` or `y` where that begins with a number (`x0`, `x1`), and an output with an input's name by that name

@@ -31,9 +31,8 @@ def _written(g: Graph, program: Program, inputs: Sequence[Value]) -> list[tuple[
     return [(g.firm(v, program.shapes[n]), program.shapes[n], program.dtypes[n]) for v, n in outs]
 
 
-def _ends(call: Call, names: Any) -> list[Value]:
-    names = [names] if isinstance(names, str) else names
-    return [Value(shape, name) for shape, name in zip(call.out_shapes, names, strict=False)]
+def _ends(call: Call, names: Sequence[str]) -> list[Value]:
+    return [Value(shape, name) for shape, name in zip(call.out_shapes, names, strict=True)]
 
 
 def _scan(g: Graph, call: Call) -> list[Value]:
@@ -44,15 +43,15 @@ def _scan(g: Graph, call: Call) -> list[Value]:
     inputs = [g.read(call, i) for i in range(fixed, len(call.values))]
     if len(sorts) == carried:  # ONNX counts the steps by what is scanned
         takes.append(((), np.int32))
-        inputs.append(str(g.node("Expand", g.like(0, np.int32), g.dims([p["length"]]))))
+        inputs.append(g.node("Expand", g.like(0, np.int32), g.dims([p["length"]])))
     number = len(sorts) - fixed
     body = _subgraph(g, takes, lambda values: _written(g, program, [*call.values[:fixed], *values[:number]]))
     reads, writes = len(inputs) - p["num_carry"], len(call.out_shapes) - p["num_carry"]
     back = int(p["reverse"])
-    names = g.node(
+    names = g.several(
         "Scan",
-        *inputs,
-        outputs=len(call.out_shapes),
+        inputs,
+        len(call.out_shapes),
         body=body,
         num_scan_inputs=reads,
         scan_input_directions=[back] * reads,
@@ -75,7 +74,7 @@ def _while(g: Graph, call: Call) -> list[Value]:
 
     sorts = zip(call.shapes[fixed:], call.dtypes[fixed:], strict=True)
     body = _subgraph(g, [((), np.dtype(np.int64)), ((), np.dtype(bool)), *sorts], make)
-    names = g.node("Loop", "", going, *(str(v.name) for v in first), outputs=len(first), body=body)
+    names = g.several("Loop", ["", going, *(str(v.name) for v in first)], len(first), body=body)
     return _ends(call, names)
 
 
@@ -93,9 +92,7 @@ def _cond(g: Graph, call: Call) -> list[Value]:
         taken = g.node("LessOrEqual", which, g.like(first, call.dtypes[0]))
         here = _subgraph(g, [], lambda _: _written(g, branches[first], inputs))
         later = _subgraph(g, [], lambda _: choose(first + 1))
-        number = len(call.out_shapes)
-        names = g.node("If", taken, outputs=number, then_branch=here, else_branch=later)
-        names = [names] if number == 1 else names
+        names = g.several("If", [taken], len(call.out_shapes), then_branch=here, else_branch=later)
         return list(zip(names, call.out_shapes, call.out_dtypes, strict=True))
 
     return [Value(shape, name) for name, shape, _ in choose(0)]

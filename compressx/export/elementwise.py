@@ -34,14 +34,14 @@ def _ordered(op: str) -> Elementwise:
     def make(g: Graph, xs: list[str], call: Call) -> str:
         if boolean(call.dtypes[0]):
             xs = [g.node("Cast", x, to=onnx_type("int32")) for x in xs]
-        return str(g.node(op, *xs))
+        return g.node(op, *xs)
 
     return make
 
 
 def _clamp(g: Graph, xs: list[str], call: Call) -> str:
     low, x, high = xs
-    return str(g.node("Min", g.node("Max", x, low), high))
+    return g.node("Min", g.node("Max", x, low), high)
 
 
 def _select(g: Graph, xs: list[str], call: Call) -> str:
@@ -65,22 +65,22 @@ def _convert(g: Graph, xs: list[str], call: Call) -> str:
 def _integer_pow(g: Graph, xs: list[str], call: Call) -> str:
     power = int(call.params["y"])
     raised = xs[0] if abs(power) == 1 else g.node("Pow", xs[0], g.like(abs(power), call.dtypes[0]))
-    return str(g.node("Reciprocal", raised)) if power < 0 else raised
+    return g.node("Reciprocal", raised) if power < 0 else raised
 
 
 def _round(g: Graph, xs: list[str], call: Call) -> str:
     if int(call.params["rounding_method"]) == 1:
-        return str(g.node("Round", xs[0]))  # halves to even
+        return g.node("Round", xs[0])  # halves to even
     up = g.node("Floor", g.node("Add", g.node("Abs", xs[0]), g.like(0.5, call.dtypes[0])))
-    return str(g.node("Mul", g.node("Sign", xs[0]), up))
+    return g.node("Mul", g.node("Sign", xs[0]), up)
 
 
 def _is_finite(g: Graph, xs: list[str], call: Call) -> str:
-    return str(g.node("Not", g.node("Or", g.node("IsInf", xs[0]), g.node("IsNaN", xs[0]))))
+    return g.node("Not", g.node("Or", g.node("IsInf", xs[0]), g.node("IsNaN", xs[0])))
 
 
 def _erfc(g: Graph, xs: list[str], call: Call) -> str:
-    return str(g.node("Sub", g.like(1, call.dtypes[0]), g.node("Erf", xs[0])))
+    return g.node("Sub", g.like(1, call.dtypes[0]), g.node("Erf", xs[0]))
 
 
 def _log1p(g: Graph, xs: list[str], call: Call) -> str:
@@ -89,7 +89,7 @@ def _log1p(g: Graph, xs: list[str], call: Call) -> str:
     u = g.node("Add", xs[0], one)
     exact = g.node("Div", g.node("Mul", g.node("Log", u), xs[0]), g.node("Sub", u, one))
     small = g.node("Where", g.node("Equal", u, one), xs[0], exact)
-    return str(g.node("Where", g.node("IsInf", u), u, small))
+    return g.node("Where", g.node("IsInf", u), u, small)
 
 
 def _expm1(g: Graph, xs: list[str], call: Call) -> str:
@@ -98,12 +98,12 @@ def _expm1(g: Graph, xs: list[str], call: Call) -> str:
     t = g.node("Tanh", g.node("Mul", xs[0], number(0.5)))
     near = g.node("Div", g.node("Mul", number(2), t), g.node("Sub", number(1), t))
     far = g.node("Sub", g.node("Exp", xs[0]), number(1))
-    return str(g.node("Where", g.node("Less", g.node("Abs", xs[0]), number(0.5)), near, far))
+    return g.node("Where", g.node("Less", g.node("Abs", xs[0]), number(0.5)), near, far)
 
 
 def _cbrt(g: Graph, xs: list[str], call: Call) -> str:
     root = g.node("Pow", g.node("Abs", xs[0]), g.like(1 / 3, call.dtypes[0]))
-    return str(g.node("Mul", g.node("Sign", xs[0]), root))
+    return g.node("Mul", g.node("Sign", xs[0]), root)
 
 
 def _atan2(g: Graph, xs: list[str], call: Call) -> str:
@@ -116,7 +116,7 @@ def _atan2(g: Graph, xs: list[str], call: Call) -> str:
     slope = g.node("Atan", g.node("Div", y, x))  # upright where x is 0; nothing where both are
     right = g.node("Where", g.node("Equal", y, zero), g.node("Mul", y, zero), slope)
     left = g.node("Add", right, half)
-    return str(g.node("Where", g.node("Less", x, zero), left, right))
+    return g.node("Where", g.node("Less", x, zero), left, right)
 
 
 def _reduce_precision(g: Graph, xs: list[str], call: Call) -> str:
@@ -124,7 +124,7 @@ def _reduce_precision(g: Graph, xs: list[str], call: Call) -> str:
     kinds = {(8, 7): "bfloat16", (5, 10): "float16", (8, 23): "float32"}
     if bits not in kinds or held(call.dtypes[0]) != "float32":
         raise Unsupported(f"the operation 'reduce_precision' to {bits} bits")
-    return str(g.node("Cast", g.node("Cast", xs[0], to=onnx_type(kinds[bits])), to=onnx_type("float32")))
+    return g.node("Cast", g.node("Cast", xs[0], to=onnx_type(kinds[bits])), to=onnx_type("float32"))
 
 
 TABLE: dict[str, Elementwise] = {

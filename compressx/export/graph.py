@@ -11,7 +11,7 @@ A value is held as it is in the program but for three things:
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -151,11 +151,15 @@ class Graph:
         name = f"v{self._names}"
         return name if name not in self.inputs else self.fresh()
 
-    def node(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """Writes a node; gives the name of its output, or a list of them where there are several."""
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Writes a node with one output; gives its name."""
+        return self.several(op, inputs, 1, **attributes)[0]
+
+    def several(self, op: str, inputs: Sequence[str], outputs: int, /, **attributes: Any) -> list[str]:
+        """Writes a node; gives the names of its outputs."""
         names = [self.fresh() for _ in range(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), names, **attributes))
-        return names[0] if outputs == 1 else names
+        return names
 
     def once(self, key: Any, op: str, *inputs: str, **attributes: Any) -> str:
         """The output of a node that reads inputs of the graph or initializers alone; it is written once."""
@@ -200,7 +204,7 @@ class Graph:
     def firm(self, value: Value, shape: Sequence[Any]) -> str:
         """The name of a value that has this shape."""
         name = self.loose(value)
-        return name if value.shape == tuple(shape) else str(self.node("Expand", name, self.dims(shape)))
+        return name if value.shape == tuple(shape) else self.node("Expand", name, self.dims(shape))
 
     def read(self, call: Call, i: int) -> str:
         """The name of an operand in its whole shape."""
@@ -223,7 +227,7 @@ class Graph:
         if kept == str(jnp.dtype(dtype)):
             return x
         saturate = {"saturate": 0} if "float8" in str(jnp.dtype(dtype)) else {}
-        return str(self.node("Cast", self.node("Cast", x, to=onnx_type(dtype), **saturate), to=onnx_type(kept)))
+        return self.node("Cast", self.node("Cast", x, to=onnx_type(dtype), **saturate), to=onnx_type(kept))
 
     # Shapes
 
@@ -232,7 +236,7 @@ class Graph:
         if static(shape):
             return self.ints(*shape)
         parts = [self.dim(n) for n in shape]
-        return parts[0] if len(parts) == 1 else str(self.node("Concat", *parts, axis=0))
+        return parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=0)
 
     def dim(self, extent: Any) -> str:
         """An extent as a vector of one int64. Those that depend on the batch are read in JAX' notation of them."""
@@ -249,14 +253,14 @@ class Graph:
             case ast.Name(id=name) if name == BATCH:
                 return self.once(BATCH, "Shape", self.inputs[0], start=0, end=1)
             case ast.UnaryOp(op=ast.USub(), operand=inner):
-                return str(self.node("Neg", self._term(inner)))
+                return self.node("Neg", self._term(inner))
             case ast.BinOp(left=left, op=op, right=right) if type(op) in binary:
-                return str(self.node(binary[type(op)], self._term(left), self._term(right)))
+                return self.node(binary[type(op)], self._term(left), self._term(right))
             case ast.Call(func=ast.Name(id=name), args=args) if name in called:
-                return str(self.node(called[name], *map(self._term, args)))
+                return self.node(called[name], *map(self._term, args))
             case ast.Call(func=ast.Name(id="floordiv"), args=[left, right]):
                 a, b = self._term(left), self._term(right)  # ONNX' division rounds towards zero
-                return str(self.node("Div", self.node("Sub", a, self.node("Mod", a, b)), b))
+                return self.node("Div", self.node("Sub", a, self.node("Mod", a, b)), b)
         raise Unsupported(f"the extent {ast.unparse(term)}")
 
     def reshape(self, x: str, old: Sequence[Any], new: Sequence[Any]) -> str:
@@ -264,21 +268,21 @@ class Graph:
             return x
         free = [not isinstance(n, (int, np.integer)) for n in new]
         if sum(free) == 1 and 0 not in new:
-            return str(self.node("Reshape", x, self.ints(*(-1 if f else n for n, f in zip(new, free, strict=True)))))
-        return str(self.node("Reshape", x, self.dims(new), allowzero=1))
+            return self.node("Reshape", x, self.ints(*(-1 if f else n for n, f in zip(new, free, strict=True))))
+        return self.node("Reshape", x, self.dims(new), allowzero=1)
 
-    def transpose(self, x: str, perm: Sequence[Any]) -> str:
+    def transpose(self, x: str, perm: Iterable[Any]) -> str:
         places = [int(p) for p in perm]
-        return x if places == sorted(places) else str(self.node("Transpose", x, perm=places))
+        return x if places == sorted(places) else self.node("Transpose", x, perm=places)
 
     def squeeze(self, x: str, axes: Sequence[int]) -> str:
-        return str(self.node("Squeeze", x, self.ints(*axes))) if axes else x
+        return self.node("Squeeze", x, self.ints(*axes)) if axes else x
 
     def unsqueeze(self, x: str, axes: Sequence[int]) -> str:
-        return str(self.node("Unsqueeze", x, self.ints(*axes))) if axes else x
+        return self.node("Unsqueeze", x, self.ints(*axes)) if axes else x
 
     def slice(self, x: str, starts: str, ends: str, axes: Sequence[int], steps: Sequence[int] = ()) -> str:
-        return str(self.node("Slice", x, starts, ends, self.ints(*axes), *([self.ints(*steps)] if steps else [])))
+        return self.node("Slice", x, starts, ends, self.ints(*axes), *([self.ints(*steps)] if steps else []))
 
     # Programs
 

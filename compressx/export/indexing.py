@@ -22,7 +22,7 @@ def _last(shape: Sequence[Any], sizes: Sequence[Any], axes: Sequence[int]) -> li
 
 
 def _clipped(g: Graph, ids: str, last: Sequence[Any]) -> str:
-    return str(g.node("Min", g.node("Max", ids, g.ints(0)), g.dims(last)))
+    return g.node("Min", g.node("Max", ids, g.ints(0)), g.dims(last))
 
 
 def _inside(g: Graph, ids: str, last: Sequence[Any]) -> str:
@@ -40,12 +40,12 @@ def _inside(g: Graph, ids: str, last: Sequence[Any]) -> str:
 def _windows(g: Graph, ids: str, rank: int, sizes: Sequence[int]) -> str:
     """The positions of every entry of the windows: `[..., k]` becomes `[..., *sizes, k]`."""
     if set(sizes) == {1}:
-        return g.unsqueeze(ids, range(rank - 1, rank - 1 + len(sizes)))  # type: ignore[arg-type]
+        return g.unsqueeze(ids, range(rank - 1, rank - 1 + len(sizes)))
     if not static(sizes):
         raise Unsupported(f"an index of windows of {tuple(sizes)}, which depend on the batch,")
-    grid = np.stack(np.indices(sizes), axis=-1).astype(np.int64)
+    grid = np.moveaxis(np.indices(tuple(sizes), np.int64), 0, -1)
     ids = g.unsqueeze(ids, list(range(rank - 1, rank - 1 + len(sizes))))
-    return str(g.node("Add", ids, g.constant(grid)))
+    return g.node("Add", ids, g.constant(grid))
 
 
 def _gather(g: Graph, call: Call) -> str:
@@ -82,7 +82,7 @@ def _gather(g: Graph, call: Call) -> str:
         return out
     raw = g.constant(np.array(g.array(call, 1), np.int64)) if ids is not None else _positions(g, call)
     inside = g.unsqueeze(_inside(g, raw, last), list(numbers.offset_dims))
-    return str(g.node("Where", inside, out, _filler(g, call)))
+    return g.node("Where", inside, out, _filler(g, call))
 
 
 def _positions(g: Graph, call: Call) -> str:
@@ -221,7 +221,7 @@ def _starts(g: Graph, call: Call, first: int, axes: Sequence[int]) -> str:
     """The scalar operands from `first` on, those of these axes, as one vector."""
     numbers = [g.cast(g.read(call, first + a), call.dtypes[first + a], np.int64) for a in axes]
     parts = [g.unsqueeze(n, [0]) for n in numbers]
-    return parts[0] if len(parts) == 1 else str(g.node("Concat", *parts, axis=0))
+    return parts[0] if len(parts) == 1 else g.node("Concat", *parts, axis=0)
 
 
 def _dynamic_slice(g: Graph, call: Call) -> str:

@@ -60,24 +60,23 @@ def _concatenate(g: Graph, call: Call) -> str:
 
 def _split(g: Graph, call: Call) -> list[Value]:
     x, sizes = g.read(call, 0), call.params["sizes"]
-    names = g.node("Split", x, g.dims(sizes), outputs=len(sizes), axis=int(call.params["axis"]))
-    names = [names] if len(sizes) == 1 else names
+    names = g.several("Split", [x, g.dims(sizes)], len(sizes), axis=int(call.params["axis"]))
     return [Value(shape, name) for shape, name in zip(call.out_shapes, names, strict=True)]
 
 
 def _stack(g: Graph, call: Call) -> str:
     axis = int(call.params["axis"])
-    return str(g.node("Concat", *(g.unsqueeze(g.read(call, i), [axis]) for i in range(len(call.values))), axis=axis))
+    return g.node("Concat", *(g.unsqueeze(g.read(call, i), [axis]) for i in range(len(call.values))), axis=axis)
 
 
 def _unstack(g: Graph, call: Call) -> list[Value]:
     axis, number, x = int(call.params["axis"]), len(call.out_shapes), g.read(call, 0)
-    parts = [x] if number == 1 else g.node("Split", x, g.ints(*[1] * number), outputs=number, axis=axis)
+    parts = g.several("Split", [x, g.ints(*[1] * number)], number, axis=axis)
     return [Value(shape, g.squeeze(part, [axis])) for shape, part in zip(call.out_shapes, parts, strict=True)]
 
 
 def _tile(g: Graph, call: Call) -> str:
-    return str(g.node("Tile", g.read(call, 0), g.dims(call.params["reps"])))
+    return g.node("Tile", g.read(call, 0), g.dims(call.params["reps"]))
 
 
 def _slice(g: Graph, call: Call) -> str:
@@ -115,7 +114,7 @@ def pad(g: Graph, x: str, shape: Sequence[Any], config: Sequence[tuple[int, int,
             extents[axis] = n * (between + 1) - between
     pads = np.array([[max(low, 0) for low, _, _ in config], [max(high, 0) for _, high, _ in config]], np.int64)
     if pads.any():
-        x = str(g.node("Pad", x, g.constant(pads.reshape(-1)), value))
+        x = g.node("Pad", x, g.constant(pads.reshape(-1)), value)
     cut = [i for i, (low, high, _) in enumerate(config) if low < 0 or high < 0]
     if cut:
         starts = [max(-config[i][0], 0) for i in cut]
@@ -133,9 +132,9 @@ def _reduce(op: str) -> Rule:
         if not axes:
             return x
         if not boolean(call.dtypes[0]):
-            return str(g.node(op, x, g.ints(*axes), keepdims=0))
+            return g.node(op, x, g.ints(*axes), keepdims=0)
         number = g.node(op, g.node("Cast", x, to=onnx_type("int32")), g.ints(*axes), keepdims=0)
-        return str(g.node("Cast", number, to=onnx_type("bool")))
+        return g.node("Cast", number, to=onnx_type("bool"))
 
     return make
 
@@ -151,7 +150,7 @@ def _arg(op: str) -> Rule:
 
 def _cumsum(g: Graph, call: Call) -> str:
     axis, reverse = g.constant(np.int64(call.params["axis"])), int(call.params["reverse"])
-    return str(g.node("CumSum", g.read(call, 0), axis, reverse=reverse))
+    return g.node("CumSum", g.read(call, 0), axis, reverse=reverse)
 
 
 def _cumulative(op: str, first: float) -> Rule:
@@ -172,7 +171,7 @@ def _cumulative(op: str, first: float) -> Rule:
         attributes = {"scan_input_axes": [axis], "scan_output_axes": [axis]}
         back = [int(call.params["reverse"])]
         attributes |= {"scan_input_directions": back, "scan_output_directions": back}
-        names = g.node("Scan", start, g.read(call, 0), outputs=2, body=body, num_scan_inputs=1, **attributes)
+        names = g.several("Scan", [start, g.read(call, 0)], 2, body=body, num_scan_inputs=1, **attributes)
         return str(names[1])
 
     return make
@@ -180,7 +179,7 @@ def _cumulative(op: str, first: float) -> Rule:
 
 def _top_k(g: Graph, call: Call) -> list[Value]:
     axis = int(call.params.get("axis", -1)) % len(call.shapes[0])
-    names = g.node("TopK", g.read(call, 0), g.dims([call.params["k"]]), outputs=2, axis=axis)
+    names = g.several("TopK", [g.read(call, 0), g.dims([call.params["k"]])], 2, axis=axis)
     return [
         Value(call.out_shapes[0], names[0]),
         Value(call.out_shapes[1], g.cast(names[1], np.int64, call.out_dtypes[1])),
@@ -195,7 +194,7 @@ def _sort(g: Graph, call: Call) -> list[Value]:
     if boolean(call.dtypes[0]):
         raise Unsupported("a sort of truth values")
     keys, *others = (g.read(call, i) for i in range(len(call.values)))
-    ordered, places = g.node("TopK", keys, g.dims([call.shapes[0][axis]]), outputs=2, axis=axis, largest=0)
+    ordered, places = g.several("TopK", [keys, g.dims([call.shapes[0][axis]])], 2, axis=axis, largest=0)
     moved = [ordered, *(g.node("GatherElements", x, places, axis=axis) for x in others)]
     return [Value(shape, name) for shape, name in zip(call.out_shapes, moved, strict=True)]
 

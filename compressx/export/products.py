@@ -57,8 +57,12 @@ def _direct(g: Graph, x: str, w: str, shape: Any, call: Call) -> str:
         x = pad(g, x, shape, [(0, 0, 0), (0, 0, 0), *config], g.like(0, call.out_dtypes[0]))
         padding = [(0, 0)] * len(padding)
     pads = [pair[side] for side in (0, 1) for pair in padding]
-    attributes = {"strides": list(p["window_strides"]), "dilations": list(p["rhs_dilation"]), "pads": pads}
-    return str(g.node("Conv", x, w, group=p["feature_group_count"], **attributes))
+    attributes: dict[str, Any] = {
+        "strides": list(p["window_strides"]),
+        "dilations": list(p["rhs_dilation"]),
+        "pads": pads,
+    }
+    return g.node("Conv", x, w, group=p["feature_group_count"], **attributes)
 
 
 def _transposed(g: Graph, x: str, w: str, kernel: Any, p: Any) -> str | None:
@@ -75,7 +79,7 @@ def _transposed(g: Graph, x: str, w: str, kernel: Any, p: Any) -> str | None:
     flip = g.slice(w, g.ints(*[-1] * len(axes)), g.ints(*[-(1 << 62)] * len(axes)), axes, [-1] * len(axes))
     pads = [max(pair[side], 0) for side in (0, 1) for pair in cut]
     flip = g.transpose(flip, [1, 0, *axes])
-    return str(g.node("ConvTranspose", x, flip, strides=steps, dilations=spread, pads=pads, output_padding=longer))
+    return g.node("ConvTranspose", x, flip, strides=steps, dilations=spread, pads=pads, output_padding=longer)
 
 
 def _window(kind: str) -> Rule:
@@ -111,7 +115,7 @@ def _window(kind: str) -> Rule:
         two = lead if len(lead) == 2 and set(spread) == {1} else [_product(lead), 1]
         x = g.reshape(g.transpose(x, order), [extents[i] for i in order], [*two, *of(extents)])
         pads = [padding[i][side] for side in (0, 1) for i in axes]
-        attributes = {"kernel_shape": of(sizes), "strides": of(strides), "pads": pads}
+        attributes: dict[str, Any] = {"kernel_shape": of(sizes), "strides": of(strides), "pads": pads}
         if kind == "sum" and set(spread) == {1}:
             count = g.like(_product(sizes), dtype)
             y = g.node("Mul", g.node("AveragePool", x, count_include_pad=1, **attributes), count)

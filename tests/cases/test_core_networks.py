@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 from flax import nnx
-from onnx.shape_inference import InferenceError
 
 from tests.cases import api
 from tests.cases.marks import open_case

@@ -20,7 +20,6 @@ import optax
 from flax import nnx
 
 from tests.cases import api
-from tests.cases.marks import open_case
 from tests.cases.support import normal, raised_by
 
 # A scale fitted to weights that have moved since (heads that start at zero: Haiku's ResNet, Tunix' decoders).
