@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 from flax import nnx
-from onnx.shape_inference import InferenceError
 
 from tests.cases import api
 from tests.cases.marks import open_case
@@ -103,24 +102,18 @@ def _layer(m: nn.Module, shape: tuple[int, ...]) -> None:
     _onnxruntime_agrees(m, shape, m.init(jax.random.key(0), normal(1, *shape)))
 
 
-@open_case(raises=ValueError, match=r"ONNX: the product \(\(\(2,\), \(0,\)\), \(\(\), \(\)\)\) has no counterpart here")
 def test_onnx_attention() -> None:
     _layer(nn.MultiHeadDotProductAttention(num_heads=2), (5, 8))
 
 
-@open_case(raises=ValueError, match="ONNX: the operation 'reduce_window_sum' has no counterpart here")
 def test_onnx_avg_pool() -> None:
     _onnxruntime_agrees(lambda v, x: nn.avg_pool(x, (2, 2), (2, 2)), (4, 4, 3))
 
 
-@open_case(raises=ValueError, match=r"ONNX: the gather GatherDimensionNumbers\(offset_dims=\(0, 1\)")
 def test_onnx_first_token() -> None:
     _onnxruntime_agrees(lambda v, x: x[:, 0], (5, 8))
 
 
-@open_case(
-    raises=ValueError, match="ONNX: concatenate reads a value broadcast over the batch, which has no counterpart here"
-)
 def test_onnx_class_token() -> None:
     def f(v: Any, x: jax.Array) -> jax.Array:
         return jnp.concatenate([jnp.broadcast_to(jnp.ones((1, 1, 8)), (x.shape[0], 1, 8)), x], 1)
@@ -128,24 +121,18 @@ def test_onnx_class_token() -> None:
     _onnxruntime_agrees(f, (5, 8))
 
 
-@open_case(raises=ValueError, match="ONNX: the operation 'erfc' has no counterpart here")
 def test_onnx_gelu_exact() -> None:
     _onnxruntime_agrees(lambda v, x: nn.gelu(x, approximate=False), (5, 8))
 
 
-@open_case(
-    raises=ValueError, match="ONNX: select_n reads a value broadcast over the batch, which has no counterpart here"
-)
 def test_onnx_elu() -> None:
     _onnxruntime_agrees(lambda v, x: nn.elu(x), (8,))
 
 
-@open_case(raises=ValueError, match=r"cannot reshape array of size 1 into shape \(1,5,1\)")
 def test_onnx_rmsnorm() -> None:
     _layer(nn.RMSNorm(), (5, 8))
 
 
-@open_case(raises=TypeError, match="JAX array with PRNGKey dtype cannot be converted to a NumPy array")
 def test_onnx_gru() -> None:
     m = nn.RNN(nn.GRUCell(8))
     v = m.init(jax.random.key(0), normal(1, 5, 4))
@@ -153,36 +140,28 @@ def test_onnx_gru() -> None:
     assert error is None or "scan" in str(error)
 
 
-@open_case(raises=InferenceError, match="Inferred elem type differs from existing elem type")
 def test_onnx_bfloat16() -> None:
     m = nn.Dense(4, dtype=jnp.bfloat16)
     api.onnx(m, m.init(jax.random.key(0), normal(1, 8)), (8,))
 
 
-@open_case(raises=ValueError, match="ONNX: transposed and batch-grouped convolutions have no counterpart here")
 def test_onnx_transpose_conv() -> None:
     _layer(nn.ConvTranspose(8, (3, 3), strides=(2, 2)), (5, 5, 4))
 
 
-@open_case(raises=ValueError, match="ONNX: the operation 'rev' has no counterpart here")
 def test_onnx_stack_flip() -> None:
     _onnxruntime_agrees(lambda v, x: jnp.stack([x, x[:, ::-1]], 1), (4, 3))
 
 
-@open_case(
-    raises=ValueError, match=r"ONNX: the product \(\(\(2, 3\), \(0, 1\)\), \(\(\), \(\)\)\) has no counterpart here"
-)
 def test_onnx_dense_general_in() -> None:
     _layer(nn.DenseGeneral(8, axis=(-2, -1)), (5, 2, 4))
 
 
-@open_case(raises=ValueError, match=r"Input type must be an integer or unsigned integer\.")
 def test_hlo_tokens() -> None:
     m = nn.Embed(16, 8)
     api.stablehlo(m, m.init(jax.random.key(0), jnp.ones((1, 5), jnp.int32)), (5,))
 
 
-@open_case(raises=TypeError, match="as an abstract array. The problematic value is of type")
 def test_hlo_two_inputs() -> None:
     assert api.stablehlo(lambda v, x: x["a"] + x["b"], {}, {"a": (4,), "b": (4,)})
 
