@@ -539,15 +539,13 @@ def test_processes_that_start_together_all_succeed(workshop: Workshop, lock: boo
 
 def start(workshop: Workshop, place: Path, **environment: str) -> subprocess.Popen:
     """A process of its own that builds, for one that is killed."""
-    code = (
+    code = (  # where the tests run in the background of a shell an interrupt is ignored, and processes inherit that
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys, pathlib; from compressx.native import build as compiled;"
         "print(compiled.load(compiled.Library(pathlib.Path(sys.argv[1]), {}, ('-shared', '-fPIC'))).answer())"
     )
     environment = {"COMPRESSX_CACHE": str(place / "cache"), "TMPDIR": str(place / "tmp")} | environment
-    # where the tests run in the background of a shell an interrupt is ignored, and processes inherit that
-    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    command = [sys.executable, "-c", code, workshop.source]
-    return subprocess.Popen(command, env=os.environ | environment, preexec_fn=heeds)
+    return subprocess.Popen([sys.executable, "-c", code, workshop.source], env=os.environ | environment)
 
 
 def wait_for(condition) -> None:
