@@ -76,7 +76,7 @@ def _escaped(line: str) -> str:
 def _literal(block: list[str]) -> list[str]:
     """A literal block of some lines."""
     least = min(len(line) - len(line.lstrip()) for line in block if line.strip())
-    return ["::", "", *(f"    {line[least:]}".rstrip() for line in block), ""]
+    return [".. code-block:: text", "", *(f"    {line[least:]}".rstrip() for line in block), ""]
 
 
 def marked_up(lines: list[str]) -> list[str]:
