@@ -7,6 +7,7 @@ PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   command -v $$p && break; done)
 VENV    ?= .venv
 EXTRAS  ?= test,lint
+DOCS_VENV ?= .venv-docs
 WORKERS ?= 2
 WORKDIR ?= runs/demo
 ARGS    ?=
@@ -26,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test test-all lint types tables bench peers clean
+.PHONY: help env demo test test-all lint types tables docs bench peers clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -64,6 +65,11 @@ types: env  ## check the types with mypy
 
 tables: env  ## rebuild the tables of README and docs from docs/results
 	$(BIN)/python -m experiments.common.report.tables
+
+docs:  ## build the site in build/docs, in an environment of its own; notebooks run, and any warning ends it
+	@$(MAKE) --no-print-directory env VENV=$(DOCS_VENV) EXTRAS=docs
+	$(DOCS_VENV)/bin/python -m sphinx -b html -E -a -q -W --keep-going docs build/docs $(ARGS)
+	@echo "Site: $(abspath build/docs)/index.html"
 
 bench: env  ## list the benchmarks and how to run them
 	@echo "Install what they compare with:  make peers"
