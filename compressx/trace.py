@@ -1,11 +1,13 @@
 """A traced function as a flat list of operations on numbered values, calls inlined."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from flax import nnx
 from jax.extend.core import ClosedJaxpr, Literal
 
 from compressx.native.convolve import lax_only
@@ -59,10 +61,33 @@ class Program(NamedTuple):
         return found
 
 
-def function_of(model: nn.Module | Function) -> Function:
-    """`f(variables, inputs)` of a flax module in evaluation mode; a function is returned as it is."""
+# What modules call the switch between training and evaluation, and its value in evaluation.
+_EVALUATION = {"train": False, "training": False, "is_training": False, "deterministic": True}
+
+
+def function_of(model: Any) -> Function:
+    """`f(variables, inputs)` of a flax module in evaluation mode; a function is returned as it is.
+
+    A Linen module is given those of `train=False`, `training=False`, `is_training=False` and `deterministic=True` that
+    its `__call__` has. An NNX module is split and merged with the variables (its state, or a part of it).
+    """
     if isinstance(model, nn.Module):
-        return lambda variables, x: model.apply(variables, x, train=False)
+        known = inspect.signature(type(model).__call__).parameters
+        switches: dict[str, Any] = {name: value for name, value in _EVALUATION.items() if name in known}
+        return lambda variables, x: model.apply(variables, x, **switches)
+    if isinstance(model, nnx.Module):
+        graph, state = nnx.split(model)
+
+        def run(variables: Any, x: Any) -> Any:
+            given = jax.tree.map(lambda leaf: leaf, state)  # variables of this trace, which may be written to
+            nnx.replace_by_pure_dict(
+                given, nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else variables
+            )
+            merged = nnx.merge(graph, given)
+            merged.eval()
+            return merged(x)
+
+        return run
     return model
 
 
@@ -70,7 +95,7 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
     """Traces a network, convolutions of `experiments.common.models` as one primitive each.
 
     Args:
-      model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
+      model: a flax module, see `function_of`, or any `f(variables, x)`.
       variables: pytree of arrays or `jax.ShapeDtypeStruct`.
       x: inputs, a pytree of arrays or `jax.ShapeDtypeStruct`.
     """

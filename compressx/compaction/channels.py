@@ -76,7 +76,7 @@ def channels(model: nn.Module | Function, variables: Any, x: Any, keep: Sequence
     depends on no variable.
 
     Args:
-      model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
+      model: a flax module (in evaluation mode, see `trace.function_of`), or any `f(variables, x)`.
       variables: pytree of arrays or shapes.
       x: inputs, arrays or shapes.
       keep: names of primitives without a rule (such as `scan`) whose operands may be left whole.

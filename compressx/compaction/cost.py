@@ -44,7 +44,7 @@ def costs(
     """Every convolution and weight matrix of a network, in the order in which they run, for inputs of batch 1.
 
     Args:
-      model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
+      model: a flax module (in evaluation mode, see `trace.function_of`), or any `f(variables, x)`.
       variables: arrays or shapes; kernels as they are (not gathered).
       x: inputs of batch 1, arrays or shapes.
       used: path -> positions that are not all zero, for kernels of which only those are stored; the rest use all.

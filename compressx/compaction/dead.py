@@ -47,7 +47,7 @@ def dead(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, .
     unless the taps that reach the padding are zero. Coupled channels go only together.
 
     Args:
-      model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
+      model: a flax module (in evaluation mode, see `trace.function_of`), or any `f(variables, x)`.
       variables: pytree of concrete arrays, parameters and batch statistics.
       x: inputs, arrays or shapes; only the shape matters, and a batch of 1 is the fastest.
       keep: see `channels`.

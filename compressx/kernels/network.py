@@ -105,7 +105,7 @@ def compile(
     """Makes a network executable in compressed form, equal to its masked dense self to float tolerance.
 
     Args:
-      model: a flax module called as `apply(variables, x, train=False)`, or any `f(variables, x)`.
+      model: a flax module (in evaluation mode, see `trace.function_of`), or any `f(variables, x)`.
       weights: a `SavedModel`, as `load_model` returns it, whose packed leaves are executed as they are stored; or the
         model's variables, a `Hardened` or a concrete pytree, with zeros in place.
       threads: at most so many, 0 for all of XLA's pool.
