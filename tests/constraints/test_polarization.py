@@ -105,7 +105,7 @@ def test_the_three_orders_are_three_nestings() -> None:
 
 @functools.cache
 def chosen(size: int, order: str, rule: str) -> Any:
-    c = cx.polarize(size, order, rule)
+    c = cx.polarize(size, order=order, rule=rule)
 
     def run(w: jax.Array) -> Any:
         s = c.init(w)
