@@ -27,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test test-all lint types tables docs bench peers clean
+.PHONY: help env demo test test-all lint types package tables docs bench peers clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -62,6 +62,9 @@ lint: env  ## check the code with ruff
 
 types: env  ## check the types with mypy
 	$(BIN)/python -m mypy
+
+package:  ## build wheel and sdist into dist/, install each in fresh environments, and use them there
+	"$(PYTHON)" .ci/package.py $(ARGS)
 
 tables: env  ## rebuild the tables of README and docs from docs/results
 	$(BIN)/python -m experiments.common.report.tables

@@ -17,42 +17,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.cnn.config import Config
+from experiments.common.settings import defaults, named, plain
+from experiments.common.training import Admm, Fit, Plan
+
 Settings = dict[str, Any]
 Rules = tuple[tuple[str, Settings], ...]
 
 
 def fit(epochs: int, lr: float, **more: Any) -> Settings:
-    """A `training.Fit`, every setting present so that it can be changed on the command line."""
-    return {
-        "epochs": epochs,
-        "lr": lr,
-        "schedule": "cosine",
-        "final": 0.0,
-        "boundaries": (),
-        "drop": 0.1,
-        "cycles": 1,
-        "warmup": 0.0,
-        "weight_decay": 0.0,
-        "label_smoothing": 0.0,
-        "distill": 0.0,
-        "temperature": 4.0,
-        "augment": True,
-        **more,
-    }
+    """A `training.Fit`."""
+    return plain(Fit(epochs, lr, **more))
 
 
 def admm(epochs: int, lr: float, rho: float, **more: Any) -> Settings:
-    """A `training.Admm`, likewise."""
-    own = {
-        "rho": rho,
-        "rho_schedule": "staged",
-        "rho_factor": 10.0,
-        "rho_stages": 3,
-        "every": 0,
-        "refresh_every": 0,
-        "decoupled": False,
-    }
-    return fit(epochs, lr, **(own | more))
+    """A `training.Admm`."""
+    return plain(Admm(epochs, lr, rho=rho, **more))
 
 
 def stage(rules: Rules, admm: Settings, retrain: Settings) -> Settings:
@@ -62,29 +42,7 @@ def stage(rules: Rules, admm: Settings, retrain: Settings) -> Settings:
 
 def base(variant: str) -> Settings:
     """What all variants share."""
-    return {
-        "variant": variant,
-        "seed": 0,
-        "data": {
-            "name": "digits",
-            "train": 0,  # 0 is all
-            "test": 0,
-            "validation": 0,  # held out from the end of train
-            "shift": 0,
-            "flip": False,
-            "mean": (),  # the data set's own
-            "std": (),
-        },
-        "model": {"name": "digits_cnn", "options": {}, "checkpoint": ""},
-        "batch": 64,
-        "eval_batch": 1000,
-        "optimizer": "adam",
-        "plan": {"dense": fit(1, 1e-3), "stages": (), "method": "admm", "baselines": ()},
-        "init_from": "",
-        "rules": "",
-        "save": {"steps": 0, "seconds": 60.0},
-        "paper": {"quantity": "", "value": 0.0},
-    }
+    return defaults(Config, variant=variant, plan=Plan())
 
 
 def unstructured(**keep: int) -> Rules:
@@ -355,10 +313,4 @@ def tiny(c: Settings) -> Settings:
 
 def get_config(variant: str = "digits") -> ConfigDict:
     """The experiment of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    config = ConfigDict(tiny(settings) if name != variant else settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

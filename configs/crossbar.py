@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from configs import cnn
 from configs.cnn import Rules, Settings, admm, fit
+from experiments.common.settings import defaults, named
+from experiments.crossbar.config import Config
 
 KERNELS = r"params/(.*/)?({})/kernel"
 
@@ -56,28 +58,9 @@ def levels(bits: int) -> Settings:
 
 def base(variant: str) -> Settings:
     """What all variants share."""
-    return {k: v for k, v in cnn.base(variant).items() if k != "plan"} | {
-        "take": "",
-        "dense": fit(1, 1e-3),
-        "branches": (),
-        "main": "",
-        "one_shot": False,
-        "hardware": {
-            "engine": "forms",
-            "fragment": 8,
-            "weight_bits": 8,
-            "input_bits": 16,
-            "images": 0,
-            "slow_images": 100,
-            "skip_images": 20,
-            "calibration": 100,
-            "batch": 50,
-            "frames": 64,
-            "pooled": (),
-        },
-        "variation": {"models": (), "sigma": 0.1, "seeds": 50, "images": 200, "sweep": (), "sweep_seeds": 10},
-        "noise_aware": {"start": "", "fit": fit(0, 1e-4), "sigma": 0.1, "batch": 0},
-    }
+    c = defaults(Config, variant=variant)
+    c["noise_aware"] |= {"fit": fit(0, 1e-4)}
+    return c
 
 
 Pruning = dict[str, Settings]  # layer -> its crossbar_aware spec; "" is all others, which are not pruned
@@ -348,12 +331,4 @@ def tiny(c: Settings) -> Settings:
 
 def get_config(variant: str = "digits") -> ConfigDict:
     """The experiment of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    config = ConfigDict(tiny(settings) if name != variant else settings)
-    config.lock()
-    return config
-
-
+    return named(variant, VARIANTS, tiny)

@@ -22,6 +22,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.cnn import admm, fit, stage
+from experiments.common.settings import defaults, named
+from experiments.common.training import Fit, Plan
+from experiments.entity_linking.config import Config
 
 Settings = dict[str, Any]
 
@@ -46,58 +49,9 @@ def arm(name: str, features: tuple[str, ...] = ALL, **more: Any) -> Settings:
 
 def base(variant: str) -> Settings:
     """What all variants share: the whole linker on the generated world."""
-    return {
-        "variant": variant,
-        "seed": 0,
-        "data": {
-            "name": "generated",
-            "also": (),
-            "world": 0,
-            "train": 0,  # 0 is all
-            "dev": 0,
-            "test": 0,
-            "dim": 32,
-            "most_inlinks": 8,
-            "counts": False,
-            "strength": 3.0,
-            "coreference": False,
-            "slots": 24,
-            "candidates": 4,
-            "context": 6,
-        },
-        "linker": {
-            "features": ALL,
-            "local": "attention",
-            "attention": "soft_hard",
-            "keep_tokens": 50,
-            "keep_entities": 7,
-            "keep_words": 50,
-            "keep_soft": 100,
-            "hidden": 100,
-            "dropout": 0.2,
-            "channels": 64,
-            "train_vectors": False,
-            "damping": 0.5,
-            "iterations": 10,
-        },
-        "learning": {
-            "method": "supervised",
-            "margin": 0.01,
-            "own_decisions": 0.0,
-            "gamma": 0.9,
-            "baseline": "none",
-            "norm": 4.0,
-        },
-        "order": "offset",
-        "arms": (),
-        "batch": 8,
-        "eval_batch": 32,
-        "pages": 12,
-        "rules": "",
-        "plan": {"dense": fit(8, 1e-2), "stages": (), "method": "admm", "baselines": ()},
-        "save": {"steps": 0, "seconds": 120.0},
-        "paper": {"quantity": "", "value": 0.0},
-    }
+    c = defaults(Config, variant=variant, plan=Plan(Fit(8, 1e-2)), eval_batch=32)
+    c["data"] |= {"candidates": 4, "context": 6}
+    return c
 
 
 VECTORS = r"params/vectors/(entities|words)"
@@ -245,10 +199,4 @@ def tiny(c: Settings) -> Settings:
 
 def get_config(variant: str = "generated") -> ConfigDict:
     """The experiment of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    config = ConfigDict(tiny(settings) if name != variant else settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

@@ -16,6 +16,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import cnn
+from experiments.common.settings import defaults, named
+from experiments.sweep.task import Config
 
 Settings = dict[str, Any]
 Points = list[Settings]
@@ -42,16 +44,8 @@ def sweep(
     base["plan"]["baselines"] = ()
     base["plan"]["stages"][0]["rules"] = points[0]["rules"]
     base["paper"] = {"quantity": "", "value": 0.0}
-    return {
-        "variant": variant,
-        "base": base,
-        "points": tuple(points),
-        "methods": ("admm", "dense"),
-        "seeds": seeds,
-        "against": against,
-        "budgets": budgets,
-
-    }
+    more = {"methods": ("admm", "dense"), "seeds": seeds, "against": against, "budgets": budgets}
+    return defaults(Config, variant=variant, base=base, points=tuple(points), **more)
 
 
 def layers(spec: Settings, ends: cnn.Rules) -> cnn.Rules:
@@ -350,7 +344,7 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
 }
 
 
-def tiny(c: Settings) -> None:
+def tiny(c: Settings) -> Settings:
     """A point of one stage, one of several if there is one, and a handful of examples."""
     cnn.tiny(c["base"])
     kinds = {bool(p["stages"]): p for p in reversed(c["points"])}
@@ -361,16 +355,9 @@ def tiny(c: Settings) -> None:
         s["retrain"] |= {"epochs": 1}
     for part in ("admm", "retrain"):
         c["base"]["plan"]["stages"][0][part] |= {"epochs": max(1, len(stages))}
+    return c
 
 
 def get_config(variant: str = "digits_families") -> ConfigDict:
     """The sweep of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    if name != variant:
-        tiny(settings)
-    config = ConfigDict(settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

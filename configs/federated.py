@@ -17,63 +17,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.common.settings import defaults, named
+from experiments.federated.config import Config
+
 Settings = dict[str, Any]
 
 
 def base(variant: str) -> Settings:
     """What all variants share: every client in every round, the common mask, float16 values, a modest link."""
-    return {
-        "variant": variant,
-        "seed": 0,
-        "data": {
-            "name": "digits",
-            "train": 0,  # 0 is all
-            "test": 0,
-            "validation": 0,
-            "shift": 0,
-            "flip": False,
-            "mean": (),
-            "std": (),
-        },
-        "model": {"name": "digits_cnn", "options": {}, "checkpoint": ""},
-        "split": {"kind": "iid", "clients": 10, "alpha": 0.5, "each": 2, "least": 2},
-        "algorithm": {
-            "rounds": 20,
-            "participants": 0,
-            "local_epochs": 1.0,
-            "batch": 32,
-            "lr": 0.05,
-            "lr_final": 0.05,
-            "momentum": 0.9,
-            "mu": 0.0,
-            "sparsify": "common",
-            "density": ((r"params/.*/kernel", 0.1),),
-            "prune_round": 6,
-            "admm_rounds": 3,
-            "rho": 0.01,
-            "rho_final": 1.0,
-            "every": 5,
-            "value_type": "float16",
-        },
-        "baselines": ("dense",),
-        "fedprox_mu": 0.01,
-        "network": {
-            "up_mbit": 10.0,
-            "down_mbit": 50.0,
-            "latency_ms": 20.0,
-            "examples_per_second": 2000.0,
-            "spread": 0.3,
-            "slower": 4.0,
-        },
-        "padded": False,
-        "oblivious": False,
-        "quorum": 5,  # fewer would show single clients in the released model
-        "release": True,
-        "width": 1,
-        "eval_batch": 1000,
-        "eval_every": 1,
-        "paper": {"accuracy": 0.0, "saving": 0.0, "speedup": 0.0, "what": ""},
-    }
+    c = defaults(Config, variant=variant, quorum=5)  # fewer would show single clients in the released model
+    c["algorithm"] |= {"lr_final": 0.05, "sparsify": "common", "density": ((r"params/.*/kernel", 0.1),)}
+    c["algorithm"] |= {"prune_round": 6, "admm_rounds": 3, "every": 5, "value_type": "float16"}
+    return c
 
 
 def digits(variant: str) -> Settings:
@@ -238,10 +193,4 @@ def tiny(c: Settings) -> Settings:
 
 def get_config(variant: str = "digits") -> ConfigDict:
     """The experiment of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    config = ConfigDict(tiny(settings) if name != variant else settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

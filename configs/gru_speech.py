@@ -17,6 +17,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import cnn
+from experiments.common.settings import defaults, named
+from experiments.gru_speech.config import Config
 
 Settings = dict[str, Any]
 RATES = (10, 20, 29, 80, 103, 245, 301)
@@ -75,61 +77,20 @@ def base(
       updates: an epoch.
     """
     dense, column, column_retrain, row, row_retrain = epochs
-    return {
-        "variant": variant,
-        "seed": 0,
-        "data": {
-            "name": "tones",
-            "phones": 48,
-            "sa": True,
-            "by": "speaker",
-            "test_speakers": (),
-            "dev_speakers": (),
-            "train": 0,  # utterances; 0 is all
-            "dev": 0,
-            "test": 0,
-            "speeds": (1.0,),
-        },
-        "features": {
-            "kind": "mfcc",
-            "coefficients": 13,
-            "mels": 23,
-            "derivatives": 2,
-            "window": 0.025,
-            "hop": 0.010,
-            "low": 20.0,
-            "high": 0.0,
-            "preemphasis": 0.97,
-            "lifter": 22.0,
-        },
-        "model": {"hidden": hidden, "layers": 2, "dropout": 0.2, "reset": "before"},
-        "loss": "frames",
-        "dense": cnn.fit(dense, lr, final=0.02),
-        "column": pull(column * updates, lr, every, column),
-        "column_retrain": cnn.fit(column_retrain, lr, final=0.3),
-        "row": pull(row * updates, lr, every, row),
-        "row_retrain": cnn.fit(row_retrain, lr, final=0.02),
-        "arms": (arm("bsp", 10),),
-        "strips": 4,
-        "block": 4,
-        "batch": 8,
-        "eval_batch": 32,
-        "buckets": 3,
-        "optimizer": "adam",
-        "clip": 1.0,
-        "select": "",
-        "decoding": {
-            "lm_weights": (0.5, 1.0, 2.0, 4.0),
-            "rewards": (-1.0, 0.0, 1.0),
-            "prior": 0.7,
-            "beam": 0.0,
-            "ctc_beam": 8,
-        },
-        "with_runs": (),
-        "timing_rounds": 15,
-        "save": {"steps": 0, "seconds": 60.0},
-        "paper": {"quantity": "", "value": 0.0},
-    }
+    c = defaults(
+        Config,
+        variant=variant,
+        dense=cnn.fit(dense, lr, final=0.02),
+        column=pull(column * updates, lr, every, column),
+        column_retrain=cnn.fit(column_retrain, lr, final=0.3),
+        row=pull(row * updates, lr, every, row),
+        row_retrain=cnn.fit(row_retrain, lr, final=0.02),
+        arms=(arm("bsp", 10),),
+        clip=1.0,
+    )
+    c["model"] |= {"hidden": hidden}
+    c["decoding"] |= {"lm_weights": (0.5, 1.0, 2.0, 4.0), "rewards": (-1.0, 0.0, 1.0), "prior": 0.7}
+    return c
 
 
 def tones(variant: str) -> Settings:
@@ -256,10 +217,4 @@ def tiny(c: Settings) -> Settings:
 
 def get_config(variant: str = "tones") -> ConfigDict:
     """The experiment of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    config = ConfigDict(tiny(settings) if name != variant else settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

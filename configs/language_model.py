@@ -7,14 +7,19 @@ variant has a form `VARIANT_tiny` that runs through all its phases in seconds an
 
 The rules hold the LSTM's matrices (gates joined, rows are what one input sends out) and the softmax matrix; embedding
 and biases are free, and count as kept in the rate of all weights.
+
+`curves_*` compare structures over rates: all points of a seed share a dense network and get the same epochs after it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs.cnn import admm, fit, stage
+from experiments.common.settings import defaults, named
+from experiments.common.training import Plan
+from experiments.language_model.config import Config
 
 Settings = dict[str, Any]
 Rules = tuple[tuple[str, Settings], ...]
@@ -65,24 +70,11 @@ def ramp(epochs: int, lr: float, steps: int, updates: int = 10, grow: float = 1.
 
 def base(variant: str) -> Settings:
     """What all variants share."""
-    return {
-        "variant": variant,
-        "seed": 0,
-        "data": {"name": "generated", "vocabulary": 0, "train": 0, "validation": 0, "test": 0, "steps": 20},
-        "model": {"hidden": 64, "embedding": 0, "layers": 2, "dropout": 0.0, "scale": 0.1},
-        "batch": 20,
-        "eval_lanes": 20,
-        "optimizer": "adam",
-        "clip": 5.0,
-        "loss": "word",
-        "plan": {"dense": fit(1, 1e-3), "stages": (), "method": "admm", "baselines": ("one_shot", "dense_same_budget")},
-        "init_from": "",
-        "rules": "",
-        "probe": {"run": True, "size": 8, "groups": 10, "words": 2000},
-        "sample": 60,
-        "save": {"steps": 0, "seconds": 60.0},
-        "paper": {"quantity": "", "value": 0.0},
-    }
+    plan = defaults(Plan, baselines=("one_shot", "dense_same_budget"))  # for stages that its variants add
+    c = defaults(Config, variant=variant, plan=plan)
+    c["data"] |= {"steps": 20}
+    c["model"] |= {"hidden": 64}
+    return c
 
 
 def generated(variant: str, rate: int = 16) -> Settings:
@@ -163,6 +155,53 @@ def wikitext2(variant: str) -> Settings:
     return c
 
 
+def curves(
+    variant: str,
+    base: Settings,
+    rates: Sequence[int],
+    at: int,
+    seeds: Sequence[int],
+    often: Sequence[str] = ("irregular", "darb", "bmwm", "bank-balanced", "block", "row", "darb permuted"),
+) -> Settings:
+    """Six structures over rates with seed 0; at one rate with all seeds, and DARB's controls, one-shot and dense too.
+
+    Args:
+      variant: its name.
+      base: the experiment.
+      rates: of the curves.
+      at: the rate of the headline row.
+      seeds: of `often` there.
+      often: structures and controls that are run with all seeds there.
+    """
+    base["plan"]["baselines"] = ()
+    points = []
+    for rate in rates:
+        for curve, rules in structures(rate).items():
+            own = tuple(seeds) if rate == at and curve in often else (0,)
+            points.append(_point(curve, rate, rules, seeds=own))
+    for curve, rules in controls(at).items():
+        points.append(_point(curve, at, rules, seeds=tuple(seeds) if curve in often else (0,)))
+    points.append(_point("darb one-shot", at, structures(at)["darb"], "one_shot"))
+    points.append(_point("dense", at, structures(at)["darb"], "dense"))
+    return {
+        "variant": variant,
+        "base": base,
+        "points": tuple(points),
+        "seeds": (0,),
+        "main": "darb",
+        "at": f"{at}x",
+    }
+
+
+def _point(curve: str, rate: int, rules: Any, method: str = "admm", seeds: tuple[int, ...] = (0,)) -> Settings:
+    return {"curve": curve, "name": f"{rate}x", "rules": rules, "method": method, "seeds": seeds}
+
+
+def short(variant: str) -> Settings:
+    """War and Peace at 8x and 32x, three seeds for DARB, its permuted control and BMWM at 8x."""
+    return curves(variant, war_and_peace(variant), (8, 32), 8, (0, 1, 2), ("darb", "darb permuted", "bmwm"))
+
+
 VARIANTS: dict[str, Callable[[str], Settings]] = {
     "generated": generated,
     "war_and_peace": war_and_peace,
@@ -170,11 +209,23 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
     "ptb": ptb,
     "ptb_small": lambda variant: ptb(variant, "small", 8),
     "wikitext2": wikitext2,
+    "curves_generated": lambda variant: curves(variant, generated(variant), (4, 8, 16, 32), 16, (0, 1, 2)),
+    "curves_war_and_peace": lambda variant: curves(variant, war_and_peace(variant), (4, 8, 16, 32), 8, (0, 1, 2)),
+    "curves_war_and_peace_short": short,
+    "curves_wikitext2_partial": lambda variant: curves(
+        variant, wikitext2_partial(variant), (4, 8, 16, 32), 8, (0, 1, 2)
+    ),
+    "curves_ptb": lambda variant: curves(variant, ptb(variant), (8, 16, 32), 16, (0, 1, 2)),
 }
 
 
 def tiny(c: Settings) -> Settings:
-    """The same phases on a handful of words: for tests."""
+    """The same phases on a handful of words, and a few points of a comparison: for tests."""
+    if "points" in c:
+        tiny(c["base"])
+        keep = {("row", "8x"), *((curve, c["at"]) for curve in ("darb", "row", "dense", "darb one-shot"))}
+        c["points"] = tuple({**p, "seeds": (0,)} for p in c["points"] if (p["curve"], p["name"]) in keep)
+        return c
     vocabulary = 0 if c["data"]["name"] == "generated" else 96
     c["data"] |= {"train": 1300, "validation": 300, "test": 300, "steps": 8, "vocabulary": vocabulary}
     c["model"] |= {"hidden": 32}
@@ -190,10 +241,4 @@ def tiny(c: Settings) -> Settings:
 
 def get_config(variant: str = "generated") -> ConfigDict:
     """The experiment of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    config = ConfigDict(tiny(settings) if name != variant else settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

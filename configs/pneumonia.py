@@ -13,6 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.cnn import admm, fit
+from experiments.common.settings import defaults, named
+from experiments.pneumonia.config import Config
 
 Settings = dict[str, Any]
 
@@ -24,37 +26,22 @@ def point(kind: str, rate: float, method: str = "admm") -> Settings:
 
 def base(variant: str) -> Settings:
     """What all variants share: YOLOv3 with all its 106 layers, an eighth as wide, on images of 96 pixels."""
-    return {
-        "variant": variant,
-        "seed": 0,
-        "data": {
-            "name": "opacities",
-            "size": 96,
-            "channels": 1,
-            "train": 0,
-            "test": 0,
-            "faults": "error",
-            "shift": 0.08,
-            "zoom": 0.12,
-            "flip": True,
-            "contrast": 0.2,
-        },
-        "model": {"name": "yolov3", "options": {"width": 0.125}, "checkpoint": ""},
-        "dense": fit(30, 3e-3, warmup=0.05, final=0.02),
-        "admm": ramp(12),
-        "retrain": fit(36, 5e-3, warmup=0.1, final=0.02),
-        "points": (point("combined", 36),),
-        "same_budget": False,
-        "power": 0.5,
-        "share": 0.5,
-        "positive": 2.0,
-        "latency": 9,
-        "batch": 8,
-        "eval_batch": 77,
-        "optimizer": "adam",
-        "save": {"steps": 0, "seconds": 120.0},
-        "paper": {"quantity": "rate.constrained_weights", "value": 36.0},
-    }
+    c = defaults(
+        Config,
+        variant=variant,
+        dense=fit(30, 3e-3, warmup=0.05, final=0.02),
+        admm=ramp(12),
+        retrain=fit(36, 5e-3, warmup=0.1, final=0.02),
+        points=(point("combined", 36),),
+        positive=2.0,
+        batch=8,
+        eval_batch=77,
+    )
+    c["data"] |= {"shift": 0.08, "zoom": 0.12}
+    c["model"] |= {"options": {"width": 0.125}}
+    c["save"] |= {"seconds": 120.0}
+    c["paper"] |= {"quantity": "rate.constrained_weights", "value": 36.0}
+    return c
 
 
 def ramp(epochs: int) -> Settings:
@@ -190,10 +177,4 @@ def tiny(c: Settings) -> Settings:
 
 def get_config(variant: str = "opacities") -> ConfigDict:
     """The experiment of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    config = ConfigDict(tiny(settings) if name != variant else settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import cnn
+from experiments.common.settings import defaults, named
+from experiments.sweep.task import Config
 
 Settings = dict[str, Any]
 
@@ -20,15 +22,8 @@ def sweep(variant: str, base: Settings, points: tuple[tuple[str, cnn.Rules], ...
     """An experiment at several rates, with all methods and three seeds."""
     base["plan"]["baselines"] = ()
     base["paper"] = {"quantity": "", "value": 0.0}
-    return {
-        "variant": variant,
-        "base": base,
-        "points": tuple({"name": name, "rules": rules, "family": ""} for name, rules in points),
-        "methods": ("admm", "one_shot", "gradual", "dense"),
-        "seeds": (0, 1, 2),
-        "against": "weights",
-
-    }
+    made = tuple({"name": name, "rules": rules, "family": ""} for name, rules in points)
+    return defaults(Config, variant=variant, base=base, points=made)
 
 
 def digits(variant: str) -> Settings:
@@ -54,15 +49,12 @@ def mnist(variant: str) -> Settings:
 VARIANTS: dict[str, Callable[[str], Settings]] = {"digits": digits, "mnist_lenet5_unstructured": mnist}
 
 
+def tiny(c: Settings) -> Settings:
+    """Two points and seeds, and a handful of examples: for tests."""
+    cnn.tiny(c["base"])
+    return c | {"points": c["points"][:2], "seeds": (0, 1), "methods": ("admm", "one_shot", "dense")}
+
+
 def get_config(variant: str = "digits") -> ConfigDict:
     """The sweep of that name."""
-    name = variant.removesuffix("_tiny")
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}, each also with _tiny at its end")
-    settings = VARIANTS[name](variant)
-    if name != variant:
-        cnn.tiny(settings["base"])
-        settings |= {"points": settings["points"][:2], "seeds": (0, 1), "methods": ("admm", "one_shot", "dense")}
-    config = ConfigDict(settings)
-    config.lock()
-    return config
+    return named(variant, VARIANTS, tiny)

@@ -11,6 +11,7 @@ language_model    DARB: LSTM language models at equal measured rates
 pneumonia         YOLOv3 of 107 blocks, pruned and physically compacted
 federated         ESMFL: sparse encrypted updates, attested aggregator (simulated)
 entity_linking    DCA: one-pass collective entity linking
+template          the smallest driver, to be copied
 
 A driver's package has the same files in the same roles: `__main__` starts it, `config` says what an experiment is,
 `task` is what is trained, `measures` what is measured, `page` its sections of the report.

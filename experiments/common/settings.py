@@ -1,8 +1,11 @@
-"""Settings that the configs of several drivers have."""
+"""Settings that the configs of several drivers have, and how a file of variants becomes one of them."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
 
 from compressx import formats
 from experiments.common.training import ConfigError
@@ -66,3 +69,56 @@ def replaced(stages: tuple[S, ...], path: str) -> tuple[S, ...]:
         changes["rho"] = tuple(changes["rho"]) if isinstance(changes["rho"], list) else changes["rho"]
         changes["rho_schedule"] = "constant"
     return (dataclasses.replace(stage, rules=rules, admm=dataclasses.replace(stage.admm, **changes)),)
+
+
+# -- files of variants -------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries of their fields, inside tuples and dictionaries too."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+
+def defaults(config: type, **given: Any) -> dict[str, Any]:
+    """All settings of a config's dataclass as nested dictionaries: what is given, and else the defaults declared there.
+
+    Every setting is present, so that it can be changed on the command line. Nothing is checked yet.
+    """
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    if unknown := sorted(set(given) - set(fields)):
+        raise ValueError(f"{config.__name__} has no setting {unknown[0]!r}; it has {', '.join(fields)}")
+    out = {}
+    for name, field in fields.items():
+        if name in given:
+            out[name] = plain(given[name])
+        elif field.default is not dataclasses.MISSING:
+            out[name] = plain(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            out[name] = plain(field.default_factory())
+        else:
+            raise ValueError(f"{config.__name__}: {name} has no default and must be given")
+    return out
+
+
+def named(variant: str, variants: Mapping[str, Callable[[str], Any]], tiny: Callable[[Any], Any]) -> ConfigDict:
+    """The experiment of that name, locked; `NAME_tiny` is the tiny form of NAME.
+
+    Args:
+      variant: its name.
+      variants: name -> function that makes its config, of the whole name.
+      tiny: a config -> its form for tests.
+
+    Raises:
+      ValueError: no such variant; names those there are.
+    """
+    name = variant.removesuffix("_tiny")
+    if name not in variants:
+        raise ValueError(f"no variant {variant!r}; there are {', '.join(variants)}, each also with _tiny at its end")
+    made = variants[name](variant)
+    config = ConfigDict(plain(tiny(made) if name != variant else made))
+    config.lock()
+    return config

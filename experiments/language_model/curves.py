@@ -1,6 +1,6 @@
 """Perplexity against compression for several structures, at equal measured rates and equal budgets.
 
-    python -m experiments.language_model.curves --config=configs/language_curves.py:generated --workdir=runs/curves
+    python -m experiments.language_model --config=configs/language_model.py:curves_generated --workdir=runs/curves
 
 Every point is a run of `experiments.language_model` in a folder of its own below `runs/`, resumable like any other. All
 points of a seed start from one dense network, trained first, and get the same number of epochs after it. A folder may
@@ -102,9 +102,9 @@ class Run(NamedTuple):
     seed: int
 
 
-def read(config: Any) -> Config:
-    """The frozen config of a ConfigDict or nested dict."""
-    return training.parse(Config, config)
+def read(config: Any) -> Config | language_config.Config:
+    """The frozen config of a comparison, which has points, or of a single experiment."""
+    return training.parse(Config, config) if "points" in config else language_config.read(config)
 
 
 def runs(config: Config, workdir: Any) -> list[Run]:
@@ -142,12 +142,14 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-def run(config: Config, options: Options) -> dict[str, Any]:
-    """Runs what is left, and draws it.
+def run(config: Config | language_config.Config, options: Options) -> dict[str, Any]:
+    """Runs what is left of a comparison and draws it, or runs a single experiment.
 
     Raises:
       One of `driver.USER_ERRORS`; the runs done so far stay done.
     """
+    if isinstance(config, language_config.Config):
+        return language_model.train_and_evaluate(config, options)
     workdir, written = options.workdir, dataclasses.asdict(config)
     other = _holds_other_points(workdir, written)
     if not other and (summary := driver.finished(workdir, written)) is not None:
@@ -180,8 +182,10 @@ def _holds_other_points(workdir: Path, written: dict[str, Any]) -> bool:
     return same and there != now
 
 
-def evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """A comparison has no model of its own."""
+def evaluate(config: Config | language_config.Config, options: Options) -> dict[str, Any]:
+    """Evaluates a finished experiment; a comparison has no model of its own."""
+    if isinstance(config, language_config.Config):
+        return language_model.evaluate(config, options)
     raise ConfigError("a comparison has no model; evaluate a run below runs/: experiments.language_model --mode=eval")
 
 
@@ -350,7 +354,3 @@ def _html_table(rows: list[dict[str, Any]]) -> html.Table:
         for row in rows
     ]
     return html.Table(header, body, (False, False, True, True, True, False))
-
-
-if __name__ == "__main__":
-    driver.main("experiments.language_model.curves", run, evaluate, read)

@@ -3,7 +3,7 @@
     python -m experiments.language_model --config=configs/language_model.py:generated --workdir=runs/language
 
 The perplexities reported are those of the last epoch on the whole test text, read from its first word to its last with
-the state carried on; the test text chooses nothing. `experiments.language_model.curves` compares structures over rates.
+the state carried on; the test text chooses nothing. `curves` compares structures over rates.
 """
 
 import dataclasses

@@ -12,8 +12,7 @@ import pytest
 
 from compressx import kernels
 from compressx.constraints import from_spec
-from configs import language_curves as configs
-from configs import language_model as models
+from configs import language_model as configs
 from experiments.common import runner
 from experiments.common.driver import Options
 from experiments.common.training import ConfigError
@@ -22,7 +21,7 @@ from experiments.language_model import curves as language_curves
 from experiments.language_model import task as language_model
 
 
-def _config(variant="generated_tiny", **changes):
+def _config(variant="curves_generated_tiny", **changes):
     settings = configs.get_config(variant).unlock()
     for key, value in changes.items():
         settings[key] = value
@@ -30,7 +29,7 @@ def _config(variant="generated_tiny", **changes):
 
 
 def test_every_point_starts_from_its_seeds_dense_network_with_the_same_budget(tmp_path) -> None:
-    config = _config("war_and_peace")
+    config = _config("curves_war_and_peace")
     todo = language_curves.runs(config, tmp_path)
     assert len({r.name for r in todo}) == len(todo)
     budget = config.base.plan.stages[0]
@@ -57,7 +56,7 @@ def test_every_point_starts_from_its_seeds_dense_network_with_the_same_budget(tm
 
 
 def test_every_seed_deals_the_block_sizes_anew(tmp_path) -> None:
-    todo = [r for r in language_curves.runs(_config("generated"), tmp_path) if r.point]
+    todo = [r for r in language_curves.runs(_config("curves_generated"), tmp_path) if r.point]
     specs = {r.seed: r.config.plan.stages[0].rules[0][1] for r in todo if r.point.curve == "darb permuted"}
     assert {seed: spec.get("seed", 0) for seed, spec in specs.items()} == {0: 0, 1: 1, 2: 2}
     w = jax.random.normal(jax.random.key(0), (64, 256), jnp.float32) * jnp.linspace(0.1, 3, 64)[:, None]
@@ -67,7 +66,7 @@ def test_every_seed_deals_the_block_sizes_anew(tmp_path) -> None:
 
 
 def test_a_rule_that_names_its_seed_keeps_it() -> None:
-    settings = models.get_config("generated_tiny").unlock()
+    settings = configs.get_config("generated_tiny").unlock()
     spec = {"kind": "darb", "density": 0.1, "assignment": "permuted"}
     settings.seed = 3
     for given, seed in (({}, 3), ({"seed": 7}, 7)):
@@ -82,7 +81,7 @@ def test_the_structures_keep_the_same_number_of_weights() -> None:
     """On the shape of a matrix of the War and Peace network, before any training."""
     w = jax.random.normal(jax.random.key(0), (128, 512), jnp.float32)
     exact = w.size // 16
-    for name, ((_, spec),) in {**models.structures(16), **models.controls(16)}.items():
+    for name, ((_, spec),) in {**configs.structures(16), **configs.controls(16)}.items():
         constraint = from_spec({k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()})
         kept = int(jax.jit(lambda w, c=constraint: jnp.count_nonzero(c.project(w, c.init(w))))(w))
         assert kept == exact or ("darb" in name and abs(kept / exact - 1) < 0.02), (name, kept, exact)
@@ -111,7 +110,7 @@ def test_what_is_wrong_is_said(changes, words) -> None:
 
 def test_a_folder_of_another_experiment_or_of_another_run_is_left_alone(tmp_path) -> None:
     config = _config()
-    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(_config("war_and_peace_tiny"))))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(_config("curves_war_and_peace_tiny"))))
     with pytest.raises(ConfigError, match="holds a run with another config"):
         language_curves.run(config, Options(tmp_path))
     folder = tmp_path / "c" / "runs" / "row-16x-s0"
@@ -143,7 +142,7 @@ def test_a_tiny_comparison_from_end_to_end(tmp_path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="a comparison has no model"):
         language_curves.evaluate(config, Options(tmp_path / "c"))
     one = tmp_path / "c" / "runs" / "darb-16x-s0"
-    base = language_model_config.read(configs.get_config("generated_tiny").base)
+    base = language_model_config.read(configs.get_config("curves_generated_tiny").base)
     assert language_model.evaluate(base, Options(one))["metric"]["compressed"] == s["metric"]["compressed"]
 
     # another seed of one point: what was run is reused, the table has both
