@@ -57,6 +57,15 @@ def structures(params: Any, rules: Rules, state: Any = None) -> dict[str, tuple[
       params: any pytree of arrays.
       rules: pairs (pattern, constraint).
       state: an `AdmmState`, or any optimizer state that holds one; None: chosen for params.
+
+    Returns:
+      name -> a structure for each set of its constraint, as in `Hardened`.
+
+    Example:
+      >>> params = {"kernel": jnp.asarray([[0.5, -1.0, 1.5]])}
+      >>> held = compressx.structures(params, [("kernel", compressx.quantize(3))])
+      >>> print(held["kernel"][0])  # the scale
+      0.5
     """
     leaves = jax.tree.leaves(params)
     bound = resolve(rules, params)
@@ -116,7 +125,23 @@ def project(params: Any, rules: Rules, structures: Mapping[str, Any]) -> Any:
 
 
 def count_violations(params: Any, rules: Rules, structures: Mapping[str, Any]) -> dict[str, Array]:
-    """How many entries of every constrained leaf lie outside its sets, by name (int32; pure, jits)."""
+    """How many entries of every constrained leaf lie outside its sets, by name (int32; pure, jits).
+
+    Args:
+      params: any pytree of arrays.
+      rules: pairs (pattern, constraint).
+      structures: what the sets leave open, as in `Hardened`.
+
+    Returns:
+      name -> int32 [], 0 where the leaf lies in its sets.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> held = compressx.structures(params, rules)
+      >>> {name: int(n) for name, n in compressx.count_violations(params, rules, held).items()}
+      {'dense/kernel': 2}
+    """
     leaves = jax.tree.leaves(params)
     return {b.name: b.violations(b.take(leaves), structures[b.name]) for b in resolve(rules, params)}
 
@@ -139,6 +164,16 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
       ValueError: a constrained leaf holds NaN or infinity; there is no state, and a set leaves something open (a scale,
         signs, a library); the state is of other rules.
       ConstraintViolation: a projected leaf does not lie in one of its sets.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> hard = compressx.harden(params, rules, fresh=True)  # one-shot; after ADMM: its opt_state
+      >>> print(hard.params["dense"]["kernel"])
+      [[ 0. -5.]
+       [ 4.  0.]]
+      >>> hard.structures  # a support leaves nothing open
+      {'dense/kernel': ((),)}
     """
     if fresh and state is not None:
         raise ValueError("harden takes ADMM's state or fresh=True, not both")
@@ -173,6 +208,16 @@ def check(weights: Any, rules: Rules, structures: Mapping[str, Any] | None = Non
       weights: a `Hardened`, or any pytree of concrete arrays.
       rules: pairs (pattern, constraint).
       structures: what the sets leave open, beside plain parameters; None: chosen anew for them.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> compressx.check(compressx.harden(params, rules, fresh=True), rules)
+      >>> compressx.check(params, rules)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      compressx._harden.ConstraintViolation: weights do not satisfy their constraints:
+        dense/kernel: 2 entries outside unstructured(density=0.5, scope=leaf)
+      ...
     """
     rules = pairs(rules)
     params, given = parts(weights, structures)

@@ -45,6 +45,18 @@ def retrain(rules: Rules, hard: Hardened | Mapping[str, Any] | None = None) -> o
       ConstraintViolation: at `init`, the weights do not lie in their sets with those structures, so that the first step
         would take kept weights away. Where `init` is traced (under jit, vmap, eval_shape) there are no weights to look
         at and nothing is raised: call `check(hard, rules)` before.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> hard = compressx.harden(params, rules, fresh=True)
+      >>> tx = optax.chain(optax.sgd(0.1), compressx.retrain(rules, hard))
+      >>> state, params = tx.init(hard.params), hard.params
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["dense"]["kernel"])  # what was pruned stays exactly 0
+      [[ 0.  -5.1]
+       [ 3.9  0. ]]
     """
     rules = pairs(rules)
     given = hard.structures if isinstance(hard, Hardened) else hard
@@ -93,6 +105,16 @@ def retract(params: Any, rules: Rules, state: Any) -> Hardened:
     Returns:
       What `check`, `save_model`, `compile` and a further `retrain` take. Scales and codebooks are those that retraining
       moved to; signs, libraries and orders are as they were.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> hard = compressx.harden(params, rules, fresh=True)
+      >>> tx = optax.chain(optax.sgd(0.1), compressx.retrain(rules, hard))
+      >>> state, params = tx.init(hard.params), hard.params
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> compressx.check(compressx.retract(params, rules, state), rules)
     """
     held = state if isinstance(state, RetrainState) else find_state(state)
     leaves, treedef = jax.tree.flatten(params)
@@ -111,8 +133,22 @@ def retract(params: Any, rules: Rules, state: Any) -> Hardened:
 def find_state(opt_state: Any) -> RetrainState:
     """The `RetrainState` inside any optimizer state.
 
+    Args:
+      opt_state: the state of any optax transform.
+
+    Returns:
+      The state of `retrain`.
+
     Raises:
       ValueError: there is none, or more than one.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> hard = compressx.harden(params, rules, fresh=True)
+      >>> state = optax.chain(optax.sgd(0.1), compressx.retrain(rules, hard)).init(hard.params)
+      >>> compressx.find_retrain_state(state).active["dense/kernel"].tolist()
+      [[False, True], [True, False]]
     """
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, RetrainState))
     found = [s for s in leaves if isinstance(s, RetrainState)]

@@ -115,6 +115,12 @@ def resolve(rules: Rules, params: Any) -> tuple[Bound, ...]:
     Raises:
       ValueError: a rule takes no leaf (the text lists the paths), a pattern is no regular expression, or a constraint
         cannot hold on a leaf (the text names the leaf, its shape and why).
+
+    Example:
+      >>> params = {"conv": {"kernel": jnp.ones((3, 3, 2, 4))}, "dense": {"kernel": jnp.ones((8, 2))}}
+      >>> rules = [("dense/.*", None), (".*/kernel", compressx.filters(0.5))]
+      >>> [(b.name, str(b.constraint)) for b in compressx.resolve(rules, params)]
+      [('conv/kernel', 'filters(density=0.5)')]
     """
     rules = pairs(rules)
     leaves = jax.tree.leaves(params)

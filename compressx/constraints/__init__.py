@@ -64,8 +64,16 @@ KINDS: dict[str, Callable[..., Constraint]] = {
 def from_spec(spec: Mapping[str, Any]) -> Constraint:
     """The constraint that a spec (as saved in a file) describes; inverse of `Constraint.spec`.
 
+    Args:
+      spec: what `Constraint.spec` was, also after a trip through JSON.
+
     Raises:
       ValueError: the kind is unknown or an argument does not fit it.
+
+    Example:
+      >>> spec = compressx.unstructured(0.1).spec
+      >>> str(compressx.from_spec(spec))
+      'unstructured(density=0.1, scope=leaf)'
     """
     kind = spec.get("kind")
     if kind == "all":

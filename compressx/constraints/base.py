@@ -135,6 +135,12 @@ def factory(make: Callable[P, Constraint]) -> Callable[P, Constraint]:
     Arguments are those of the call with the defaults that were left out, as JSON has them (tuples and arrays as lists);
     so `constraints.from_spec` can make the same set again, and a saved file, a table or a plot can name it.
 
+    Args:
+      make: a function that returns a constraint; the names of its arguments become keys of the spec.
+
+    Returns:
+      The function, whose constraints have that spec, pickle, and can be saved.
+
     Example:
       >>> @factory
       ... def even_rows(step: int = 2) -> Constraint:
@@ -188,6 +194,13 @@ def support(
 
     Returns:
       The constraint; its active set is the mask, kept exactly by retraining.
+
+    Example:
+      >>> even = compressx.support(lambda w: jnp.broadcast_to(jnp.arange(w.shape[0])[:, None] % 2 == 0, w.shape))
+      >>> print(even.project(jnp.ones((3, 2)), ()))
+      [[1. 1.]
+       [0. 0.]
+       [1. 1.]]
     """
     keep = alive or (lambda w: jax.tree.map(nonzero, w))
     return Constraint(
@@ -214,8 +227,17 @@ def intersection(*constraints: Constraint) -> Constraint:
     Beside a set over several leaves together (`scope="rule"`, ...) a set over a single leaf holds
     on each of them, with a structure (a scale, signs) for each: `unstructured(0.1, scope="rule") & quantize(4)`.
 
+    Args:
+      constraints: the sets, in any order; intersections are taken apart.
+
     Raises:
       ValueError: two sets both fix the signs, ties or levels, one refuses the other, or there are too many.
+
+    Example:
+      >>> both = compressx.unstructured(density=0.5) & compressx.quantize(2)  # the same as intersection(a, b)
+      >>> w = jnp.asarray([[1.0, -5.0, 2.0, 4.0]])
+      >>> print(both.project(w, both.init(w)))
+      [[ 0.  -4.5  0.   4.5]]
     """
     parts = sorted((p for c in constraints for p in c.sets), key=lambda p: p.stage)
     if len(parts) > MAX_SETS:
@@ -290,6 +312,16 @@ def on_leaf(constraint: Constraint, structure: Any, number: int) -> tuple[Constr
         remain that hold on each leaf by itself (None where there is no such set).
       structure: what it leaves open, as `Constraint.each` takes it.
       number: which leaf of the tuple.
+
+    Returns:
+      The constraint on that leaf and its structure.
+
+    Example:
+      >>> constraint = compressx.unstructured(0.5, scope="rule") & compressx.quantize(4)
+      >>> w = (jnp.ones((2, 2)), 2 * jnp.ones((2, 2)))
+      >>> one, scale = compressx.on_leaf(constraint, constraint.init(w), 1)
+      >>> str(one).split("(")[0]
+      'quantize'
     """
     if not constraint.joint:
         return constraint, structure
@@ -348,6 +380,13 @@ def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
       constraint: over a leaf, or over a tuple of leaves.
       w: the leaf or the tuple of leaves.
       structure: what it leaves open, as `Constraint.each` takes it.
+
+    Returns:
+      int32 [].
+
+    Example:
+      >>> int(compressx.violations(compressx.unstructured(keep=1), jnp.asarray([[1.0, 2.0, 3.0]]), ()))
+      2
     """
     total = jnp.zeros((), jnp.int32)
     for part, s in constraint.each(structure):
@@ -367,8 +406,22 @@ def count(
 
     A density below 1 that keeps all of them is a warning, `KeepsAll`, unless `quiet`.
 
+    Args:
+      density: share kept, in (0, 1], or None.
+      n: how many there are.
+      keep: how many are kept, or None.
+      what: what is counted, for the text of an error.
+      quiet: say nothing where all are kept.
+
+    Returns:
+      An integer in 1..n.
+
     Raises:
       ValueError: both or neither are given, the density is not in (0, 1], keep is not in 1..n, or nothing would stay.
+
+    Example:
+      >>> compressx.count(0.25, 10), compressx.count(None, 10, keep=4)
+      (3, 4)
     """
     if (density is None) == (keep is None):
         raise ValueError(f"give exactly one of density and keep, got density={density}, keep={keep}")

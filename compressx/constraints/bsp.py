@@ -40,6 +40,12 @@ def bsp_columns(
       blocks: column blocks inside a strip (Numc), ranked apart, so that each keeps as many (the balanced variant); 1
         ranks all columns of the strip together.
       scope: "leaf"; or "rule", the matrices of the rule joined along their outputs (see `constraints.gates`).
+
+    Example:
+      >>> w = jnp.asarray([[9.0, 9.0, 1.0, 1.0], [1.0, 1.0, 9.0, 9.0]])  # [in, out]: two strips of outputs
+      >>> print(compressx.bsp_columns(keep=1, strips=2).project(w, ()))
+      [[9. 9. 0. 0.]
+       [0. 0. 9. 9.]]
     """
     _check(density, keep, strips, blocks)
     return matrix_set(
@@ -73,6 +79,13 @@ def bsp_rows(
       scope: "leaf" or "rule", as in `bsp_columns`.
       chained: start from a step-1 model: what is zero at `init` stays zero, and rows are ranked by what is left. The
         set is then rows within that mask, and this is its exact projection.
+
+    Example:
+      >>> w = jnp.asarray([[9.0, 1.0, 2.0], [9.0, 1.0, 2.0]])  # [in, out]: a row of the papers is an output
+      >>> constraint = compressx.bsp_rows(keep=2)
+      >>> print(constraint.project(w, constraint.init(w)))
+      [[9. 0. 2.]
+       [9. 0. 2.]]
     """
     _check(density, keep, strips, blocks)
 
@@ -116,6 +129,13 @@ def bsp(
       column_density, keep_columns, column_strips, column_blocks: of `bsp_columns`.
       row_density, keep_rows, row_strips, row_blocks: of `bsp_rows`.
       scope: "leaf" or "rule".
+
+    Example:
+      >>> w = jnp.asarray([[9.0, 8.0, 1.0, 1.0], [1.0, 1.0, 9.0, 7.0]])  # [in, out]
+      >>> constraint = compressx.bsp(keep_columns=1, keep_rows=2, column_strips=2)
+      >>> print(constraint.project(w, constraint.init(w)))
+      [[9. 0. 0. 0.]
+       [0. 0. 9. 0.]]
     """
     _check(column_density, keep_columns, column_strips, column_blocks, "column")
     _check(row_density, keep_rows, row_strips, row_blocks, "row")

@@ -43,6 +43,13 @@ def coupled_filters(
 
     Source: coupling as in H. Li et al., "Pruning Filters for Efficient ConvNets", 2017, section 3.3, with the energy
     summed over the group, which makes the selection the projection.
+
+    Example:
+      >>> first, second = jnp.ones((2, 3)).at[:, 1].set(5.0), jnp.ones((4, 3))  # both make the same 3 channels
+      >>> members = [(1, [(0, 3)]), (1, [(0, 3)])]
+      >>> z = compressx.coupled_filters(members, keep=1).project((first, second), ())
+      >>> [jnp.any(x != 0, axis=0).tolist() for x in z]
+      [[False, True, False], [False, True, False]]
     """
     if (density is None) == (keep is None):
         raise ValueError(f"give exactly one of density and keep, got density={density}, keep={keep}")

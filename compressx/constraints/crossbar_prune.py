@@ -43,6 +43,12 @@ def crossbar_aware(
 
     Raises:
       ValueError: a size is below 1, `cells_per_weight` does not divide `cols`, or both densities are None.
+
+    Example:
+      >>> w = jnp.arange(1.0, 41.0).reshape(10, 4)
+      >>> z = compressx.crossbar_aware(column_density=0.3, rows=4, cols=16).project(w, ())
+      >>> int(jnp.sum(jnp.any(z != 0, axis=1)))  # 3 positions fill no array of 4 rows: 4 stay
+      4
     """
     if filter_density is None and column_density is None:
         raise ValueError("give filter_density, column_density or both; with neither nothing would be pruned")

@@ -50,6 +50,12 @@ def block_max(size: int, *, axis: str = "outputs", scope: str = "leaf") -> Const
       size: length of a block.
       axis: "outputs" or "inputs", along which blocks run.
       scope: "leaf"; or "rule", the matrices of the rule joined along their outputs (see `constraints.gates`).
+
+    Example:
+      >>> w = jnp.asarray([[1.0, -5.0, 2.0, 4.0], [3.0, 0.5, -3.0, 1.0]])
+      >>> print(compressx.block_max(2).project(w, ()))
+      [[ 0. -5.  0.  4.]
+       [ 3.  0. -3.  0.]]
     """
     check_choice("axis", axis, AXES)
     if size < 1:
@@ -95,6 +101,13 @@ def darb(
 
     Raises:
       ValueError: an impossible argument; for a leaf, a density that the allowed sizes cannot reach.
+
+    Example:
+      >>> w = jnp.asarray([[8.0, 7.0, 6.0, 5.0], [0.1, 0.2, 0.3, 0.4]])
+      >>> constraint = compressx.darb(0.625, allowed=(1, 2, 4))
+      >>> print(constraint.project(w, constraint.init(w)))  # blocks of 1 in the dense row, of 4 in the sparse one
+      [[8.  7.  6.  5. ]
+       [0.  0.  0.  0.4]]
     """
     check_choice("axis", axis, AXES)
     check_density(density)
@@ -152,6 +165,11 @@ def balanced_block_max(density: float, *, size: int = 8, axis: str = "outputs", 
       density: share of weights kept, at most 1 / size; below it some blocks are empty.
       size: length of a block.
       axis, scope: as in `block_max`.
+
+    Example:
+      >>> w = jnp.asarray([[4.0, 1.0, 3.0, 2.0]])
+      >>> print(compressx.balanced_block_max(0.5, size=2).project(w, ()))  # one at each position within a block
+      [[4. 0. 0. 2.]]
     """
     check_choice("axis", axis, AXES)
     check_density(density)
@@ -184,6 +202,12 @@ def bank_balanced(density: float, bank: int, *, axis: str = "outputs", scope: st
       axis, scope: as in `block_max`.
 
     Source: S. Cao et al., "Efficient and Effective Sparse LSTM on FPGA with Bank-Balanced Sparsity", 2019.
+
+    Example:
+      >>> w = jnp.asarray([[1.0, -5.0, 2.0, 4.0], [3.0, 0.5, -3.0, 1.0]])
+      >>> print(compressx.bank_balanced(0.5, bank=4).project(w, ()))
+      [[ 0. -5.  0.  4.]
+       [ 3.  0. -3.  0.]]
     """
     check_choice("axis", axis, AXES)
     if bank < 1:

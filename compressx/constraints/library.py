@@ -265,6 +265,11 @@ def select_library(
       ValueError: no leaf matches, one does not fit, or fewer than k different patterns occur.
 
     Source: W. Niu et al., "PatDNN", 2020, pattern set selection.
+
+    Example:
+      >>> w = jnp.zeros((3, 3, 1, 2)).at[:2, :2].set(1.0)  # both kernels use the upper left corner
+      >>> compressx.select_library({"kernel": w}, "kernel", k=1)
+      [[0, 1, 3, 4]]
     """
     if candidates not in ("natural", "all"):
         raise ValueError(f'candidates must be "natural" or "all", got {candidates!r}')

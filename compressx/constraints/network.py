@@ -54,6 +54,15 @@ def network_structure(
 
     Source: sets of H. Li et al., "Deep Compressed Pneumonia Detection for Low-Power Embedded Devices", 2019 (filter,
     column, combined); the coupling of channels is ours.
+
+    Example:
+      >>> first, second = jnp.ones((2, 3)).at[:, 1].set(5.0), jnp.ones((3, 2))  # 3 channels, made and read
+      >>> made = {"makes": 1, "makes_units": [[0, 3]], "reads": None, "reads_units": None, "columns": None}
+      >>> read = {"makes": None, "makes_units": None, "reads": 0, "reads_units": [[0, 3]], "columns": None}
+      >>> constraint = compressx.network_structure([made, read], [[0, 3, 1]])
+      >>> z = constraint.project((first, second), constraint.init((first, second)))
+      >>> jnp.any(z[0] != 0, axis=0).tolist(), jnp.any(z[1] != 0, axis=1).tolist()
+      ([False, True, False], [False, True, False])
     """
     check_choice("selection", selection, SELECTIONS)
     plain = [_member(m, i) for i, m in enumerate(members)]

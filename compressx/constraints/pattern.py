@@ -89,6 +89,14 @@ def pattern(
     Source: W. Niu et al., "PatDNN", 2020 (natural patterns, projection); X. Ma et al., "PCONV", 2020; X. Ma et al., "An
     Image Enhancing Pattern-based Sparsity for Real-time Inference on Mobile Devices", 2020 (extraction; its thresholds
     and rounds are not published, so `shrink` is a sweep).
+
+    Example:
+      >>> w = jnp.arange(1.0, 10.0).reshape(3, 3, 1, 1)
+      >>> constraint = compressx.pattern("natural")
+      >>> print(constraint.project(w, constraint.init(w))[:, :, 0, 0])  # the centre and the 3 largest others
+      [[0. 0. 0.]
+       [0. 5. 0.]
+       [7. 8. 9.]]
     """
     return _kernel_set(_library_options(library, k, entries, kernel, scope, aligned, shrink), None)
 
@@ -111,6 +119,13 @@ def connectivity(
         channels, and groups of kernels are what is counted.
 
     Source: W. Niu et al., "PatDNN", 2020; X. Ma et al., "PCONV", 2020.
+
+    Example:
+      >>> w = jnp.ones((3, 3, 2, 2)).at[:, :, 0, 1].set(2.0)  # 4 kernels
+      >>> constraint = compressx.connectivity(keep=1)
+      >>> z = constraint.project(w, constraint.init(w))
+      >>> jnp.any(z != 0, axis=(0, 1)).tolist()  # [cin, cout]
+      [[False, True], [False, False]]
     """
     _check_aligned(aligned, ("int",))
     return _kernel_set({"aligned": aligned}, _connections(density, keep, balance))
@@ -140,6 +155,13 @@ def pattern_connectivity(
     Args:
       density, keep, balance: as in `connectivity`; counted in each leaf, also with scope="rule".
       library, k, entries, kernel, scope, aligned, shrink: as in `pattern`.
+
+    Example:
+      >>> w = jnp.ones((3, 3, 2, 2)).at[:, :, 0, 1].set(2.0)
+      >>> constraint = compressx.pattern_connectivity(keep=1)
+      >>> z = constraint.project(w, constraint.init(w))
+      >>> jnp.sum(z != 0, axis=(0, 1)).tolist()  # one kernel stays, with 4 taps
+      [[0, 4], [0, 0]]
     """
     _check_aligned(aligned, ("int",))
     options = _library_options(library, k, entries, kernel, scope, aligned, shrink)

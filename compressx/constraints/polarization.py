@@ -61,6 +61,12 @@ def polarize(fragment: int, *, order: str = "W", rule: str = "sum") -> Constrain
 
     Returns:
       A SIGN constraint whose structure is a `Polarity`.
+
+    Example:
+      >>> w = jnp.asarray([[3.0], [-1.0], [-4.0], [2.0]])  # two fragments of one filter
+      >>> constraint = compressx.polarize(2)
+      >>> constraint.project(w, constraint.init(w)).ravel().tolist()
+      [3.0, 0.0, -4.0, 0.0]
     """
     if fragment < 1:
         raise ValueError(f"a fragment holds at least 1 weight, got fragment={fragment}")

@@ -119,6 +119,13 @@ def quantize(
 
     Source: scale: S. Ye et al., "Progressive DNN Compression: A Key to Achieve Ultra-High Weight Pruning and
     Quantization Rates using ADMM", 2019; codebook: S. Han, H. Mao, W. Dally, "Deep Compression", 2016.
+
+    Example:
+      >>> w = jnp.asarray([[0.9, -2.1, 0.0, 3.0]])
+      >>> constraint = compressx.quantize(3)  # levels 1, 2, 3 times a scale
+      >>> scale = constraint.init(w)
+      >>> print(jnp.round(constraint.project(w, scale) / scale))
+      [[ 1. -2.  0.  3.]]
     """
     levels = Levels(bits, grid, per, zero_level, cell_bits)
 
@@ -425,6 +432,11 @@ def quantize_activations(x: Array, bits: int, scale: Array | float, signed: bool
 
     Source: Y. Bengio, N. Leonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013;
     gradient of the clipping bound as in J. Choi et al., "PACT", 2018.
+
+    Example:
+      >>> x = jnp.asarray([-1.0, 0.3, 0.8, 9.0])
+      >>> print(compressx.quantize_activations(x, 2, scale=0.5))
+      [0.  0.5 1.  1.5]
     """
     _check_activation(bits, signed)
     return _activations(x, jnp.asarray(scale, x.dtype), bits, signed)

@@ -117,6 +117,10 @@ def top_k_masks(scores: Sequence[Array], k: int) -> list[Array]:
 
     Raises:
       ValueError: k is negative or above the total size.
+
+    Example:
+      >>> [m.tolist() for m in compressx.top_k_masks([jnp.asarray([3.0, 1.0]), jnp.asarray([2.0])], 2)]
+      [[True, False], [True]]
     """
     total = sum(s.size for s in scores)
     if not 0 <= k <= total:
@@ -158,6 +162,10 @@ def top_k_mask(scores: Array, k: int | Array, axis: int | None = None) -> Array:
 
     Raises:
       ValueError: an integer k is negative or above the number of entries.
+
+    Example:
+      >>> compressx.top_k_mask(jnp.asarray([3.0, 1.0, 2.0, 3.0]), 2).tolist()
+      [True, False, False, True]
     """
     if axis is None:
         if not isinstance(k, int):

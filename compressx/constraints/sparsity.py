@@ -39,6 +39,12 @@ def unstructured(density: float | None = None, *, keep: int | None = None, scope
 
     Source: S. Han, J. Pool, J. Tran, W. Dally, "Learning both Weights and Connections for Efficient Neural Networks",
     2015; as an ADMM set: T. Zhang et al., "A Systematic DNN Weight Pruning Framework using ADMM", 2018.
+
+    Example:
+      >>> w = jnp.asarray([[1.0, -5.0, 2.0], [4.0, 0.5, -3.0]])
+      >>> print(compressx.unstructured(density=0.5).project(w, ()))
+      [[ 0. -5.  0.]
+       [ 4.  0. -3.]]
     """
     check_choice("scope", scope, SCOPES)
     check_amount(density, keep)
@@ -65,6 +71,14 @@ def n_of_m(n: int, m: int, *, axis: str | int = "inputs") -> Constraint:
         stored weight.
 
     Source: A. Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
+
+    Example:
+      >>> w = jnp.asarray([[1.0, -5.0], [2.0, 4.0], [3.0, 0.5], [-4.0, 1.0]])  # [in, out]
+      >>> print(compressx.n_of_m(2, 4).project(w, ()))
+      [[ 0. -5.]
+       [ 0.  4.]
+       [ 3.  0.]
+       [-4.  0.]]
     """
     if not 1 <= n <= m:
         raise ValueError(f"n_of_m needs 1 <= n <= m, got n={n}, m={m}")
@@ -112,6 +126,12 @@ def block(block: tuple[int, int], density: float | None = None, *, keep: int | N
       block: `(bh, bw)`, positions and filters of a block; blocks at a ragged edge are smaller and count as one.
       density: share of blocks kept.
       keep: number of blocks kept, instead of a density.
+
+    Example:
+      >>> w = jnp.arange(1.0, 9.0).reshape(2, 4)
+      >>> print(compressx.block((2, 2), keep=1).project(w, ()))
+      [[0. 0. 3. 4.]
+       [0. 0. 7. 8.]]
     """
     view = views.blocks((block[0], block[1]))
 
@@ -127,6 +147,16 @@ def filters(density: float | None = None, *, keep: int | None = None) -> Constra
     """At most k non-zero filters (output channels, columns of the GEMM view; *rows* in the papers' matrices).
 
     argmin_z ||z - w||_2  s.t. at most k filters of z are non-zero: the k filters of largest energy stay.
+
+    Args:
+      density: share of filters kept, in (0, 1].
+      keep: number of filters kept, instead of a density.
+
+    Example:
+      >>> w = jnp.asarray([[1.0, -5.0, 2.0], [4.0, 0.5, -3.0]])  # [in, out]
+      >>> print(compressx.filters(keep=2).project(w, ()))
+      [[ 1.  -5.   0. ]
+       [ 4.   0.5  0. ]]
     """
     return _groups(
         lambda w: _energy(w, -1),
@@ -150,6 +180,16 @@ def columns(density: float | None = None, *, keep: int | None = None) -> Constra
     """At most k positions (i, j, c) used by any filter (*columns* in the papers, also called filter shapes).
 
     argmin_z ||z - w||_2  s.t. at most k rows of the GEMM view [P, F] are non-zero: the k rows of largest energy stay.
+
+    Args:
+      density: share of positions kept, in (0, 1].
+      keep: number of positions kept, instead of a density.
+
+    Example:
+      >>> w = jnp.ones((3, 3, 2, 4)).at[1, 1].set(2.0)  # [kh, kw, cin, cout]
+      >>> z = compressx.columns(keep=2).project(w, ())
+      >>> z.shape, int(jnp.sum(z != 0)), int(jnp.sum(z[1, 1] != 0))
+      ((3, 3, 2, 4), 8, 8)
     """
     return _groups(
         lambda w: _energy(w, *range(w.ndim - 1)),
@@ -165,6 +205,16 @@ def channels(density: float | None = None, *, keep: int | None = None) -> Constr
     """At most k input channels used: all taps and filters of the others are zero.
 
     argmin_z ||z - w||_2  s.t. at most k input channels of z are non-zero: the k of largest energy stay.
+
+    Args:
+      density: share of input channels kept, in (0, 1].
+      keep: number of input channels kept, instead of a density.
+
+    Example:
+      >>> w = jnp.ones((3, 3, 2, 4)).at[:, :, 1].set(2.0)  # [kh, kw, cin, cout]
+      >>> z = compressx.channels(density=0.5).project(w, ())
+      >>> jnp.any(z != 0, axis=(0, 1, 3)).tolist()
+      [False, True]
     """
     return _groups(
         lambda w: _energy(w, -2),
@@ -189,8 +239,21 @@ def filters_and_columns(
     positions of largest energy *within those filters*, which is exact for the positions given the filters. One set with
     one Z; `filters(...) & columns(...)` is the same set with two.
 
+    Args:
+      filter_density: share of filters kept, in (0, 1].
+      column_density: share of positions kept, in (0, 1].
+      keep_filters: number of filters kept, instead of a density.
+      keep_columns: number of positions kept, instead of a density.
+
     Source: X. Ma et al., "Tiny but Accurate: A Pruned, Quantized and Optimized Memristor Crossbar Framework", 2020;
     G. Yuan et al., "FORMS", 2021, set S (prune, combined).
+
+    Example:
+      >>> w = jnp.arange(1.0, 13.0).reshape(3, 4)
+      >>> print(compressx.filters_and_columns(0.5, keep_columns=2).project(w, ()))
+      [[ 0.  0.  0.  0.]
+       [ 0.  0.  7.  8.]
+       [ 0.  0. 11. 12.]]
     """
     check_amount(filter_density, keep_filters, "filter")
     check_amount(column_density, keep_columns, "column")

@@ -56,6 +56,11 @@ def unify(block: Sequence[int], fraction: float, *, zeros: str = "tie") -> Const
       fraction: share of blocks unified, in (0, 1]; K = floor(fraction * blocks + 1/2).
       zeros: "tie" is the paper's set: a zero in a unified block takes its magnitude, with sign +. "keep" leaves zeros
         at zero and out of mean and cost, so that the set can be intersected with pruning and polarization.
+
+    Example:
+      >>> w = jnp.asarray([[1.0, -1.5, 1.0, -9.0]])
+      >>> print(compressx.unify((1, 2), fraction=0.5).project(w, ()))  # the block that costs least
+      [[ 1.25 -1.25  1.   -9.  ]]
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
@@ -72,6 +77,11 @@ def prune_blocks(block: Sequence[int], fraction: float) -> Constraint:
     Args:
       block: see `unify`.
       fraction: share of blocks pruned, in (0, 1); K = floor(fraction * blocks + 1/2).
+
+    Example:
+      >>> w = jnp.asarray([[1.0, -1.5, 1.0, -9.0]])
+      >>> print(compressx.prune_blocks((1, 2), fraction=0.5).project(w, ()))
+      [[ 0.  0.  1. -9.]]
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be in (0, 1), got {fraction}")
@@ -114,6 +124,11 @@ def unify_and_prune(
       zeros: see `unify`.
 
     Source: greedy order as in W. Jiang et al., US patent application 2021/0397963.
+
+    Example:
+      >>> w = jnp.asarray([[0.1, 0.2, 1.0, -2.0, 3.0, 9.0]])
+      >>> print(compressx.unify_and_prune((1, 2), 1 / 3, 1 / 3).project(w, ()))
+      [[ 0.   0.   1.5 -1.5  3.   9. ]]
     """
     for name, value in (("unify_fraction", unify_fraction), ("prune_fraction", prune_fraction)):
         if not 0 <= value <= 1:

@@ -105,6 +105,14 @@ def save_model(
       ConstraintViolation: weights that do not lie in their sets with that structure, to the bit.
       ValueError: a name, format, structure or header that could not be read back.
       OSError: the file cannot be written.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> hard = compressx.harden(params, rules, fresh=True)
+      >>> sizes = compressx.save_model("compressed.safetensors", hard, rules, extra={"seed": 0})
+      >>> sizes.dense, sizes.packed
+      (16, 9)
     """
     params, held = parts(params, structures)
     rules, keyed = pairs(rules), keys(params)
@@ -186,11 +194,25 @@ def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES, *, like
       like: a tree of your own (an NNX state, an Equinox module, parameters, or their shapes), in whose form the params
         come back, matched by path; its leaves that are no arrays (functions, keys of random numbers) stay.
 
+    Returns:
+      What the file holds; `compile`, `check` and `retrain` take it.
+
     Raises:
       CompressedFileError: the file is damaged, truncated, foreign, too large or inconsistent; the text begins with the
         file and the entry.
       OSError: the file cannot be opened or read.
       ValueError: max_bytes is no positive integer; a path, shape or dtype of `like` is not that of the file.
+
+    Example:
+      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
+      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
+      >>> hard = compressx.harden(params, rules, fresh=True)
+      >>> sizes = compressx.save_model("compressed.safetensors", hard, rules)
+      >>> saved = compressx.load_model("compressed.safetensors", like=params)
+      >>> print(saved.params["dense"]["kernel"])
+      [[ 0. -5.]
+       [ 4.  0.]]
+      >>> compressx.check(saved, saved.rules)
     """
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1:
         raise ValueError(f"max_bytes must be a positive integer, got {max_bytes!r}")

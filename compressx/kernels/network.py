@@ -114,8 +114,16 @@ def compile(
         supports), or None for the native path where it runs, else Pallas on a GPU or TPU for the layers half of whose
         blocks or more are zero, else XLA.
 
+    Returns:
+      A function of the input, jitted, see `Compiled`.
+
     Raises:
       ValueError: a model that cannot be called, or a path that does not run here.
+
+    Example:
+      >>> f = compressx.compile(lambda variables, x: jnp.tanh(x @ variables["kernel"]), {"kernel": jnp.eye(3)})
+      >>> f(jnp.zeros((2, 3))).shape
+      (2, 3)
     """
     if isinstance(model, SavedModel):
         named = f" of {model.model['name']!r}" if model.model else ""

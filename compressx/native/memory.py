@@ -12,6 +12,13 @@ def keep_memory() -> bool:
     the operating system page by page: a tenth to a fifth of a training step, or of a large network's inference. What is
     kept is at most what the process has held at once. It holds for the whole process until its end, so the library
     never does it by itself: drivers do, and so may you, once, before the first step.
+
+    Returns:
+      Whether the C library took the settings.
+
+    Example:
+      >>> isinstance(compressx.keep_memory(), bool)
+      True
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
