@@ -51,6 +51,14 @@ def write_rules(path: str | os.PathLike[str], rules: Rules, schedule: Mapping[st
       ValueError: what could not be read back, such as a constraint that is not in `constraints.KINDS`, a pattern that
         is no regular expression, or a rho that is a schedule.
       OSError: the file cannot be written.
+
+    Example:
+      >>> import tempfile, pathlib
+      >>> from compressx import read_rules, unstructured, write_rules
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "rules.json"
+      >>> write_rules(path, [(".*kernel", unstructured(0.1))], {"every": 500})
+      >>> read_rules(path).schedule
+      {'every': 500}
     """
     listed = [
         {
@@ -81,6 +89,17 @@ def read_rules(path: str | os.PathLike[str]) -> RulesFile:
 
     Args:
       path: a file that `write_rules` or a person wrote, or anything else.
+
+    Returns:
+      The rules, and the schedule or None.
+
+    Example:
+      >>> import tempfile, pathlib
+      >>> from compressx import read_rules, filters, write_rules
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "rules.json"
+      >>> write_rules(path, [("head/kernel", filters(0.5))])
+      >>> [(pattern, str(constraint)) for pattern, constraint in read_rules(path).rules]
+      [('head/kernel', 'filters(density=0.5)')]
 
     Raises:
       CompressedFileError: it is not understood; the text begins with the file and the entry.

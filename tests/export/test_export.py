@@ -143,13 +143,13 @@ def test_operations(case: str) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (lambda x, w: jnp.abs(jnp.fft.fft(x)), "'fft' .*has no counterpart here; export StableHLO"),
+        (lambda x, w: jnp.abs(jnp.fft.fft(x)), "the type complex64 has no counterpart here; export StableHLO"),
         (lambda x, w: jax.lax.erf_inv(x), "'erf_inv' .to float32.batch,6.. has no counterpart"),
         (
             lambda x, w: nn.Dropout(0.5, deterministic=False).apply({}, x, rngs={"dropout": jax.random.key(0)}),
             "random numbers are drawn: call the network without dropout",
         ),
-        (lambda x, w: x.reshape(2, -1), "depends on the number of its inputs"),
+        (lambda x, w: x if x.shape[0] > 2 else -x, "depends on the number of its inputs"),
     ],
 )
 def test_what_has_no_counterpart_is_refused(body: Callable[..., jax.Array], message: str) -> None:
@@ -187,14 +187,14 @@ class _Decoder(nn.Module):
 def test_a_decoder_of_tokens(dtype: str, atol: float) -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (3, 5)), jnp.int32)
     module = _Decoder(jnp.dtype(dtype))
-    variables = module.init(jax.random.key(0), tokens)
-    described = jax.ShapeDtypeStruct((1, 5), jnp.int32)
-    data = export.onnx(module, variables, described)
-    assert data == export.onnx(module, variables, (5,)) == export.onnx(module, variables, (5,), dtype=jnp.int32)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # flax relies on both
+        variables = module.init(jax.random.key(0), tokens)
+        data = export.onnx(module, variables, jax.ShapeDtypeStruct((1, 5), jnp.int32))
+        assert data == export.onnx(module, variables, (5,)) == export.onnx(module, variables, (5,), dtype=jnp.int32)
+        ours = module.apply(variables, tokens).astype(jnp.float32)
     for batch in (3, 1):
-        theirs = _onnx(data)(tokens[:batch]).astype(np.float32)
-        np.testing.assert_allclose(theirs, module.apply(variables, tokens[:batch]).astype(jnp.float32), atol=atol)
-    tables = [t for t in onnx.load_from_string(data).graph.initializer if sorted(t.dims) == [8, 16]]
+        np.testing.assert_allclose(_onnx(data)(tokens[:batch]).astype(np.float32), ours[:batch], atol=atol)
+    tables = [t for t in onnx.load_from_string(data).graph.initializer if list(t.dims) == [16, 8]]
     assert len(tables) == 2  # the tied table once, and one dense layer
 
 
