@@ -14,6 +14,7 @@ from compressx.native.convolve import lax_only
 from compressx.tree import paths
 
 Function = Callable[[Any, Any], Any]
+Shape = tuple[int, ...]
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
 
@@ -128,6 +129,23 @@ def of_nothing(model: nn.Module | Function, variables: Any, x: Any) -> Any:
     sizes = lambda a, b: tuple(m if m == n else 0 for m, n in zip(a.shape, b.shape, strict=True))
     empty = jax.tree.map(lambda a, b: jax.ShapeDtypeStruct(sizes(a, b), a.dtype), one, two)
     return empty if all(0 in leaf.shape for leaf in jax.tree.leaves(empty)) else None
+
+
+def scan_parts(body: Program, given: Sequence[Shape], results: Sequence[Shape]) -> tuple[int, int]:
+    """How many operands of a `scan` are the same in every step, and how many are carried from step to step.
+
+    Read off the shapes: what is scanned over has one axis more outside of the body. jax's own names for these numbers
+    went with 0.12.
+
+    Args:
+      body: the program of a step.
+      given: shapes of the operands.
+      results: shapes of the outputs.
+    """
+    over = sum(len(outer) > len(body.shapes[v]) for outer, v in zip(given, body.inputs, strict=True))
+    stacked = sum(len(outer) > len(body.shapes[v]) for outer, v in zip(results, body.outputs, strict=True))
+    carried = len(results) - stacked
+    return len(given) - carried - over, carried
 
 
 def flatten(closed: Any, names: tuple[str, ...] = (), treedef: Any = None) -> Program:

@@ -399,9 +399,7 @@ class KeepsAll(UserWarning):
     """A density below 1 that leaves every group of a leaf: there are too few to leave one out."""
 
 
-def count(
-    density: float | None, n: int, keep: int | None = None, what: str = "weights", *, quiet: bool = False
-) -> int:
+def count(density: float | None, n: int, keep: int | None = None, what: str = "weights", *, quiet: bool = False) -> int:
     """The exact number to keep of n: `keep` as given, or `floor(density * n + 1/2)`.
 
     A density below 1 that keeps all of them is a warning, `KeepsAll`, unless `quiet`.

@@ -1,10 +1,10 @@
 """A whole flax network on an engine: its layers from one traced call, its weights on the grid, its score.
 
-    layers = find_layers(model.apply, variables, image[None])            what has to be mapped
-    grid, scales = on_grid(variables, levels)                            weights on levels
-    deployed = deploy_network(grid, designs, scales, input_scales, rows) arrays, a layer each
-    score = make_scorer(model.apply, prepare)
-    correct = score(deployed, grid, images, labels)
+layers = find_layers(model.apply, variables, image[None])            what has to be mapped
+grid, scales = on_grid(variables, levels)                            weights on levels
+deployed = deploy_network(grid, designs, scales, input_scales, rows) arrays, a layer each
+score = make_scorer(model.apply, prepare)
+correct = score(deployed, grid, images, labels)
 """
 
 from collections.abc import Callable, Mapping

@@ -56,8 +56,12 @@ def forms(fragment: int = 8, encoding: str = "flip", weight_bits: int = 8) -> De
         signs="polarized",
         sources=(
             ("rows, cols, active_rows, device, dac_bits", f"{FORMS_PAPER}, section IV"),
-            ("adc.bits", f"{FORMS_PAPER}, section IV: 3, 4, 5 bits for 4, 8, 16 rows"
-             if published else f"lossless with flipped columns, as the paper's are for 4, 8, 16 rows: {_OURS}"),
+            (
+                "adc.bits",
+                f"{FORMS_PAPER}, section IV: 3, 4, 5 bits for 4, 8, 16 rows"
+                if published
+                else f"lossless with flipped columns, as the paper's are for 4, 8, 16 rows: {_OURS}",
+            ),
             ("adc.encoding", "flip is ISAAC's, added here: without it the stated widths are one bit short"),
             ("input_bits", f"{FORMS_PAPER}: 16-bit inputs, one bit a cycle"),
             ("weight_bits", f"{FORMS_PAPER}: 8 bits, four 2-bit cells"),

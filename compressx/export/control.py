@@ -10,7 +10,7 @@ import numpy as np
 from onnx import helper
 
 from compressx.export.graph import Call, Graph, Rule, Value, held, info
-from compressx.trace import Program, flatten
+from compressx.trace import Program, flatten, scan_parts
 
 
 def _subgraph(
@@ -37,7 +37,8 @@ def _ends(call: Call, names: Sequence[str]) -> list[Value]:
 
 def _scan(g: Graph, call: Call) -> list[Value]:
     p, program = call.params, flatten(call.params["jaxpr"])
-    fixed, carried = p["num_consts"], p["num_consts"] + p["num_carry"]
+    fixed, moving = scan_parts(program, call.shapes, call.out_shapes)
+    carried = fixed + moving
     sorts = list(zip(call.shapes, call.dtypes, strict=True))
     takes = [*sorts[fixed:carried], *((shape[1:], dtype) for shape, dtype in sorts[carried:])]
     inputs = [g.read(call, i) for i in range(fixed, len(call.values))]
@@ -46,7 +47,7 @@ def _scan(g: Graph, call: Call) -> list[Value]:
         inputs.append(g.node("Expand", g.like(0, np.int32), g.dims([p["length"]])))
     number = len(sorts) - fixed
     body = _subgraph(g, takes, lambda values: _written(g, program, [*call.values[:fixed], *values[:number]]))
-    reads, writes = len(inputs) - p["num_carry"], len(call.out_shapes) - p["num_carry"]
+    reads, writes = len(inputs) - moving, len(call.out_shapes) - moving
     back = int(p["reverse"])
     names = g.several(
         "Scan",

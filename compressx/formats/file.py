@@ -132,9 +132,7 @@ def save_model(
     arrays: dict[str, np.ndarray] = {}
     entries, described = [], []
     # formats for a structure are written for Flax's layout: a leaf with axes of its own takes one of the others
-    alone = {
-        p: on_leaf(b.constraint, given[b.name], i) for b in bound if b.axes is None for i, p in enumerate(b.paths)
-    }
+    alone = {p: on_leaf(b.constraint, given[b.name], i) for b in bound if b.axes is None for i, p in enumerate(b.paths)}
     packed_bytes = 0
     for key, name, leaf in zip(keyed, names, leaves, strict=True):
         try:

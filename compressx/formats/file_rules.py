@@ -92,9 +92,7 @@ def pattern_of(b: Bound) -> str:
     return "|".join(map(re.escape, b.paths))
 
 
-def _bind(
-    entry: str, about: Any, version: int, index: dict[str, int], free: set[str], leaves: Sequence[Any]
-) -> Bound:
+def _bind(entry: str, about: Any, version: int, index: dict[str, int], free: set[str], leaves: Sequence[Any]) -> Bound:
     if not isinstance(about, dict) or not isinstance(about.get("spec"), dict):
         fail(entry, "has no constraint")
     named = about.get("paths")

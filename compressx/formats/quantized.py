@@ -81,9 +81,7 @@ def weights(c: Coded, dtype: np.dtype[Any]) -> np.ndarray:
     return out.reshape(c.codes.shape)
 
 
-def decoded(
-    codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any]
-) -> np.ndarray:
+def decoded(codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any]) -> np.ndarray:
     """`weights` of a piece of the codes in stored order, which begins at weight `start`."""
     signed = codes.astype(np.int32)
     k = np.abs(signed)

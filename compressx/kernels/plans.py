@@ -1,6 +1,6 @@
 """Tiles and loop order of a layer: the plans there are, and a model that predicts which of them is fast.
 
-    plan = plans.guess(s, geometry, grid)          # microseconds; `tuning` measures from there
+plan = plans.guess(s, geometry, grid)          # microseconds; `tuning` measures from there
 """
 
 import os

@@ -16,7 +16,7 @@ from compressx.compaction.primitives import ELEMENTWISE
 from compressx.formats.base import Packed
 from compressx.kernels import graph
 from compressx.kernels.schedule import Loads, Plan
-from compressx.trace import Op, Program, flatten
+from compressx.trace import Op, Program, flatten, scan_parts
 
 PRODUCTS = frozenset(("dot_general", "ragged_dot_general"))
 _MOVES = frozenset("broadcast_in_dim reshape transpose squeeze convert_element_type copy expand_dims".split())
@@ -214,7 +214,7 @@ class _Walk:
     def _inside(self, op: Op) -> None:
         """Reads what lies inside of a loop, a branch or a call."""
         steps = self.steps * int(op.params.get("length", 1))
-        for inner, sources in _bodies(op, [self.sources[v] for v in op.inputs]):
+        for inner, sources in _bodies(op, [self.sources[v] for v in op.inputs], self.program.shapes):
             within = f"it is inside of {op.primitive.name}, which XLA runs whole"
             walk = _Walk(self.lines, inner, sources, within, steps)
             for one in inner.ops:
@@ -261,11 +261,14 @@ def _union(parts: Sequence[Source]) -> Source:
     return None if any(p is None for p in parts) else frozenset().union(*(p for p in parts if p is not None))
 
 
-def _bodies(op: Op, given: list[Source]) -> Iterator[tuple[Program, dict[int, Source]]]:
+def _bodies(
+    op: Op, given: list[Source], shapes: Sequence[tuple[int, ...]]
+) -> Iterator[tuple[Program, dict[int, Source]]]:
     """The programs inside of an operation, and what their values are computed from."""
     p, name = op.params, op.primitive.name
     if name == "scan":
-        consts, carry = p["num_consts"], p["num_carry"]
+        outside = [shapes[v] for v in op.inputs], [shapes[v] for v in op.outputs]
+        consts, carry = scan_parts(flatten(p["jaxpr"]), *outside)
         yield _settled(p["jaxpr"], given[:consts], given[consts : consts + carry], given[consts + carry :])
     elif name == "while":
         first, second = p["cond_nconsts"], p["body_nconsts"]

@@ -16,6 +16,7 @@ from experiments.common.report.summary import check_summary, read_summary
 from experiments.common.training import ConfigError
 from experiments.common.training.language import make_perplexity
 from experiments.language_model import config as language_model_config
+from experiments.language_model import curves
 from experiments.language_model import task as language_model
 
 FILES = (
@@ -192,8 +193,9 @@ def test_a_dense_network_of_other_lanes_is_refused(done, tmp_path) -> None:
 def test_every_variant_is_a_config_and_keeps_what_it_says() -> None:
     for name in configs.VARIANTS:
         for variant in (name, f"{name}_tiny"):
-            config = language_model_config.read(configs.get_config(variant))
+            config = curves.read(configs.get_config(variant))
             assert config.variant == variant
+            assert isinstance(config, curves.Config) == name.startswith("curves_")
     large = language_model_config.read(configs.get_config("ptb"))
     assert dataclasses.astuple(large.model) == (1500, 0, 2, 0.65, 0.04)
     assert (large.optimizer, large.clip, large.loss) == ("plain_sgd", 10.0, "window")
