@@ -97,17 +97,28 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
 
     Args:
       model: a flax module, see `function_of`, or any `f(variables, x)`.
-      variables: pytree of arrays or `jax.ShapeDtypeStruct`.
+      variables: pytree of arrays or `jax.ShapeDtypeStruct`; other leaves (the functions of an Equinox module) are
+        passed on as they are.
       x: inputs, a pytree of arrays or `jax.ShapeDtypeStruct`.
     """
+    function = function_of(model)
+    leaves, treedef = jax.tree.flatten(variables)
+    arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def run(given: Sequence[Any], x: Any) -> Any:
+        whole = list(leaves)
+        for i, leaf in zip(arrays, given, strict=True):
+            whole[i] = leaf
+        return function(jax.tree.unflatten(treedef, whole), x)
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
 
-    spec = jax.tree.map(shape, (variables, x))
+    names = paths(variables)
+    spec = jax.tree.map(shape, ([leaves[i] for i in arrays], x))
     with lax_only():
-        closed, out = jax.make_jaxpr(function_of(model), return_shape=True)(*spec)
-    return flatten(closed, tuple(paths(variables)), jax.tree.structure(out))
+        closed, out = jax.make_jaxpr(run, return_shape=True)(*spec)
+    return flatten(closed, tuple(names[i] for i in arrays), jax.tree.structure(out))
 
 
 def of_nothing(model: nn.Module | Function, variables: Any, x: Any) -> Any:

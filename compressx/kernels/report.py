@@ -268,8 +268,8 @@ def _bodies(
     p, name = op.params, op.primitive.name
     if name == "scan":
         outside = [shapes[v] for v in op.inputs], [shapes[v] for v in op.outputs]
-        consts, carry = scan_parts(flatten(p["jaxpr"]), *outside)
-        yield _settled(p["jaxpr"], given[:consts], given[consts : consts + carry], given[consts + carry :])
+        fixed, moving = scan_parts(flatten(p["jaxpr"]), *outside)
+        yield _settled(p["jaxpr"], given[:fixed], given[fixed : fixed + moving], given[fixed + moving :])
     elif name == "while":
         first, second = p["cond_nconsts"], p["body_nconsts"]
         carry = given[first + second :]
