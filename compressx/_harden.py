@@ -1,7 +1,6 @@
 """Hardening: the weights are projected once onto their sets, and the result is checked against every one of them."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from jax import Array
 from compressx._admm import AdmmState, find_state
 from compressx.constraints.floats import nonzero
 from compressx.rules import Bound, Rules, pairs, resolve
-from compressx.tree import check_finite
+from compressx.tree import check_finite, in_their_precision
 
 
 class ConstraintViolation(ValueError):
@@ -244,12 +243,6 @@ def prove(params: Any, rules: Rules, structures: Mapping[str, Any], chosen: bool
             " harden(params, rules, opt_state) returns, or its structures beside weights that have moved since"
         )
     raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}\n{advice}")
-
-
-def in_their_precision(tree: Any) -> AbstractContextManager[Any]:
-    """A context in which the arrays of a tree are computed with as they are: no float64 is cut to float32."""
-    cut = any(jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype for x in jax.tree.leaves(tree))
-    return jax.enable_x64(True) if cut else nullcontext()
 
 
 def outside(params: Any, rules: Rules, structures: Mapping[str, Any]) -> dict[str, int]:

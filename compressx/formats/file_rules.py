@@ -22,7 +22,7 @@ from compressx.constraints import Constraint, from_spec
 from compressx.formats.base import fail
 from compressx.formats.container import to_json
 from compressx.rules import Bound, bind
-from compressx.tree import Key, path_name, paths
+from compressx.tree import Key, in_their_precision, path_name, paths
 
 # Operations that the projections of a file may have: some, and more for a file that may be large. Of the default 4 GiB
 # they are 139264; 80 different sets of supports have 2**13, as do three codebooks of 8 bits.
@@ -155,7 +155,8 @@ class _Traces:
                 fail(b.paths[0], f"{_short(one)} holds on {lines} rows and columns, too many for max_bytes")
             self._spend(b, _PER_LEAF * len(shapes) if one.joint else 0, take=False)
             try:
-                traced = trace(one, like)
+                with in_their_precision(like):
+                    traced = trace(one, like)
             except Exception as error:  # as above
                 fail(b.paths[0], f"{_short(one)} does not fit {_short([s for s, _ in shapes])}: {_short(error)}")
             if traced.largest > self.max_bytes:
