@@ -382,7 +382,7 @@ def watch_refreshes(
             found = {}
             for b, k in watched(params):
                 z, (old, new) = b.take(_like(params, after.z[k])), (s.structure[b.name][k] for s in (before, after))
-                found[b.name] = _sets(b)[k].changed(z, old, new).astype(jnp.float32)  # type: ignore[misc]
+                found[b.name] = programs(_sets(b)[k]).changed(z, old, new).astype(jnp.float32)  # type: ignore[misc]
             return found
 
         fresh = (after.updates != before.updates) & (after.updates % refresh_every == 0)

@@ -9,6 +9,7 @@ from jax import Array
 
 from compressx._admm import AdmmState, find_state
 from compressx.constraints.floats import nonzero
+from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import check_finite, in_their_precision
 
@@ -108,10 +109,11 @@ def _settled(b: Bound, w: Any, structures: tuple[Any, ...]) -> tuple[Any, ...]:
     last = max((k for k, (part, _) in enumerate(sets) if part.settle), default=-1)
     out = list(structures)
     for k, (part, _) in enumerate(sets[: last + 1]):
-        if part.settle:
-            out[k] = part.settle(w, out[k])
+        settle = programs(part).settle
+        if settle:
+            out[k] = settle(w, out[k])
         if k < last:
-            w = part.project(w, out[k])
+            w = programs(part).project(w, out[k])
     return tuple(out)
 
 
@@ -149,7 +151,8 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
     """Projects every constrained leaf onto its sets, once, and proves that it lies in all of them.
 
     Args:
-      params: any pytree of concrete arrays.
+      params: any pytree of arrays. Under `jit` or `vmap` they are projected alike, and nothing can be proved: `check`
+        what comes out.
       rules: pairs (pattern, constraint).
       state: the optimizer's state after training with `admm`, in which the ADMM state is found; its signs, libraries
         and scales are used.
@@ -178,12 +181,16 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
         raise ValueError("harden takes ADMM's state or fresh=True, not both")
     rules = pairs(rules)
     leaves = jax.tree.leaves(params)
-    check_finite({p: leaves[i] for b in resolve(rules, params) for p, i in zip(b.paths, b.indices, strict=True)})
+    held = {p: leaves[i] for b in resolve(rules, params) for p, i in zip(b.paths, b.indices, strict=True)}
+    traced = any(isinstance(x, jax.core.Tracer) for x in held.values())
+    if not traced:
+        check_finite(held)
     if state is None and not fresh:
         _refuse_to_choose(params, rules)
     structure = structures(params, rules, state)
     hard = project(params, rules, structure)
-    check(hard, rules, structure)
+    if not traced:
+        check(hard, rules, structure)
     return Hardened(hard, structure)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compressx._harden import Hardened, agree, parts, prove, structures
+from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import unboxed
 
@@ -122,10 +123,11 @@ def retract(params: Any, rules: Rules, state: Any) -> Hardened:
     for b in resolve(rules, params):
         w, active = b.take(leaves), held.active[b.name]
         each = active if b.constraint.parts else (active,)
-        moved[b.name] = tuple(
-            part.moved(w, a) if part.moved else s
-            for (part, s), a in zip(b.constraint.each(held.structures[b.name]), each, strict=True)
-        )
+        structures = []
+        for (part, structure), a in zip(b.constraint.each(held.structures[b.name]), each, strict=True):
+            move = programs(part).moved
+            structures.append(move(w, a) if move else structure)
+        moved[b.name] = tuple(structures)
         b.put(leaves, _retract(b, w, held))
     return Hardened(jax.tree.unflatten(treedef, leaves), moved)
 

@@ -18,7 +18,7 @@ from compressx.compaction.primitives import (
     Contraction,
     reaches_border,
 )
-from compressx.trace import Op
+from compressx.trace import Op, arrays
 
 
 class Value(NamedTuple):
@@ -63,7 +63,7 @@ def flows(found: Channels, variables: Any, x: Any) -> tuple[list[Flow], dict[int
     """
     program = found.program
     values: dict[int, Value] = {v: Value(jnp.asarray(c)) for v, c in program.constants.items()}
-    values |= {i: Value(jnp.asarray(leaf)) for i, leaf in enumerate(jax.tree.leaves(variables))}
+    values |= {i: Value(jnp.asarray(leaf)) for i, leaf in enumerate(arrays(variables))}
     for v, leaf in zip(program.inputs, jax.tree.leaves(x), strict=True):
         values[v] = Value(jnp.zeros(leaf.shape, leaf.dtype), jnp.ones(leaf.shape, bool))
     by_op: dict[int, list[int]] = {}

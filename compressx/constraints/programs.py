@@ -21,13 +21,16 @@ _KEPT = 512  # sets whose programs are kept
 
 
 class Programs(NamedTuple):
-    """Functions of a single set as they stand in a `Constraint`, jitted."""
+    """Functions of a single set as they stand in a `Constraint`, jitted; None where the set has none."""
 
     init: Callable[..., Any]
     project: Callable[..., Any]
     refresh: Callable[..., Any]
     freeze: Callable[..., Any]
     retract: Callable[..., Any]
+    settle: Callable[..., Any] | None
+    moved: Callable[..., Any] | None
+    changed: Callable[..., Any] | None
 
 
 def programs(single: Constraint) -> Programs:
@@ -109,7 +112,8 @@ def _kept(of: _Set) -> Programs:
 
 
 def _compiled(single: Constraint) -> Programs:
-    return Programs(*(_on_any_mesh(getattr(single, name)) for name in Programs._fields))
+    functions = [getattr(single, name) for name in Programs._fields]
+    return Programs(*(None if function is None else _on_any_mesh(function) for function in functions))
 
 
 def _on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,13 +8,12 @@ addition of two images, a ReLU. Everything else stays the operation that it is.
 from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import lax
 
 from compressx.kernels.pattern_conv import SLOPE
 from compressx.kernels.schedule import Geometry, Pads
-from compressx.trace import Op, Program
+from compressx.trace import Op, Program, arrays
 
 # The algebra of fusion. `y` is a convolution with a scale and a shift for each of its channels; `v` are known numbers,
 # one a channel or one for all; `r` is an image of y's shape. What has no row here is not folded.
@@ -132,7 +131,7 @@ def steps(program: Program, variables: Any) -> tuple[list[Step], dict[int, Any]]
     Returns:
       The steps in order, and what is known of values without inputs (the program's outputs may be among them).
     """
-    known: dict[int, Any] = dict(enumerate(jax.tree.leaves(variables))) | dict(program.constants)
+    known: dict[int, Any] = dict(enumerate(arrays(variables))) | dict(program.constants)
     uses = program.readers()
     found: list[Step] = []
     open_convs: dict[int, Conv] = {}  # value -> a convolution that later operations may still join

@@ -32,7 +32,7 @@ _MISSING = "there are no native kernels: no compiler, COMPRESSX_NATIVE=off, or n
 
 
 class Compiled:
-    """A network in compressed form, called as `f(x)` with float32 images `[n, h, w, c]`.
+    """A network in compressed form, called as `f(x)` with whatever the network takes: an array or a pytree of arrays.
 
     Specialised once for each shape of the input, at its first call (safe from several threads). No gradient.
 
@@ -59,14 +59,15 @@ class Compiled:
         self._lock = threading.Lock()
 
     def _specialise(self, x: Any) -> tuple[Callable[..., Any], Any, list[LayerReport]]:
-        key = (tuple(x.shape), np.dtype(x.dtype).name)
+        inputs, treedef = jax.tree.flatten(x)
+        key = (treedef, *((tuple(np.shape(leaf)), jnp.result_type(leaf).name) for leaf in inputs))
         with self._lock:
             if key not in self._ready:
-                shape, empty = x.shape, None
-                if shape[:1] == (0,):
-                    empty = of_nothing(self._model, self._variables, x)
-                    shape = shape if empty is None else (1, *shape[1:])
-                spec = jax.ShapeDtypeStruct(shape, x.dtype)
+                spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), x)
+                empty = None
+                if any(np.shape(leaf)[:1] == (0,) for leaf in inputs):
+                    empty = of_nothing(self._model, self._variables, spec)
+                    spec = spec if empty is None else jax.tree.map(_one, spec)
                 given = (self._packed, self._threads, self._tune, self.path, self._most, self._why)
                 with jax.ensure_compile_time_eval():  # also within somebody's jit
                     program = trace(self._model, self._variables, spec)
@@ -88,8 +89,7 @@ class Compiled:
 
     def __call__(self, x: Any) -> Any:
         """The network's outputs."""
-        if isinstance(x, np.ndarray) and not x.dtype.isnative:
-            x = x.astype(x.dtype.newbyteorder("="))
+        x = jax.tree.map(_native_order, x)
         f, arrays, _ = self._specialise(x)
         return f(arrays, x)
 
@@ -139,6 +139,16 @@ def compile(
     if path == "native" and not native.available():
         raise ValueError(f"the native path does not run: {_MISSING}")
     return Compiled(model, variables, packed, threads, tune, path)
+
+
+def _native_order(x: Any) -> Any:
+    foreign = isinstance(x, np.ndarray) and not x.dtype.isnative
+    return x.astype(x.dtype.newbyteorder("=")) if foreign else x
+
+
+def _one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A batch of 1 in place of one of 0."""
+    return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) if x.shape[:1] == (0,) else x
 
 
 def _nothing(outputs: Any) -> Callable[[Any, Any], Any]:
