@@ -8,12 +8,13 @@ groups), `dead` (what can go), `compact` (the smaller network), `structure` (how
 (kernels with unused positions) and `cost` (weights, multiply-adds and bytes by layer).
 """
 
-from compressx.compaction.channels import Channels, CompactionError, Group, Slot, channels, groups
+from compressx.compaction.channels import Channels, CompactionError, Scope, channels
 from compressx.compaction.compact import Compact, compact, cut, smaller
 from compressx.compaction.cost import LayerCost, costs, peak_bytes
 from compressx.compaction.coupling import coupled_rules
 from compressx.compaction.dead import Dead, dead
 from compressx.compaction.gathered import gather, gathered_conv
+from compressx.compaction.groups import Group, Slot, groups
 from compressx.compaction.structure import Amounts, amounts, kernels, structure_rules
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Dead",
     "Group",
     "LayerCost",
+    "Scope",
     "Slot",
     "amounts",
     "channels",

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from compressx.compaction.channels import Group
+from compressx.compaction.groups import Group
 from compressx.constraints.base import Constraint
 from compressx.constraints.coupled import coupled_filters, runs
 
