@@ -1,5 +1,6 @@
 """Physical compaction: the same network with smaller arrays, its outputs unchanged to float tolerance."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,13 @@ from compressx.trace import Function, Op, of_nothing
 from compressx.tree import paths
 
 _NHWC, _HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # jax's names of dimensions: batch or filters, channels, rows, columns
+
+
+_SAID = 8  # axes that the text of a warning names
+
+
+class NothingRemoved(UserWarning):
+    """A network has empty channels, and all of them must stay; the text names the operations that keep them."""
 
 
 class Compact(NamedTuple):
@@ -42,8 +50,17 @@ def compact(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str
 
         small = compact(model, variables, jnp.zeros((1, 32, 32, 3)))
         logits = jax.jit(small.apply)(small.variables, images)
+
+    A warning, `NothingRemoved`, names what stands in the way where weights are 0 along whole indices and none can go.
     """
     found = dead(model, variables, x, keep)
+    if not found.kept and found.stuck:
+        words = "; ".join(f"{where}: {why}" for where, why in list(found.stuck.items())[:_SAID])
+        warnings.warn(
+            f"nothing can be removed, although weights are 0 along whole indices of {len(found.stuck)} axes: {words}",
+            NothingRemoved,
+            stacklevel=2,
+        )
     return Compact(cut(variables, found), smaller(model, variables, found, keep), found)
 
 
@@ -120,9 +137,7 @@ def _masks(whole: Channels, found: Dead) -> np.ndarray:
     return live
 
 
-def _run(
-    whole: Channels, left: Plan, leaves: list[Any], inputs: list[Any], positions: Mapping[str, np.ndarray]
-) -> Any:
+def _run(whole: Channels, left: Plan, leaves: list[Any], inputs: list[Any], positions: Mapping[str, np.ndarray]) -> Any:
     program = whole.program
     held = {value: path for value, path in enumerate(program.paths) if path in positions}
     for value, leaf in enumerate(leaves):

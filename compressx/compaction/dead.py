@@ -133,15 +133,19 @@ def _edges(scope: Scope, carried: Flows, takers: Sequence[Absorber | None] | Non
     """The contractions of a scope and of all within it; in a scan that has the same units in all steps, once."""
     for k, (c, f) in enumerate(zip(scope.contractions, carried.own, strict=True)):
         values = scope.program.ops[c.op].inputs[:2]
-        axes = [scope.axes[v] for v in values]
-        pick = lambda at: tuple(None if a is None else x[a] for x, a in zip((*axes, axes[0])[:2], at, strict=True))
+        ends = [scope.axes[v] for v in values] * (3 - len(values))  # a plain sum has one operand
         right = f.right & ~f.exact if takers is not None and takers[k] is not None else f.right
-        yield Edge(pick(c.axes), pick(c.free), np.asarray(f.left), np.asarray(right))
+        yield Edge(_at(ends, c.axes), _at(ends, c.free), np.asarray(f.left), np.asarray(right))
     for number, bodies in scope.inner.items():
         inside = carried.inner[number]
         for step, body in enumerate(bodies):
             each = (lambda x: x.any(0)) if len(bodies) == 1 else (lambda x, step=step: x[step])
             yield from _edges(body, jax.tree.map(lambda x, each=each: each(np.asarray(x)), inside), None)
+
+
+def _at(ends: Sequence[tuple[Axis, ...]], axes: tuple[int | None, int | None]) -> tuple[Axis, Axis]:
+    left, right = (None if a is None else units[a] for units, a in zip(ends, axes, strict=True))
+    return left, right
 
 
 def _live(found: Channels, edges: Sequence[Edge]) -> np.ndarray:

@@ -35,7 +35,7 @@ class Plan(NamedTuple):
         return (
             self.shapes == other.shapes
             and _equal(self.constants, other.constants)
-            and all(_equal((a.primitive, a.params), (b.primitive, b.params)) for a, b in zip(self.ops, other.ops, strict=True))
+            and _equal([(op.primitive, op.params) for op in self.ops], [(op.primitive, op.params) for op in other.ops])
             and self.inner.keys() == other.inner.keys()
             and all(self.inner[k].same(other.inner[k]) for k in self.inner)
         )

@@ -194,7 +194,7 @@ def _reshape(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape]
         place = _varies(grid)
         if place is None:
             options = [i for i, n in enumerate(grid.shape) if n > 1]
-            place = u.choose((number, run, "split"), options, lambda i: _lines(grid, i)[:, 0])
+            place = u.choose((number, run, "split"), options, lambda i, grid=grid: _lines(grid, i)[:, 0])
         if place is None:
             u.fix(named[taken], "reshape splits it")
             continue
