@@ -7,7 +7,7 @@ the results; a primitive without a rule fixes everything it touches.
 """
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -483,7 +483,7 @@ def _dot(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], ou
     (summed_l, summed_r), (batch_l, batch_r) = op.params["dimension_numbers"]
     lhs, rhs = ins
     for a, b in zip(summed_l, summed_r, strict=True):
-        ends = ((lhs, a, _free(lhs, a)), (rhs, b, _free(rhs, b)))
+        ends = ((lhs, a, _free(lhs, summed_l)), (rhs, b, _free(rhs, summed_r)))
         u.contract(number, ends, "dot_general sums over an axis that cannot be cut")
     axes: Axes = [
         u.join(lhs[a], rhs[b], "dot_general meets an axis that cannot be cut")
@@ -499,8 +499,8 @@ def _dot(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], ou
     return axes
 
 
-def _free(axes: Axes, summed: int) -> int | None:
-    others = [a for a in range(len(axes)) if a != summed]
+def _free(axes: Axes, summed: Sequence[int]) -> int | None:
+    others = [a for a in range(len(axes)) if a not in summed]
     named = others if len(others) == 1 else [a for a in others if axes[a] is not None]
     return named[0] if len(named) == 1 else None
 

@@ -135,7 +135,11 @@ def _mlp(k: Kind, v: Leaves, x: jax.Array) -> jax.Array:
 
 def apply(kind: Kind, v: Leaves, tokens: jax.Array) -> jax.Array:
     """Numbers `[batch, 3]` for tokens `[batch, LENGTH]`."""
+    with jax.numpy_rank_promotion("allow"):  # biases and norms, as people write them
+        return _apply(kind, v, tokens)
 
+
+def _apply(kind: Kind, v: Leaves, tokens: jax.Array) -> jax.Array:
     def layer(x: jax.Array, v: Leaves) -> tuple[jax.Array, None]:
         x = x + _attention(kind, v, _norm(kind, v, 1, x))
         return x + _mlp(kind, v, _norm(kind, v, 2, x)), None
