@@ -106,7 +106,7 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
     """
     run, names, spec = _of_arrays(model, variables)
     with lax_only():
-        closed, out = jax.make_jaxpr(run, return_shape=True)(spec, jax.tree.map(_described, x))
+        closed, out = jax.make_jaxpr(run, return_shape=True)(spec, jax.tree.map(described, x))
     return flatten(closed, names, jax.tree.structure(out))
 
 
@@ -122,10 +122,13 @@ def _of_arrays(model: nn.Module | Function, variables: Any) -> tuple[Function, t
             whole[i] = leaf
         return function(jax.tree.unflatten(treedef, whole), x)
 
-    return run, tuple(names[i] for i in held), [_described(leaves[i]) for i in held]
+    return run, tuple(names[i] for i in held), [described(leaves[i]) for i in held]
 
 
-def _described(leaf: Any) -> jax.ShapeDtypeStruct:
+def described(leaf: Any) -> Any:
+    """The shape and dtype of an array; what is none, as it is."""
+    if not hasattr(leaf, "dtype"):
+        return leaf
     dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
     return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
