@@ -168,7 +168,7 @@ def test_constant_maps_are_folded_into_the_next_normalisation(padding, size, rng
 def test_a_constant_map_behind_zero_padding_stays(rng) -> None:
     model = _Net("SAME")
     variables = _blank(model, rng)
-    assert dead(model, variables, jnp.zeros((1, 7, 7, 2))) == ({}, {})
+    assert dead(model, variables, jnp.zeros((1, 7, 7, 2))) == ({}, {}, {})
     # of channel 3 the next layer reads only the centre tap, which never meets the padding
     kernel = variables["params"]["b"]["kernel"]
     variables["params"]["b"]["kernel"] = kernel.at[:, :, 3].set(jnp.zeros((3, 3, 5)).at[1, 1].set(kernel[1, 1, 3]))
@@ -179,7 +179,7 @@ def test_a_constant_map_behind_zero_padding_stays(rng) -> None:
 
 def test_a_constant_map_that_no_bias_can_take_stays(rng) -> None:
     model = _Net(norm=False)
-    assert dead(model, _blank(model, rng), jnp.zeros((1, 7, 7, 2))) == ({}, {})
+    assert dead(model, _blank(model, rng), jnp.zeros((1, 7, 7, 2))) == ({}, {}, {})
 
 
 def test_constants_are_folded_through_flax_normalisation_and_dense_bias(rng) -> None:
