@@ -1,17 +1,18 @@
 """Hardening: the weights are projected once onto their sets, and the result is checked against every one of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from compressx._admm import AdmmState, find_state
 from compressx.constraints.floats import nonzero
 from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve
-from compressx.tree import check_finite, in_their_precision
+from compressx.tree import check_finite, described, in_their_precision
 
 
 class ConstraintViolation(ValueError):
@@ -72,11 +73,13 @@ def structures(params: Any, rules: Rules, state: Any = None) -> dict[str, tuple[
     if state is None:
         return {b.name: b.choose(b.take(leaves)) for b in bound}
     held = state if isinstance(state, AdmmState) else find_state(state)
-    given = agree(held.structure, bound, "ADMM's state")
+    given = agree(held.structure, bound, leaves, "ADMM's state")
     return {b.name: _settled(b, b.take(leaves), given[b.name]) for b in bound}
 
 
-def agree(given: Mapping[str, Any], bound: tuple[Bound, ...], what: str) -> dict[str, tuple[Any, ...]]:
+def agree(
+    given: Mapping[str, Any], bound: tuple[Bound, ...], leaves: Sequence[Any], what: str
+) -> dict[str, tuple[Any, ...]]:
     """Structures as a `Hardened` has them, a tuple over the sets for each name.
 
     Raises:
@@ -95,6 +98,11 @@ def agree(given: Mapping[str, Any], bound: tuple[Bound, ...], what: str) -> dict
             out[b.name] = tuple(s for _, s in b.constraint.each(given[b.name]))
         except ValueError as error:
             raise ValueError(f"{b.name}: {what} is of other rules: {error}") from None
+        expected = jax.eval_shape(b.choose, jax.tree.map(described, b.take(leaves)))
+        wanted, found = (jax.tree.map(np.shape, x) for x in (expected, out[b.name]))
+        same = jax.tree.structure(expected) == jax.tree.structure(out[b.name])
+        if not same or wanted != found:
+            raise ValueError(f"{b.name}: {what} is of other rules: {b.constraint} needs shapes {wanted}, got {found}")
     return out
 
 
@@ -236,7 +244,7 @@ _choose = structures  # `check` has an argument of that name
 def prove(params: Any, rules: Rules, structures: Mapping[str, Any], chosen: bool) -> None:
     """`check`, where the structures may just have been `chosen` for the weights: the error then says what to do."""
     bound = resolve(rules, params)
-    structures = agree(structures, bound, "what is given as structures")
+    structures = agree(structures, bound, jax.tree.leaves(params), "what is given as structures")
     counts = outside(params, rules, structures)
     bad = [(b, counts[b.name]) for b in bound if counts[b.name]]
     if not bad:

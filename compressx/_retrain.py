@@ -66,7 +66,7 @@ def retrain(rules: Rules, hard: Hardened | Mapping[str, Any] | None = None) -> o
         params, held = parts(params, given if not isinstance(params, Hardened) else None)
         chosen = structures(params, rules) if held is None else jax.tree.map(jnp.copy, held)
         bound, leaves = resolve(rules, params), jax.tree.leaves(params)
-        chosen = agree(chosen, bound, "what is given as structures")
+        chosen = agree(chosen, bound, leaves, "what is given as structures")
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, chosen))):
             prove(params, rules, chosen, chosen=held is None)
         active = {b.name: b.freeze(b.take(leaves), chosen[b.name]) for b in bound}

@@ -5,6 +5,7 @@ A schedule is a pair of pure functions: `init() -> rho` and
 dual = ||Z - Z_previous||_2 (over all sets of the leaf) and the number of updates done, this one included.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,8 +27,9 @@ def _positive(**values: float) -> None:
 
 
 def constant(rho: float | Array) -> RhoSchedule:
-    """rho stays as it is."""
-    _positive(rho=rho)  # type: ignore[arg-type]
+    """rho stays as it is; 0 is no penalty."""
+    if isinstance(rho, int | float) and not 0 <= rho < math.inf:
+        raise ValueError(f"rho must be finite and not negative, got {rho}")
     return RhoSchedule(lambda: jnp.asarray(rho, jnp.float32), lambda value, primal, dual, updates: value)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Literal
 
 from compressx.native.convolve import lax_only
-from compressx.tree import paths
+from compressx.tree import described, paths
 
 Function = Callable[[Any, Any], Any]
 Shape = tuple[int, ...]
@@ -123,14 +123,6 @@ def _of_arrays(model: nn.Module | Function, variables: Any) -> tuple[Function, t
         return function(jax.tree.unflatten(treedef, whole), x)
 
     return run, tuple(names[i] for i in held), [described(leaves[i]) for i in held]
-
-
-def described(leaf: Any) -> Any:
-    """The shape and dtype of an array; what is none, as it is."""
-    if not hasattr(leaf, "dtype"):
-        return leaf
-    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
-    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
 
 def of_nothing(model: nn.Module | Function, variables: Any, x: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 Key = str | int
@@ -77,3 +78,11 @@ def in_their_precision(tree: Any) -> AbstractContextManager[Any]:
     """A context in which the arrays of a tree are computed with as they are: no float64 is cut to float32."""
     cut = any(jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype for x in jax.tree.leaves(tree))
     return jax.enable_x64(True) if cut else nullcontext()
+
+
+def described(leaf: Any) -> Any:
+    """The shape and dtype of an array; what is none, as it is."""
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)

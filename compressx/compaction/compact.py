@@ -14,8 +14,8 @@ from compressx.compaction.dead import Dead, dead
 from compressx.compaction.gathered import gathered_conv
 from compressx.compaction.plan import Plan, plans, run
 from compressx.native.convolve import convolve
-from compressx.trace import Function, Op, described, of_nothing
-from compressx.tree import paths
+from compressx.trace import Function, Op, arrays, of_nothing
+from compressx.tree import described, paths
 
 _NHWC, _HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # jax's names of dimensions: batch or filters, channels, rows, columns
 
@@ -116,7 +116,7 @@ def smaller(
             whole = channels(model, spec, shape, keep)
             traced[key] = whole, plans(whole.scope, _masks(whole, found))
         whole, left = traced[key]
-        return _run(whole, left, jax.tree.leaves(small), jax.tree.leaves(x), positions or {})
+        return _run(whole, left, arrays(small), jax.tree.leaves(x), positions or {})
 
     return apply
 

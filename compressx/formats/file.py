@@ -89,7 +89,8 @@ def save_model(
     Args:
       path: the file, usually `compressed.safetensors`; its folder must exist.
       params: what `harden` or `retract` returned, or any pytree of concrete arrays; give all of a model's variables
-        (`{"params": ..., "batch_stats": ...}`) to keep them all. Empty containers are not kept.
+        (`{"params": ..., "batch_stats": ...}`) to keep them all. Empty containers are not kept, and functions among
+        the leaves (of an Equinox module) are not either: `load_model(path, like=module)` takes them from there.
       rules: pairs (pattern, constraint); None as a constraint leaves a leaf free.
       structures: what the constraints leave open, beside plain parameters; None: chosen for them.
       model: `{"class": "package.module:Class", "options": {...}}`, or a "name" of the caller's own instead of "class",
@@ -115,13 +116,14 @@ def save_model(
       (16, 9)
     """
     params, held = parts(params, structures)
+    params = jax.tree.map(lambda x: None if callable(x) and not hasattr(x, "dtype") else x, params)
     rules, keyed = pairs(rules), keys(params)
     names = list(map(path_name, keyed))
     nest(keyed)
     leaves, params = _native(names, params)
     bound = resolve(rules, params) if rules else ()
     given = held if held is not None else choose(params, rules) if rules else {}
-    given = agree(_renamed(given, bound), bound, "what is given as structures")
+    given = agree(_renamed(given, bound), bound, leaves, "what is given as structures")
     _check_model(model)
     parts_of = {}
     for b in bound:
