@@ -81,7 +81,7 @@ def _cost(summary: Mapping[str, Any]) -> list[Tile]:
     tiles = []
     if rate["constrained_weights"] is not None:
         note = f"all weights {fmt.rate(rate['all_weights'])}" if rate["all_weights"] is not None else ""
-        tiles.append(Tile("fewer constrained weights", fmt.rate(rate["constrained_weights"]), note, "main"))
+        tiles.append(Tile("compression ratio, pruned layers", fmt.rate(rate["constrained_weights"]), note, "main"))
     elif rate["all_weights"] is not None:
         tiles.append(Tile("fewer weights", fmt.rate(rate["all_weights"]), "", "main"))
     if rate["bytes"] is not None:
