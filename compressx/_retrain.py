@@ -17,7 +17,7 @@ class RetrainState(NamedTuple):
 
     Attributes:
       active: name -> the constraint's active set (a mask, signs, ties, levels).
-      structures: name -> what each of its sets left open when retraining began.
+      structures: name -> the structure of each of its sets when retraining began.
     """
 
     active: dict[str, Any]

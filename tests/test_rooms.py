@@ -1,4 +1,4 @@
-"""The rooms of the code: the table of docs/architecture.md, held against the imports. Every import points downwards, and none in a circle.
+"""The rooms of the code, as docs/architecture.md lists them: every import points downwards, and none in a circle.
 
 A room may import the rooms that stand below it in the table, and the files of its own room. Imports inside functions
 count as much as those at the top of a file.

@@ -20,7 +20,7 @@ def coupled_rules(
       found: from `groups`.
       density: share of each group's units to keep, or shares by the group's place; groups that are not in it are free.
       column_density: see `coupled_filters`.
-      vectors: whether the mask also holds on what shifts and scales the channels (biases, normalisation, depthwise
+      vectors: whether the mask also applies to what shifts and scales the channels (biases, normalisation, depthwise
         kernels; not on batch statistics), so that a removed channel is exactly zero, and goes from behind zero padding
         too. Not together with `column_density`.
 
@@ -42,7 +42,7 @@ def coupled_rules(
         names = [s.path for s in slots]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
-            raise ValueError(f"{', '.join(twice)}: makes channels on two axes, and one mask cannot hold on both")
+            raise ValueError(f"{', '.join(twice)}: makes channels on two axes, and one mask cannot apply to both")
         pattern = "|".join(map(re.escape, names))
         members = [(s.axis, runs(s.units)) for s in slots]
         rules.append((pattern, coupled_filters(members, share, column_density=column_density)))

@@ -55,7 +55,7 @@ class SavedModel(NamedTuple):
       params: nested dictionaries of NumPy arrays, a level for each key of a path; keys are strings, or integers where
         the tree that was saved had lists or integer keys.
       rules: (pattern, constraint), or with axes, that bind exactly the leaves that were bound.
-      structures: what the sets of each constraint leave open, by name, as in a `Hardened`.
+      structures: the structure of the sets of each constraint, by name, as in a `Hardened`.
       model: as given to `save_model`: {"class" or "name", "options"} or None.
       extra: as given to `save_model`.
       packed: path -> the leaf as packed.
@@ -91,7 +91,7 @@ def save_model(
       params: what `harden` or `retract` returned, or any pytree of concrete arrays; give all of a model's variables
         (`{"params": ..., "batch_stats": ...}`) to keep them all. Empty containers are not kept.
       rules: pairs (pattern, constraint); None as a constraint leaves a leaf free.
-      structures: what the constraints leave open, beside plain parameters; None: chosen for them.
+      structures: that of the constraints, beside plain parameters; None: chosen for them.
       model: `{"class": "package.module:Class", "options": {...}}`, or a "name" of the caller's own instead of "class",
         so that the network can be built again. Loading imports nothing.
       extra: JSON-able facts to keep (accuracy, data set, seed).

@@ -45,7 +45,7 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
       w: a concrete array, `[kh, kw, cin, cout]`, `[in, out]` or any other shape; one in a foreign byte order is packed
         in this machine's.
       constraint: the constraint it satisfies (formats for a structure need it), or None.
-      structure: what that constraint leaves open: as its `init` returns it, or as it stands in a `Hardened`.
+      structure: that of the constraint: as its `init` returns it, or as it stands in a `Hardened`.
       format: a key of `FORMATS`; None takes the one with the fewest bytes among those that hold w exactly.
 
     Raises:

@@ -5,7 +5,7 @@
 
 Activations stay in planes from the first convolution to the last; layouts are converted only at the ends and around
 operations that have no kernel here. Convolutions run as the plan of each layer says, with their batch normalisation,
-bias, residual addition and rectifier inside. Where the native kernels do not run, the same fused steps run on XLA,
+bias, residual addition and ReLU inside. Where the native kernels do not run, the same fused steps run on XLA,
 on a GPU or TPU with Pallas for the layers whose weights have enough blocks of zeros.
 """
 

@@ -116,7 +116,7 @@ class _Writer:
     def tiles(self) -> Tiles:
         """Everything added."""
         if max(self.ends) >= 1 << 31:
-            raise ValueError("the matrix has more weights than 32-bit places reach")
+            raise ValueError("the matrix has more weights than 32-bit positions reach")
         none = np.zeros(0)
         return Tiles(
             np.array(self.rows, np.int32).reshape(-1, 6),
