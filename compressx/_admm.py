@@ -50,6 +50,14 @@ class AdmmState(NamedTuple):
       rho: name -> float32 [].
       primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update; the largest number before the first.
       dual: name -> float32 [sets], ||Z_k - Z_k previous|| / ||W|| at the last update.
+
+    Example:
+      >>> tx = compressx.admm([("kernel", compressx.unstructured(keep=1))], rho=0.5)
+      >>> state = tx.init({"kernel": jnp.asarray([[3.0, 1.0]]), "bias": jnp.zeros(2)})
+      >>> print(state.z[0]["kernel"], float(state.rho["kernel"]))
+      [[3. 0.]] 0.5
+
+    Source: S. Boyd et al., 2011, 3.1.1 (the scaled form).
     """
 
     step: Array

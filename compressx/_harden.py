@@ -15,7 +15,16 @@ from compressx.tree import check_finite
 
 
 class ConstraintViolation(ValueError):
-    """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside."""
+    """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> try:
+      ...     compressx.check(params, [("kernel", compressx.unstructured(keep=1))])
+      ... except compressx.ConstraintViolation as error:
+      ...     print(str(error).splitlines()[1].strip())
+      kernel: 3 entries outside unstructured(keep=1, scope=leaf)
+    """
 
 
 class Hardened(NamedTuple):
@@ -25,6 +34,11 @@ class Hardened(NamedTuple):
       params: the tree that was given, every constrained leaf in its sets.
       structures: name of a leaf (or of a joint rule) -> a structure for each set of its constraint (signs of fragments,
         pattern library, block sizes, scale; `()` for a set without one).
+
+    Example:
+      >>> hard = compressx.harden({"kernel": jnp.asarray([[3.0, 1.0]])}, [("kernel", compressx.quantize(2))], fresh=True)
+      >>> print(hard.params["kernel"], hard.structures["kernel"][0])  # two bits: one level of each sign
+      [[2. 2.]] 2.0
     """
 
     params: Any

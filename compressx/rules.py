@@ -33,6 +33,11 @@ class Bound(NamedTuple):
       constraint: the set, over the stack where the axes name one.
       axes: what the axes of the leaves are, as the rule says; None: Flax's layout.
       shapes: of the leaves as they are stored.
+
+    Example:
+      >>> params = {"a": {"kernel": jnp.ones((4, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+      >>> [b.name for b in compressx.resolve([("a/kernel", compressx.filters(0.5))], params)]
+      ['a/kernel']
     """
 
     name: str

@@ -42,6 +42,13 @@ def compact(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str
 
         small = compact(model, variables, jnp.zeros((1, 32, 32, 3)))
         logits = jax.jit(small.apply)(small.variables, images)
+
+    Example:
+      >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
+      >>> variables = {"a": jnp.asarray([[1.0, 0.0, 2.0]]), "b": jnp.ones((3, 1))}  # the second unit is never on
+      >>> small = compressx.compaction.compact(two, variables, jnp.zeros((1, 1)))
+      >>> {name: w.shape for name, w in small.variables.items()}
+      {'a': (1, 2), 'b': (2, 1)}
     """
     found = dead(model, variables, x, keep)
     return Compact(cut(variables, found), smaller(model, variables, found, keep), found)

@@ -48,6 +48,11 @@ def costs(
       variables: arrays or shapes; kernels as they are (not gathered).
       x: inputs of batch 1, arrays or shapes.
       used: path -> positions that are not all zero, for kernels of which only those are stored; the rest use all.
+
+    Example:
+      >>> dense = lambda v, x: x @ v["kernel"]
+      >>> [c.macs for c in compressx.compaction.costs(dense, {"kernel": jnp.ones((8, 4))}, jnp.zeros((1, 8)))]
+      [32]
     """
     program = trace(model, variables, x)
     leaves = len(program.paths)

@@ -54,6 +54,13 @@ class Constraint(NamedTuple):
         weights); None where retraining moves nothing of it.
       made: the `factory` whose call the spec is.
       slice: where this is a set on every slice of a stacked leaf (see `compressx.axes`), the set on one; else None.
+
+    Example:
+      >>> constraint = compressx.unstructured(keep=2)
+      >>> w = jnp.asarray([[1.0, -5.0], [4.0, 0.5]])
+      >>> print(constraint.project(w, constraint.init(w)))
+      [[ 0. -5.]
+       [ 4.  0.]]
     """
 
     spec: Mapping[str, Any]

@@ -50,6 +50,15 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
 
     Raises:
       ValueError: unknown format, or w (or its constraint) does not fit the format asked for.
+
+    Returns:
+      The weight, packed.
+
+    Example:
+      >>> w = np.zeros((64, 64), np.float32)
+      >>> w[3, 5] = 2.0
+      >>> compressx.formats.nbytes(compressx.formats.pack(w)) < w.nbytes / 100
+      True
     """
     w = native(w)
     if format is None:
@@ -92,6 +101,11 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES, workspace: int | None = N
 
     Raises:
       CompressedFileError: the packed data is inconsistent, or takes more; nothing of that size has been made then.
+
+    Example:
+      >>> w = np.eye(8, dtype=np.float32)
+      >>> bool((compressx.formats.unpack(compressx.formats.pack(w)) == w).all())
+      True
     """
     if packed.format not in FORMATS:
         fail(str(packed.format)[:80], f"unknown format; known: {', '.join(FORMATS)}")

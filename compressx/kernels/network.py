@@ -39,6 +39,11 @@ class Compiled:
     Attributes:
       path: `native/<instruction set>`, `pallas/<gpu, tpu or interpret>` or `xla`. With Pallas, layers that it does not
         support run on XLA: see `layers`.
+
+    Example:
+      >>> f = compressx.compile(lambda variables, x: x @ variables["kernel"], {"kernel": jnp.eye(3)}, path="xla")
+      >>> type(f).__name__, f.path
+      ('Compiled', 'xla')
     """
 
     def __init__(

@@ -453,6 +453,11 @@ def prepare_product(w: Packed | np.ndarray, *, threads: int = 0, path: str | Non
       w: packed in any format (BSPC runs by blocks), or the matrix with its zeros in place.
       threads: for the rows of a batch.
       path: "native", "xla", or None for the native one where it runs.
+
+    Example:
+      >>> product = compressx.kernels.prepare_product(np.eye(3, dtype=np.float32), path="xla")
+      >>> print(product(jnp.asarray([[1.0, 2.0, 3.0]])))
+      [[1. 2. 3.]]
     """
     return Product(w, threads, _path(path))
 
