@@ -47,10 +47,18 @@ class AdmmState(NamedTuple):
       z: one tree per set number, shaped as params; unconstrained leaves (and leaves with fewer sets) are
         `optax.MaskedNode()`, which stores nothing. Dtype and sharding of the leaf.
       center: Z_k - U_k, likewise: the proximal centre, towards which the penalty moves W.
-      structure: name -> tuple over sets of what the set leaves open.
+      structure: name -> tuple over sets of the structure of the set.
       rho: name -> float32 [].
       primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update; the largest number before the first.
       dual: name -> float32 [sets], ||Z_k - Z_k previous|| / ||W|| at the last update.
+
+    Example:
+      >>> tx = compressx.admm([("kernel", compressx.unstructured(keep=1))], rho=0.5)
+      >>> state = tx.init({"kernel": jnp.asarray([[3.0, 1.0]]), "bias": jnp.zeros(2)})
+      >>> print(state.z[0]["kernel"], float(state.rho["kernel"]))
+      [[3. 0.]] 0.5
+
+    Source: S. Boyd et al., 2011, 3.1.1 (the scaled form).
     """
 
     step: Array
@@ -175,7 +183,7 @@ def admm(
       >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
       >>> tx = optax.chain(compressx.admm(rules, rho=0.1, every=5), optax.sgd(0.1))
       >>> state = tx.init(params)
-      >>> for _ in range(200):  # nothing but the penalty pulls here: a real loss gives the gradient
+      >>> for _ in range(200):  # nothing but the penalty acts here: a real loss gives the gradient
       ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> float(compressx.admm_metrics(state)["primal/dense/kernel"]) < 0.2

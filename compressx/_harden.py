@@ -16,16 +16,31 @@ from compressx.tree import check_finite, described, in_their_precision
 
 
 class ConstraintViolation(ValueError):
-    """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside."""
+    """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> try:
+      ...     compressx.check(params, [("kernel", compressx.unstructured(keep=1))])
+      ... except compressx.ConstraintViolation as error:
+      ...     print(str(error).splitlines()[1].strip())
+      kernel: 3 entries outside unstructured(keep=1, scope=leaf)
+    """
 
 
 class Hardened(NamedTuple):
-    """Weights that lie in their sets, and what the sets left open; a pytree.
+    """Weights that lie in their sets, and the structure of their sets; a pytree.
 
     Attributes:
       params: the tree that was given, every constrained leaf in its sets.
       structures: name of a leaf (or of a joint rule) -> a structure for each set of its constraint (signs of fragments,
-        pattern library, block sizes, scale; `()` for a set that leaves nothing open).
+        pattern library, block sizes, scale; `()` for a set without one).
+
+    Example:
+      >>> rules = [("kernel", compressx.quantize(2))]
+      >>> hard = compressx.harden({"kernel": jnp.asarray([[3.0, 1.0]])}, rules, fresh=True)
+      >>> print(hard.params["kernel"], hard.structures["kernel"][0])  # two bits: one level of each sign
+      [[2. 2.]] 2.0
     """
 
     params: Any
@@ -48,7 +63,7 @@ def parts(weights: Any, structures: Any = None) -> tuple[Any, dict[str, Any] | N
 
 
 def structures(params: Any, rules: Rules, state: Any = None) -> dict[str, tuple[Any, ...]]:
-    """What every set leaves open (signs, libraries, scales), by name: as in ADMM's state, or chosen for params.
+    """The structure of every set (signs, libraries, scales), by name: as in ADMM's state, or chosen for params.
 
     What in ADMM's state follows from the zeros of other sets (the order of the rows in polarized fragments) is formed
     anew where these zeros are others by now. Chosen for weights that lie in their sets already, structures are such
@@ -139,7 +154,7 @@ def count_violations(params: Any, rules: Rules, structures: Mapping[str, Any]) -
     Args:
       params: any pytree of arrays.
       rules: pairs (pattern, constraint).
-      structures: what the sets leave open, as in `Hardened`.
+      structures: the structure of the sets, as in `Hardened`.
 
     Returns:
       name -> int32 [], 0 where the leaf lies in its sets.
@@ -171,8 +186,8 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
       `save_model` and `compile` take.
 
     Raises:
-      ValueError: a constrained leaf holds NaN or infinity; there is no state, and a set leaves something open (a scale,
-        signs, a library); the state is of other rules.
+      ValueError: a constrained leaf holds NaN or infinity; there is no state, and a set has a structure to choose (a
+        scale, signs, a library); the state is of other rules.
       ConstraintViolation: a projected leaf does not lie in one of its sets.
 
     Example:
@@ -182,7 +197,7 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
       >>> print(hard.params["dense"]["kernel"])
       [[ 0. -5.]
        [ 4.  0.]]
-      >>> hard.structures  # a support leaves nothing open
+      >>> hard.structures  # a support has no structure
       {'dense/kernel': ((),)}
     """
     if fresh and state is not None:
@@ -203,13 +218,13 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
 
 
 def _refuse_to_choose(params: Any, rules: Rules) -> None:
-    """Raises ValueError where a set leaves something open, which training chose and nobody has given."""
+    """Raises ValueError where a set has a structure that training chose and nobody has given."""
     bound, leaves = resolve(rules, params), jax.tree.leaves(params)
     for b in bound:
         for part, open_part in b.constraint.each(jax.eval_shape(b.choose, b.take(leaves))):
             if jax.tree.leaves(open_part):
                 raise ValueError(
-                    f"{b.name}: {part} leaves open what training chose (signs, a library, a scale). Pass the "
+                    f"{b.name}: {part} has a structure that training chose (signs, a library, a scale). Pass the "
                     "optimizer's state, harden(params, rules, opt_state); or fresh=True to choose anew, for weights "
                     "that ADMM did not train"
                 )
@@ -221,7 +236,7 @@ def check(weights: Any, rules: Rules, structures: Mapping[str, Any] | None = Non
     Args:
       weights: a `Hardened`, or any pytree of concrete arrays.
       rules: pairs (pattern, constraint).
-      structures: what the sets leave open, beside plain parameters; None: chosen anew for them.
+      structures: the structure of the sets, beside plain parameters; None: chosen anew for them.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
@@ -253,7 +268,7 @@ def prove(params: Any, rules: Rules, structures: Mapping[str, Any], chosen: bool
     advice = "were they hardened with these rules, and moved inside their sets since (retrain, retract)?"
     if chosen:
         advice += (
-            " What the sets leave open (libraries, orders, sizes, scales) was chosen anew for these weights. If"
+            " The structure of the sets (libraries, orders, sizes, scales) was chosen anew for these weights. If"
             " hardening chose otherwise, pass its choice on: retrain, check and save_model take what"
             " harden(params, rules, opt_state) returns, or its structures beside weights that have moved since"
         )

@@ -18,7 +18,14 @@ class RetrainState(NamedTuple):
 
     Attributes:
       active: name -> the constraint's active set (a mask, signs, ties, levels).
-      structures: name -> what each of its sets left open when retraining began.
+      structures: name -> the structure of each of its sets when retraining began.
+
+    Example:
+      >>> rules = [("kernel", compressx.unstructured(keep=1))]
+      >>> hard = compressx.harden({"kernel": jnp.asarray([[3.0, 1.0]])}, rules, fresh=True)
+      >>> state = compressx.retrain(rules, hard).init(hard.params)
+      >>> print(state.active["kernel"])
+      [[ True False]]
     """
 
     active: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Settings that every test runs under: two devices, strict numerics, nothing drawn by chance in CI.
+"""Settings that every test runs under: two devices, strict numerics, nothing drawn at random in CI.
 
 The environment is changed before jax is imported, and processes that tests start inherit it.
 

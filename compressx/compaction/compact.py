@@ -52,6 +52,13 @@ def compact(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str
         logits = jax.jit(small.apply)(small.variables, images)
 
     A warning, `NothingRemoved`, names what stands in the way where weights are 0 along whole indices and none can go.
+
+    Example:
+      >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
+      >>> variables = {"a": jnp.asarray([[1.0, 0.0, 2.0]]), "b": jnp.ones((3, 1))}  # the second unit is never on
+      >>> small = compressx.compaction.compact(two, variables, jnp.zeros((1, 1)))
+      >>> {name: w.shape for name, w in small.variables.items()}
+      {'a': (1, 2), 'b': (2, 1)}
     """
     found = dead(model, variables, x, keep)
     if not found.kept and found.stuck:

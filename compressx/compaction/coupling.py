@@ -28,7 +28,7 @@ def coupled_rules(
       density: share of each group's units to keep, or shares by the group's place; groups that are not in it are free.
         Of stacked layers each keeps that share, of units of its own.
       column_density: see `coupled_filters`.
-      vectors: whether the mask also holds on what shifts and scales the channels (biases, normalisation, depthwise
+      vectors: whether the mask also applies to what shifts and scales the channels (biases, normalisation, depthwise
         kernels; not on batch statistics), so that a removed channel is exactly zero, and goes from behind zero padding
         too. Not together with `column_density`.
 
@@ -65,7 +65,7 @@ def coupled_rules(
         if twice:
             raise ValueError(
                 f"{', '.join(twice)}: makes the same channels on two axes (group {number}), and one mask cannot "
-                f"hold on both; leave the group out: density={{place: share}} for the others"
+                f"apply to both; leave the group out: density={{place: share}} for the others"
             )
         wanted.append((group, share, slots))
     rules = []

@@ -527,7 +527,7 @@ STRUCTURE = frozenset(  # move values only
 CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 MANY = ("split", "optimization_barrier")  # the axes of their results differ
 
-# They number places or write values by computed indices: the channels that meet them are fixed.
+# They number positions or write values by computed indices: the channels that meet them are fixed.
 _WHOLE = ("iota", "scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")
 
 LABELS: dict[str, Label] = {

@@ -31,6 +31,11 @@ class Packed(NamedTuple):
       dtype: name of the weight's dtype, a key of `DTYPES`.
       arrays: the arrays that hold it; their bytes are its size.
       meta: small JSON-able facts (widths, block shapes, orders) that the arrays cannot say.
+
+    Example:
+      >>> packed = compressx.formats.pack(np.eye(64, dtype=np.float32), format="csr16")
+      >>> packed.format, packed.shape, packed.dtype
+      ('csr16', (64, 64), 'float32')
     """
 
     format: str

@@ -28,7 +28,7 @@ def part(constraint: Any, structure: Any, kinds: tuple[str, ...]) -> tuple[Mappi
 
     Args:
       constraint: a `Constraint` (an intersection too) or None.
-      structure: what it leaves open, as `Constraint.each` takes it.
+      structure: that of the set, as `Constraint.each` takes it.
       kinds: `spec["kind"]`s that are looked for.
 
     Returns:

@@ -47,7 +47,7 @@ class Grid(NamedTuple):
         return self.segment + 2 * self.margin
 
     def same_cells(self, other: "Grid") -> bool:
-        """True if both lay images of one stride at the same places, so that planes can be added."""
+        """True if both lay images of one stride at the same positions, so that planes can be added."""
         return self.n == other.n and self[3:] == other[3:]
 
 

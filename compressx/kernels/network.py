@@ -5,7 +5,7 @@
 
 Activations stay in planes from the first convolution to the last; layouts are converted only at the ends and around
 operations that have no kernel here. Convolutions run as the plan of each layer says, with their batch normalisation,
-bias, residual addition and rectifier inside. Where the native kernels do not run, the same fused steps run on XLA,
+bias, residual addition and ReLU inside. Where the native kernels do not run, the same fused steps run on XLA,
 on a GPU or TPU with Pallas for the layers whose weights have enough blocks of zeros.
 """
 
@@ -39,6 +39,11 @@ class Compiled:
     Attributes:
       path: `native/<instruction set>`, `pallas/<gpu, tpu or interpret>` or `xla`. With Pallas, layers that it does not
         support run on XLA: see `layers`.
+
+    Example:
+      >>> f = compressx.compile(lambda variables, x: x @ variables["kernel"], {"kernel": jnp.eye(3)}, path="xla")
+      >>> type(f).__name__, f.path
+      ('Compiled', 'xla')
     """
 
     def __init__(

@@ -78,7 +78,7 @@ class Lines:
                 self._here.once(op)
 
     def convolution(self, s: graph.Conv, image: tuple[int, ...], output: tuple[int, ...]) -> LayerReport:
-        """The line of a fused convolution, to be told where it runs and added."""
+        """The line of a fused convolution, still without where it runs."""
         path, others = self.names(self.sources[s.kernel], *(self.sources[v] for v in s.folded))
         live = int(np.count_nonzero(s.w))
         places = math.prod(output) // output[-1]

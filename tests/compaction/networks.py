@@ -55,7 +55,7 @@ def _shuffled(y: Image) -> Image:
     return jnp.swapaxes(y.reshape(*y.shape[:-1], groups, c // groups), -1, -2).reshape(y.shape)
 
 
-# Channels pass, in place or to other places, and one that is zero stays zero: it can always go.
+# Channels pass, in place or to other positions, and one that is zero stays zero: it can always go.
 KEEPS: dict[str, Callable[[Image], Image]] = {
     "relu": jax.nn.relu,
     "negative": lambda y: -2.0 * y,

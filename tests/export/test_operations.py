@@ -217,7 +217,7 @@ def _product(draw: Any, shape: Shape) -> Function:
     some = draw(st.integers(1, len(shape)))
     if way == "dense":
         return lambda x: x @ _numbers(n, units) * 0.5
-    if way == "general":  # the last axes, several at once
+    if way == "general":  # the last axes, several together
         w = _numbers(*shape[-some:], 2, units, seed=2)
         return lambda x: lax.dot_general(x, w, ((range(x.ndim - some, x.ndim), range(some)), ((), ()))) * 0.3
     if way == "other way":

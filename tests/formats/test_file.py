@@ -360,7 +360,7 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "rule axes": (_change("content", "rules", 0, "axes", value="in out"), "rules\\[0\\]/axes: are not a list"),
     "two paths": (
         _change("content", "rules", 0, "paths", value=[CONV.split("/"), ["params", "conv", "bias"]]),
-        "holds on one leaf",
+        "applies to one leaf",
     ),
     "spec kind": (_change("content", "rules", 0, "spec", "kind", value="system"), "unknown constraint 'system'"),
     "spec kind type": (_change("content", "rules", 0, "spec", "kind", value=["all"]), "is refused"),

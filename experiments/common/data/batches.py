@@ -1,6 +1,6 @@
 """The order of examples: a pure function of seed, epoch and step, the same on every machine.
 
-A run that stops at `Position(epoch, step)` goes on with exactly the batch it would have seen next; nothing else
+A run that stops at `Position(epoch, step)` resumes with exactly the batch it would have seen next; nothing else
 about the order has to be saved.
 """
 
