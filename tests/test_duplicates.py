@@ -44,8 +44,8 @@ def places(files: dict[tuple[str, str], list[str]]) -> Iterator[tuple[str, str, 
 
 
 def drivers() -> dict[str, list[Path]]:
-    """The files of every driver: its package and its configurations."""
-    packages = [p.parent for p in sorted((ROOT / "experiments").glob("*/__main__.py"))]
+    """The files of every driver: its package and its configurations. The template is there to be copied."""
+    packages = [p.parent for p in sorted((ROOT / "experiments").glob("*/__main__.py")) if p.parent.name != "template"]
     found = {p.name: [*sorted(p.rglob("*.py")), ROOT / "configs" / f"{p.name}.py"] for p in packages}
     return {name: [f for f in files if f.is_file()] for name, files in found.items()}
 
@@ -53,7 +53,7 @@ def drivers() -> dict[str, list[Path]]:
 @pytest.mark.parametrize("docstrings", [True, False])
 def test_two_drivers_share_six_equal_lines_in_few_places(docstrings: bool) -> None:
     found = drivers()
-    assert len(found) >= 9
+    assert len(found) >= 8
     read = {
         (d, str(p.relative_to(ROOT))): lines(p.read_text(), docstrings) for d, files in found.items() for p in files
     }
