@@ -115,7 +115,8 @@ def agree(
             raise ValueError(f"{b.name}: {what} is of other rules: {error}") from None
         expected = jax.eval_shape(b.choose, jax.tree.map(described, b.take(leaves)))
         wanted, found = (jax.tree.map(np.shape, x) for x in (expected, out[b.name]))
-        same = jax.tree.structure(expected) == jax.tree.structure(out[b.name])
+        kinds: list[Any] = [jax.tree.structure(x) for x in (expected, out[b.name])]
+        same = kinds[0] == kinds[1]
         if not same or wanted != found:
             raise ValueError(f"{b.name}: {what} is of other rules: {b.constraint} needs shapes {wanted}, got {found}")
     return out

@@ -151,14 +151,6 @@ def bsp(
     return matrix_set(scope, lambda m: (), select, alive)
 
 
-def gate_weights(inputs: int, hidden: int, layers: int = 1, gates: int = 3) -> int:
-    """Weights in the gate matrices of a recurrent net, no biases: sum over layers of gates * hidden * (in + hidden).
-
-    A GRU (3 gates) with 39 inputs and 2 layers of 1024 has the paper's 12 matrices: 9,556,992 weights.
-    """
-    return sum(gates * hidden * (size + hidden) for size in [inputs, *[hidden] * (layers - 1)])
-
-
 def strip_sizes(n: int, strips: int) -> list[int]:
     """Lengths of the strips: floor(n / strips), and the last takes the remainder; ValueError where one is empty."""
     if strips > n:

@@ -185,14 +185,8 @@ def compact(w: Array, structure: Polarity, fragment: int) -> Array:
     return _cut(views.gemm().to(jnp.asarray(w))[structure.order], fragment)
 
 
-def sign_flips(before: Polarity, after: Polarity, fragment: int) -> Array:
-    """How many fragments of `after` hold a weight whose required sign differs from `before`: int32 []."""
-    changed = required(before, fragment) != required(after, fragment)
-    return jnp.sum(jnp.any(_cut(changed[after.order], fragment), axis=1), dtype=jnp.int32)
-
-
 def flipped_share(w: Array, before: Polarity, after: Polarity, fragment: int) -> Array:
-    """`sign_flips` over the fragments that hold a non-zero weight: float32 [], in 0..1."""
+    """The share of fragments with a weight whose required sign is no longer that of `before`: float32 [], in 0..1."""
     flipped = jnp.any(_cut((required(before, fragment) != required(after, fragment))[after.order], fragment), axis=1)
     kept = jnp.any(nonzero(compact(w, after, fragment)), axis=1)
     return jnp.sum(flipped & kept, dtype=jnp.float32) / jnp.maximum(jnp.sum(kept, dtype=jnp.float32), 1)

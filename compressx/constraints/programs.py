@@ -112,8 +112,8 @@ def _kept(of: _Set) -> Programs:
 
 
 def _compiled(single: Constraint) -> Programs:
-    functions = [getattr(single, name) for name in Programs._fields]
-    return Programs(*(None if function is None else _on_any_mesh(function) for function in functions))
+    functions: dict[str, Any] = {name: getattr(single, name) for name in Programs._fields}
+    return Programs(**{name: f if f is None else _on_any_mesh(f) for name, f in functions.items()})
 
 
 def _on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from compressx.crossbar.presets import FORMS_PAPER, ISAAC_PAPER, PUMA_PAPER
 
 _FORMS_III = f"{FORMS_PAPER}, table III"
-_FORMS_IV = f"{FORMS_PAPER}, table IV"
 _ISAAC_IMA = f"{ISAAC_PAPER}, table of parts"
 
 

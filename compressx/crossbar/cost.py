@@ -72,11 +72,6 @@ class Plan:
         return sum(s.arrays for s in self.stages)
 
     @property
-    def used_arrays(self) -> int:
-        """Arrays of all copies."""
-        return sum(s.arrays * s.copies for s in self.stages)
-
-    @property
     def bottleneck(self) -> Stage:
         """The slowest layer."""
         return max(self.stages, key=lambda s: s.ns)

@@ -152,8 +152,3 @@ def monte_carlo(
     mean, std = float(values.mean()), float(values.std(ddof=1))
     half = float(stats.t.ppf((1 + level) / 2, count - 1)) * std / count**0.5
     return Estimate(values, mean, std, mean - half, mean + half, level)
-
-
-def forms_variation() -> Variation:
-    """FORMS' device variation: log-normal, mean 0, sigma 0.1 (the paper averages 50 runs)."""
-    return Variation("lognormal", 0.1)

@@ -1,6 +1,6 @@
 """Storage formats: weights with no redundancy left, in exact bytes. A new one is a file and its line in `FORMATS`."""
 
-from compressx.formats.base import MAX_BYTES, CompressedFileError, Format, Packed, dense_nbytes, nbytes
+from compressx.formats.base import MAX_BYTES, CompressedFileError, Format, Packed, nbytes
 from compressx.formats.file import SavedModel, Sizes, load_model, save_model
 from compressx.formats.on_levels import in_floats
 from compressx.formats.packing import FORMATS, pack, unpack
@@ -15,7 +15,6 @@ __all__ = [
     "RulesFile",
     "SavedModel",
     "Sizes",
-    "dense_nbytes",
     "in_floats",
     "load_model",
     "nbytes",

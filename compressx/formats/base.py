@@ -95,11 +95,6 @@ def nbytes(packed: Packed) -> int:
     return sum(a.nbytes for a in packed.arrays.values())
 
 
-def dense_nbytes(packed: Packed) -> int:
-    """Bytes of the weight as a dense array."""
-    return math.prod(packed.shape) * dtype_of(packed).itemsize
-
-
 def fail(entry: str, message: str) -> NoReturn:
     """Raises CompressedFileError, the entry first."""
     raise CompressedFileError(f"{entry}: {message}")
@@ -210,11 +205,6 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 def filters_first(w: np.ndarray) -> np.ndarray:
     """The GEMM view as papers write it, a filter a row: `[kh, kw, cin, cout] -> [F, P]`, p = (i * kw + j) * cin + c."""
     return np.ascontiguousarray(w.reshape(math.prod(w.shape[:-1]), w.shape[-1]).T)
-
-
-def filters_last(m: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Inverse of `filters_first`."""
-    return np.ascontiguousarray(m.T).reshape(shape)
 
 
 def native(w: Any) -> np.ndarray:

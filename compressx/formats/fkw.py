@@ -59,11 +59,6 @@ def reorder_filters(ids: np.ndarray) -> np.ndarray:
     return np.array(order, np.int64)
 
 
-def similarity(ids: np.ndarray) -> int:
-    """Input channels at which neighbouring filters carry the same pattern, summed over neighbours."""
-    return int(((ids[1:] == ids[:-1]) & (ids[1:] >= 0)).sum())
-
-
 def _supports_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct supports of kernels `[n, taps]`: as rows, how often each occurs, and which each kernel has."""
     code = mask @ (1 << np.arange(mask.shape[1], dtype=np.int64))

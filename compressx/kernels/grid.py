@@ -46,10 +46,6 @@ class Grid(NamedTuple):
         """Vectors of a plane."""
         return self.segment + 2 * self.margin
 
-    def same_cells(self, other: "Grid") -> bool:
-        """True if both lay images of one stride at the same positions, so that planes can be added."""
-        return self.n == other.n and self[3:] == other[3:]
-
 
 def grid(n: int, h: int, w: int, gap: tuple[int, int], reach: tuple[int, int], lanes: int) -> Grid:
     """The smallest grid for images `[n, h, w]` whose readers need `gap` zeros (rows, columns) and shifts up to `reach`.

@@ -377,11 +377,6 @@ def _runs(s: Sparse, offsets: np.ndarray, channel: np.ndarray, step: int, plan: 
     )
 
 
-def stream_nbytes(s: Stream) -> int:
-    """Bytes of a stream's arrays."""
-    return sum(x.nbytes for x in s if isinstance(x, np.ndarray))
-
-
 class Loads(NamedTuple):
     """Vector loads for one output vector of every filter, in full tiles.
 

@@ -41,12 +41,10 @@ class Unified(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Operations of one product with one vector, and of the dense one."""
+    """Operations of one product with one vector."""
 
     multiplications: int
     additions: int
-    dense_multiplications: int
-    dense_additions: int
 
 
 def _blocks(packed: Packed) -> tuple[np.ndarray, np.ndarray]:
@@ -147,4 +145,4 @@ def counts(packed: Packed) -> Counts:
     rows, columns = np.arange(w.shape[0])[:, None], np.arange(w.shape[1])[None]
     positions, outputs = (_distinct(ids, np.broadcast_to(places, w.shape), members) for places in (rows, columns))
     tied, macs = int(np.minimum(positions, outputs).sum()), int(free.sum())
-    return Counts(tied + macs, int(members.sum()) + macs, w.size, w.size)
+    return Counts(tied + macs, int(members.sum()) + macs)

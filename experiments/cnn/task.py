@@ -19,6 +19,7 @@ from experiments.common import artifacts, data, driver, init_from, latency, mode
 from experiments.common.driver import Options
 from experiments.common.models import convert
 from experiments.common.report import html
+from experiments.common.settings import check_batch
 from experiments.common.training import ConfigError, Phase, Weights, mesh, phases, state
 
 DEMO = "digits"  # the variant of `make demo`: a network so small that it shows no gain in time; a layer beside it does
@@ -90,17 +91,11 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
     if not 0 <= held < len(train):
         raise ConfigError(f"data.validation={held} is impossible; it must be 0 to {len(train) - 1}")
     used = len(train) - held
-    if not 1 <= config.batch <= used:
-        raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {used}, the training examples")
+    check_batch(config.batch, used, "training examples")
     model = build_model(config.model.name, config.model.options, info.classes)
     mean, std = config.data.mean or info.mean, config.data.std or info.std
     if len(mean) != info.shape[-1] or len(std) != info.shape[-1] or min(std) <= 0:
         raise ConfigError(f"data.mean={mean} and data.std={std} need {info.shape[-1]} values each, std above 0")
-    try:
-        placement = mesh.make(options.mesh)
-        placement.check_batch(config.batch)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     job = training.Job(
         task=make_task(model, mean, std, config.data),
         first=first_weights(config, model, info.shape, options.data_dir),
@@ -111,7 +106,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
         batch=config.batch,
         eval_batch=config.eval_batch,
         optimizer=config.optimizer,
-        placement=placement,
+        placement=mesh.for_batch(options.mesh, config.batch),
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
     )
@@ -131,14 +126,7 @@ def plan_phases(config: Config) -> tuple[Phase, ...]:
 
 @runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
-
-    Returns:
-      The summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Trains and compresses an image classifier: what is left of it."""
     todo = plan_phases(config)
     job, info = make_job(config, options)
     outcome = runner.train(config, options, job, todo)

@@ -29,13 +29,14 @@ from experiments.common.training import ConfigError
 
 
 def once(run: Function) -> Function:
-    """`run(config, options)`, which does nothing where the work directory holds this config's finished run.
+    """A driver's `run(config, options)`, which does nothing where the work directory holds this config's finished run.
+
+    Args:
+      run: runs the experiment, or what is left of it, and writes everything about it into the work directory.
 
     Returns:
-      A function that returns the run's summary; `{}` on all but the first of several processes.
-
-    Raises:
-      ConfigError: the work directory holds a run of another config.
+      A function that returns the run's summary; `{}` on all but the first of several processes. It raises one of
+      `driver.USER_ERRORS`, among them `ConfigError` where the work directory holds a run of another config.
     """
 
     @functools.wraps(run)

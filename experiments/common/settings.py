@@ -33,6 +33,12 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed={seed} is impossible; it must be 0 to 2**32 - 1")
 
 
+def check_batch(batch: int, there: int, what: str) -> None:
+    """Raises ConfigError where a step cannot have so many of what is there, such as 96 "training examples"."""
+    if not 1 <= batch <= there:
+        raise ConfigError(f"batch={batch} is impossible; it must be 1 to {there}, the {what}")
+
+
 C = TypeVar("C")  # a config
 S = TypeVar("S")  # a `training.Stage`, or what else has rules and the ADMM that reaches them
 

@@ -46,11 +46,7 @@ def training_config(config: Config) -> CnnConfig:
 
 @runner.once
 def run(config: Config, options: Options) -> dict[str, Any]:
-    """Trains what is left, measures, and writes everything about it into the work directory.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Trains the branches, what is left of them, and measures them on the engine."""
     started = time.monotonic()
     if config.take:
         subjects, scene = _taken(config, options)

@@ -19,6 +19,7 @@ import jax
 from experiments.common import artifacts, driver, runner, training
 from experiments.common.driver import Options
 from experiments.common.report import html
+from experiments.common.settings import check_batch
 from experiments.common.training import ConfigError, Outcome, Phase, Weights, mesh, phases
 from experiments.entity_linking import linking
 from experiments.entity_linking import measures as linking_results
@@ -57,13 +58,7 @@ def _prepare(
     mine = {split: rows[split, arm.order] for split in corpora.documents}
     arrays = {split: linking.encode.batch_of(mine[split]) for split in ("train", "dev", "test")}
     n = len(arrays["train"]["document"])
-    if not 1 <= config.batch <= n:
-        raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {n}, the rows of training documents")
-    try:
-        placement = mesh.make(options.mesh)
-        placement.check_batch(config.batch)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_batch(config.batch, n, "rows of training documents")
     params = linking.init(linker, corpora.knowledge, jax.random.key(config.seed), vectors=False)
     facts = learning.carried(linking.facts_of(corpora.knowledge, vectors=True))
     job = training.Job(
@@ -76,7 +71,7 @@ def _prepare(
         batch=config.batch,
         eval_batch=config.eval_batch,
         select=SELECT,
-        placement=placement,
+        placement=mesh.for_batch(options.mesh, config.batch),
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
     )
@@ -113,14 +108,7 @@ def _compression(
 
 @runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
-
-    Returns:
-      The summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Trains the linkers, and compresses the main one: what is left of it."""
     workdir = options.workdir
     phases.plan(config.plan)  # a rule that cannot be read is reported before the data are
     corpora = load(config, options.data_dir)

@@ -30,14 +30,7 @@ from experiments.federated.config import Config, Setting
 
 @runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
-
-    Returns:
-      The summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Simulates the rounds of every arm: what is left of it."""
     workdir = options.workdir
     setting = setup.make(config, options)
     todo = training.arms(config)

@@ -20,6 +20,7 @@ import numpy as np
 from experiments.common import artifacts, driver, models, runner, training
 from experiments.common.data import DataFileError, DataNotFoundError
 from experiments.common.driver import Options
+from experiments.common.settings import check_batch
 from experiments.common.training import ConfigError, Phase, Plan, Stage, Weights, mesh, phases
 from experiments.gru_speech import measures as speech_results
 from experiments.gru_speech import page as speech_report
@@ -82,18 +83,12 @@ def outputs(config: Config, heard: Heard) -> int:
 def make_job(config: Config, options: Options, train: Heard, dev: Heard, test: Heard) -> tuple[training.Job, Any]:
     """Everything the training needs, and the network."""
     used = len(train.features)
-    if config.batch > used:
-        raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {used}, the training utterances")
+    check_batch(config.batch, used, "training utterances")
     model = build_model(config.model, outputs(config, train))
     longest = max(h.arrays["inputs"].shape[1] for h in (train, dev, test))
     sizes = speech.batches.lengths(train.arrays["frames"], config.buckets)
     order = speech.batches.order(train.arrays["frames"], config.batch, sizes)
     task = {"frames": speech.tasks.frames, "ctc": speech.tasks.ctc}[config.loss](model.apply, sizes)
-    try:
-        placement = mesh.make(options.mesh)
-        placement.check_batch(config.batch)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     key = jax.random.key(config.seed)
     variables = jax.jit(lambda k: model.init(k, jnp.zeros((1, 1, config.features.size))))(key)
     job = training.Job(
@@ -108,7 +103,7 @@ def make_job(config: Config, options: Options, train: Heard, dev: Heard, test: H
         optimizer=config.optimizer,
         clip=config.clip,
         select=config.select,
-        placement=placement,
+        placement=mesh.for_batch(options.mesh, config.batch),
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
         order=order,
@@ -162,14 +157,7 @@ def plan_phases(config: Config) -> dict[str, tuple[Phase, ...]]:
 
 @runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
-
-    Returns:
-      The summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Trains the dense network, and every arm from it: what is left of it."""
     arms = plan_phases(config)
     others = speech_results.read_others(config.with_runs, config.variant, config.data.name)
     train, dev, test = (load(config, split, options.data_dir) for split in corpora.SPLITS)

@@ -65,8 +65,6 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, Corpus]:
     try:
         train = text.windows(corpus.train, config.batch, steps)
         held = {p: text.windows(corpus.part(p), config.eval_lanes, steps, whole=True) for p in text.PARTS[1:]}
-        placement = mesh.make(options.mesh)
-        placement.check_batch(config.batch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     task = language(model, config.loss)
@@ -83,7 +81,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, Corpus]:
         eval_batch=config.eval_lanes,
         optimizer=config.optimizer,
         clip=config.clip,
-        placement=placement,
+        placement=mesh.for_batch(options.mesh, config.batch),
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
     )
@@ -103,14 +101,7 @@ def plan_phases(config: Config) -> tuple[Phase, ...]:
 
 @runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
-
-    Returns:
-      The summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Trains and compresses a language model: what is left of it."""
     todo = plan_phases(config)
     job, corpus = make_job(config, options)
     outcome = runner.train(config, options, job, todo)

@@ -18,6 +18,7 @@ from compressx import compaction
 from experiments.common import artifacts, driver, models, runner, training
 from experiments.common.driver import Options
 from experiments.common.models import darknet, initial, yolov3
+from experiments.common.settings import check_batch
 from experiments.common.training import ConfigError, Outcome, Phase, Weights, mesh, phases
 from experiments.pneumonia import data as pneumonia_data
 from experiments.pneumonia import measures as pneumonia_score
@@ -110,13 +111,7 @@ def _quiet(model: Any, variables: dict[str, Any]) -> dict[str, Any]:
 def make_job(config: Config, task: Task, plan: Plan, options: Options) -> training.Job:
     """Everything the training needs; raises ConfigError."""
     used = len(next(iter(task.train.values())))
-    if not 1 <= config.batch <= used:
-        raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {used}, the training examples")
-    try:
-        placement = mesh.make(options.mesh)
-        placement.check_batch(config.batch)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_batch(config.batch, used, "training examples")
     return training.Job(
         task=pneumonia_data.learning(task, plan.model, config.data, config.positive),
         first=plan.first,
@@ -127,7 +122,7 @@ def make_job(config: Config, task: Task, plan: Plan, options: Options) -> traini
         batch=config.batch,
         eval_batch=config.eval_batch,
         optimizer=config.optimizer,
-        placement=placement,
+        placement=mesh.for_batch(options.mesh, config.batch),
         chunk=10,
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
@@ -139,14 +134,7 @@ def make_job(config: Config, task: Task, plan: Plan, options: Options) -> traini
 
 @runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
-
-    Returns:
-      The summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Trains the detector, and every point from it: what is left of it."""
     task = pneumonia_data.load(config.data, options.data_dir)
     plan = make_plan(config, task, options.data_dir)
     job = make_job(config, task, plan, options)

@@ -155,14 +155,7 @@ def runs(config: Config, workdir: Path) -> list[Run]:
 
 @runner.once
 def run(config: Config, options: Options) -> dict[str, Any]:
-    """Runs what is left of the sweep, and draws it.
-
-    Returns:
-      The sweep's summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`; the runs done so far stay done.
-    """
+    """Runs what is left of the sweep, and draws it; where one fails, the runs done so far stay done."""
     todo = runs(config, options.workdir)
     for r in todo:
         if r.seed == config.seeds[0]:  # every point's rules and data, before anything is trained

@@ -13,7 +13,8 @@ import numpy as np
 
 from experiments.common import artifacts, data, driver, models, runner, training
 from experiments.common.driver import Options
-from experiments.common.training import ConfigError, Weights, phases, state
+from experiments.common.settings import check_batch
+from experiments.common.training import ConfigError, Weights, mesh, phases, state
 from experiments.template import measures, page
 from experiments.template.config import NAME, Config
 
@@ -53,8 +54,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
     """Everything the training needs."""
     train, test = (load_data(config, split, options.data_dir) for split in ("train", "test"))
     model, task = make_task(config, train.info)
-    if not 1 <= config.batch <= len(train):
-        raise ConfigError(f"batch={config.batch} is impossible; it must be 1 to {len(train)}, the training examples")
+    check_batch(config.batch, len(train), "training examples")
     variables = model.init(jax.random.key(config.seed), jnp.zeros((1, *train.info.shape)))
     job = training.Job(
         task=task,
@@ -64,6 +64,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
         seed=config.seed,
         batch=config.batch,
         eval_batch=config.eval_batch,
+        placement=mesh.for_batch(options.mesh, config.batch),
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
     )
@@ -75,14 +76,7 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
 
 @runner.once
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
-    """Runs the experiment, or what is left of it, and writes everything about it into the work directory.
-
-    Returns:
-      The summary.
-
-    Raises:
-      One of `driver.USER_ERRORS`.
-    """
+    """Trains and compresses an image classifier: what is left of it."""
     todo = phases.plan(config.plan)
     job, info = make_job(config, options)
     outcome = runner.train(config, options, job, todo)

@@ -39,7 +39,7 @@ def test_product_is_exact_in_integers():
 def test_counts_follow_the_formula():
     p = packed((16, 8), (4, 1))  # 32 blocks of 4: 16 unified, 8 pruned, 8 free
     c = unified.counts(p)
-    assert c == unified.Counts(16 + 8 * 4, 16 * 4 + 8 * 4, 128, 128)
+    assert c == unified.Counts(16 + 8 * 4, 16 * 4 + 8 * 4)
     wide = unified.counts(packed((16, 8), (4, 2)))  # 16 blocks of 4x2: 8 unified, 4 pruned, 4 free
     assert wide.multiplications == 8 * 2 + 4 * 8 and wide.additions == 8 * 8 + 4 * 8
     flat = unified.counts(packed((16, 8), (2, 4)))  # as many, of 2x4: the inputs are multiplied, not the outputs' sums

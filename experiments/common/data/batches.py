@@ -1,29 +1,12 @@
 """The order of examples: a pure function of seed, epoch and step, the same on every machine.
 
-A run that stops at `Position(epoch, step)` resumes with exactly the batch it would have seen next; nothing else
+A run that stops in the middle of an epoch is resumed with exactly the batch that it would have seen next; nothing else
 about the order has to be saved.
 """
-
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
 import numpy as np
 
 from experiments.common.data.dataset import Array
-
-Remainder = Literal["drop", "wrap"]
-
-
-class Position(NamedTuple):
-    """Names a batch: the epoch, and the step within it, both from 0."""
-
-    epoch: int
-    step: int
-
-
-START = Position(0, 0)
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> Array:
@@ -44,24 +27,21 @@ def epoch_order(seed: int, epoch: int, n: int) -> Array:
     return np.argsort(bits64, kind="stable").astype(np.int32)
 
 
-def steps_per_epoch(n: int, batch_size: int, remainder: Remainder = "drop") -> int:
-    """Returns the number of batches in an epoch: n / batch_size, rounded down for `drop` and up for `wrap`."""
-    if remainder not in ("drop", "wrap"):
-        raise ValueError(f"remainder must be 'drop' or 'wrap', got {remainder!r}")
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Returns the number of batches in an epoch: n / batch_size, rounded down."""
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size must be 1 to the number of examples ({n}), got {batch_size}")
-    return n // batch_size if remainder == "drop" else -(-n // batch_size)
+    return n // batch_size
 
 
-def epoch_batches(seed: int, epoch: int, n: int, batch_size: int, remainder: Remainder = "drop") -> Array:
+def epoch_batches(seed: int, epoch: int, n: int, batch_size: int) -> Array:
     """Returns all batches of an epoch, int32 `[steps, batch_size]`.
 
-    With n not a multiple of batch_size, `drop` leaves out the last n mod batch_size examples of the epoch's order
-    (other ones in each epoch); `wrap` covers all n, and fills the last batch with the first examples of the same
-    order, which are seen twice.
+    With n not a multiple of batch_size, the last n mod batch_size examples of the epoch's order are left out: other
+    ones in each epoch.
     """
-    steps = steps_per_epoch(n, batch_size, remainder)
-    return np.resize(epoch_order(seed, epoch, n), (steps, batch_size))
+    steps = steps_per_epoch(n, batch_size)
+    return epoch_order(seed, epoch, n)[: steps * batch_size].reshape(steps, batch_size)
 
 
 def in_order(n: int, lanes: int) -> Array:
@@ -75,35 +55,6 @@ def in_order(n: int, lanes: int) -> Array:
     if lanes < 1 or n % lanes:
         raise ValueError(f"{n} examples in order cannot be cut into {lanes} lanes of equal length")
     return np.arange(n, dtype=np.int32).reshape(lanes, -1).T
-
-
-def batch_indices(seed: int, position: Position, n: int, batch_size: int, remainder: Remainder = "drop") -> Array:
-    """Returns the examples of one batch, int32 `[batch_size]`; `batches` gives many with less work."""
-    steps = steps_per_epoch(n, batch_size, remainder)
-    if not 0 <= position.step < steps:
-        raise ValueError(f"step must be 0 to {steps - 1}, got {position.step}")
-    return epoch_batches(seed, position.epoch, n, batch_size, remainder)[position.step]
-
-
-def advance(position: Position, n: int, batch_size: int, remainder: Remainder = "drop", steps: int = 1) -> Position:
-    """Returns the position `steps` batches later."""
-    per_epoch = steps_per_epoch(n, batch_size, remainder)
-    return Position(*divmod(position.epoch * per_epoch + position.step + steps, per_epoch))
-
-
-def batches(
-    seed: int, n: int, batch_size: int, remainder: Remainder = "drop", start: Position = START
-) -> Iterator[tuple[Position, Array]]:
-    """Yields positions and their batches without end, from `start` on; `advance` gives where to resume."""
-    steps = steps_per_epoch(n, batch_size, remainder)
-    if not 0 <= start.step < steps:
-        raise ValueError(f"start.step must be 0 to {steps - 1}, got {start.step}")
-    epoch, first = start
-    while True:
-        rows = epoch_batches(seed, epoch, n, batch_size, remainder)
-        for step in range(first, steps):
-            yield Position(epoch, step), rows[step]
-        epoch, first = epoch + 1, 0
 
 
 def cover(n: int, batch_size: int) -> tuple[Array, Array]:

@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.common.training.config import ConfigError
+
 AXES = ("data", "model")
 
 
@@ -116,6 +118,20 @@ def make(text: str = "") -> Placement:
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:need]
     )
     return Placement(mesh)
+
+
+def for_batch(text: str, batch: int) -> Placement:
+    """The placement that `--mesh` asks for, over whose devices batches of that size are split.
+
+    Raises:
+      ConfigError: what `make` or `Placement.check_batch` refuse.
+    """
+    try:
+        placement = make(text)
+        placement.check_batch(batch)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return placement
 
 
 def start_processes(coordinator: str, processes: int, process: int) -> None:

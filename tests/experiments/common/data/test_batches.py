@@ -1,22 +1,11 @@
-"""The order of examples: permutations, exact resumption, and values that must never change."""
-
-import itertools
+"""The order of examples: permutations, and values that must never change."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.common.data.batches import (
-    Position,
-    advance,
-    batch_indices,
-    batches,
-    cover,
-    epoch_batches,
-    epoch_order,
-    steps_per_epoch,
-)
+from experiments.common.data.batches import cover, epoch_batches, epoch_order, steps_per_epoch
 
 
 def philox4x64_first_block(key: tuple[int, int]) -> list[int]:
@@ -50,36 +39,14 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(set(orders)) == 9
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(["drop", "wrap"]), st.integers(0, 3))
-def test_an_epoch_covers_what_it_says(n: int, size: int, remainder: str, epoch: int) -> None:
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 3))
+def test_an_epoch_sees_no_example_twice_and_leaves_out_less_than_a_batch(n: int, size: int, epoch: int) -> None:
     if size > n:
         return
-    rows = epoch_batches(3, epoch, n, size, remainder)
+    rows = epoch_batches(3, epoch, n, size)
     seen = np.bincount(rows.ravel(), minlength=n)
-    assert rows.shape == (steps_per_epoch(n, size, remainder), size)
-    if remainder == "drop":
-        assert seen.max() == 1 and (seen == 0).sum() == n % size
-    else:
-        assert seen.min() == 1 and seen.max() <= 2 and seen.sum() - n < size
-
-
-@pytest.mark.parametrize("remainder", ["drop", "wrap"])
-def test_a_resumed_run_sees_the_same_batches(remainder: str) -> None:
-    whole = list(itertools.islice(batches(5, 23, 4, remainder), 20))
-    for taken in range(19):
-        after = advance(whole[taken][0], 23, 4, remainder)
-        resumed = itertools.islice(batches(5, 23, 4, remainder, start=after), 19 - taken)
-        for (position, rows), (expected_position, expected_rows) in zip(resumed, whole[taken + 1 :], strict=True):
-            assert position == expected_position
-            assert np.array_equal(rows, expected_rows)
-            assert np.array_equal(rows, batch_indices(5, position, 23, 4, remainder))
-
-
-def test_advance_counts_many_steps() -> None:
-    position = Position(0, 0)
-    for steps in range(50):
-        assert advance(Position(0, 0), 23, 4, steps=steps) == position
-        position = advance(position, 23, 4)
+    assert rows.shape == (steps_per_epoch(n, size), size)
+    assert seen.max() == 1 and (seen == 0).sum() == n % size
 
 
 @given(st.integers(0, 50), st.integers(1, 20))
@@ -95,11 +62,5 @@ def test_bad_arguments_are_named() -> None:
         epoch_order(-1, 0, 5)
     with pytest.raises(ValueError, match=r"batch_size .*\(5\), got 6"):
         steps_per_epoch(5, 6)
-    with pytest.raises(ValueError, match="remainder .* 'keep'"):
-        steps_per_epoch(5, 2, "keep")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="step must be 0 to 1, got 2"):
-        batch_indices(0, Position(0, 2), 5, 2)
-    with pytest.raises(ValueError, match=r"start.step"):
-        next(batches(0, 5, 2, start=Position(0, 9)))
     with pytest.raises(ValueError, match="got 3 and 0"):
         cover(3, 0)
