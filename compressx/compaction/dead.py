@@ -139,8 +139,10 @@ def _edges(scope: Scope, carried: Flows, takers: Sequence[Absorber | None] | Non
     for number, bodies in scope.inner.items():
         inside = carried.inner[number]
         for step, body in enumerate(bodies):
-            each = (lambda x: x.any(0)) if len(bodies) == 1 else (lambda x, step=step: x[step])
-            yield from _edges(body, jax.tree.map(lambda x, each=each: each(np.asarray(x)), inside), None)
+            ever = len(bodies) == 1  # what any step can carry
+            leaves, treedef = jax.tree.flatten(inside)
+            held = [np.asarray(x).any(0) if ever else np.asarray(x)[step] for x in leaves]
+            yield from _edges(body, jax.tree.unflatten(treedef, held), None)
 
 
 def _at(ends: Sequence[tuple[Axis, ...]], axes: tuple[int | None, int | None]) -> tuple[Axis, Axis]:

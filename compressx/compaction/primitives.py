@@ -8,6 +8,7 @@ the results; a primitive without a rule fixes everything it touches.
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,20 +195,25 @@ def _reshape(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape]
         place = _varies(grid)
         if place is None:
             options = [i for i, n in enumerate(grid.shape) if n > 1]
-            place = u.choose((number, run, "split"), options, lambda i, grid=grid: _lines(grid, i)[:, 0])
+            place = u.choose((number, run, "split"), options, partial(_first, grid))
         if place is None:
             u.fix(named[taken], "reshape splits it")
             continue
         lines = _lines(grid, place)
         if (lines != lines[:, :1]).any():  # what shares an index of that axis stays or goes as one
             u.edges.append((np.repeat(lines[:, 0], lines.shape[1] - 1), lines[:, 1:].ravel()))
-        axes[theirs[place]] = lines[:, 0]
+        axes[theirs[place]] = _first(grid, place)
     return axes
 
 
 def _lines(grid: np.ndarray, axis: int) -> np.ndarray:
     """The grid as `[n, rest]`, n along an axis."""
     return np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)
+
+
+def _first(grid: np.ndarray, axis: int) -> np.ndarray:
+    """The grid's first entry at every index of an axis."""
+    return _lines(grid, axis)[:, 0]
 
 
 def _varies(grid: np.ndarray) -> int | None:

@@ -61,8 +61,8 @@ def _columns(bodies: tuple[Scope, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
     columns = columns[:, (columns != columns[:1]).any(0)]
     number = {int(u): k for k, u in enumerate(columns[0])}
     counts = np.zeros((columns.shape[1], sum(given for given, _ in places)), int)
-    for i, units in enumerate(x for given, x in places if given):
-        held = [number[int(u)] for u in units[0] if int(u) in number]
+    for i, rows in enumerate(x for given, x in places if given):
+        held = [number[int(u)] for u in rows[0] if int(u) in number]
         np.add.at(counts, (held, i), 1)
     alike: dict[bytes, list[int]] = {}
     for k, row in enumerate(counts):

@@ -259,3 +259,29 @@ def test_what_a_scan_compares_across_channels_is_told(rng) -> None:
     with pytest.warns(NothingRemoved, match=r"up\[2\]: reduce_max runs over it"):
         assert compact(f, v, jnp.ones((1, 3))).dead.kept == {}
     assert dead(f, v, jnp.ones((1, 3)), keep=("scan",)).stuck == {"up[2]": "reduce_max runs over it"}
+
+
+def test_rotated_dimensions_go_in_pairs_and_a_centred_variance_keeps_the_width(rng) -> None:
+    def f(v, x):
+        q, k = (x @ v[n] for n in "qk")
+        angle = jnp.arange(4.0)[:, None] / jnp.arange(1.0, 4.0)[None]
+        turn = lambda y: jnp.concatenate(
+            [
+                y[..., :3] * jnp.cos(angle)[None] - y[..., 3:] * jnp.sin(angle)[None],
+                y[..., 3:] * jnp.cos(angle)[None] + y[..., :3] * jnp.sin(angle)[None],
+            ],
+            -1,
+        )
+        y = jax.nn.softmax(jnp.einsum("btd,bsd->bts", turn(q), turn(k))) @ (x @ v["v"])
+        return ((y - y.mean(-1, keepdims=True)) * lax.rsqrt(y.var(-1, keepdims=True) + 1e-3)) @ v["o"]
+
+    shapes = {"q": (5, 6), "k": (5, 6), "v": (5, 8), "o": (8, 2)}
+    v = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(2, 4, 5)), jnp.float32)
+    pairs, _ = groups(channels(f, v, x))
+    assert pairs.size == 3 and [s.units.tolist() for s in pairs.slots] == [[0, 1, 2, 0, 1, 2]] * 2
+    hard = {n: leaf.at[:, jnp.array([1, 4])].set(0) if n in "qk" else leaf for n, leaf in v.items()}
+    hard["v"], hard["o"] = hard["v"].at[:, 3].set(0), hard["o"].at[3].set(0)
+    small = compact(f, hard, x)
+    assert _sizes(small.variables) == {"k": (5, 4), "o": (8, 2), "q": (5, 4), "v": (5, 8)}
+    np.testing.assert_allclose(small.apply(small.variables, x), f(hard, x), atol=1e-5)
