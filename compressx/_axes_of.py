@@ -126,7 +126,7 @@ def with_axes(rules: Rules, params: Any, axes: Mapping[str, str]) -> tuple[Any, 
 
 
 def _words(use: dict[int, str], shape: tuple[int, ...]) -> tuple[str, ...] | None:
-    """A word for each axis, or None where an axis is two things at once."""
+    """A word for each axis, or None where an axis is two things."""
     if "?" in use.values() or not {"in", "out"} & set(use.values()):
         return None
     # an axis that never reached the product was cut away slice by slice; one of extent 1 is lost in a reshape

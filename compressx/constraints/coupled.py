@@ -39,7 +39,7 @@ def coupled_filters(
       keep: number of units kept, instead of a density.
       column_density: then also keeps, in each leaf, only this share of positions (all axes but that one), those of
         largest energy within the kept filters: exact for the positions given the filters.
-      stacked: whether the leaves are stacks of layers, `[layers, ...]`: the set then holds on every slice by itself,
+      stacked: whether the leaves are stacks of layers, `[layers, ...]`: the set then applies to every slice by itself,
         with the axes of a slice in `members`, and each keeps units of its own.
 
     Raises:
