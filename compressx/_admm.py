@@ -182,9 +182,9 @@ def admm(
       >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
       >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
       >>> tx = optax.chain(compressx.admm(rules, rho=0.1, every=5), optax.sgd(0.1))
-      >>> state = tx.init(params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
       >>> for _ in range(200):  # nothing but the penalty acts here: a real loss gives the gradient
-      ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      ...     updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> float(compressx.admm_metrics(state)["primal/dense/kernel"]) < 0.2
       True

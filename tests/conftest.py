@@ -131,7 +131,7 @@ _spare_third_parties()
 hypothesis.settings.register_profile(
     "default",
     deadline=None,
-    max_examples=40,
+    max_examples=20,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
