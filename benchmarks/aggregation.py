@@ -48,7 +48,7 @@ def main() -> int:
     rows = []
     for model, sizes in MODELS.items():
         times: dict[str, list[float]] = {name: [] for name in ARMS}
-        for _ in range(args.rounds):  # the arms in turn, so that a busy machine is busy for all
+        for _ in range(args.rounds):  # the arms in turn, so that a loaded machine is loaded for all
             for name, (sparsify, oblivious) in ARMS.items():
                 times[name].append(sum(one(sizes, args.density, sparsify, oblivious)))
         row: dict[str, Any] = {"case": model, "weights": sum(sizes), "density": args.density}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.install_peers [--peers=torch,onnxruntime,...]          # or: make peers
 
-Each is installed alone with the pins of constraints.txt, so that one that cannot be had neither ends the others nor
-moves a version of ours, DeepSparse in an environment of its own; then it is imported in a process of its own. What
+Each is installed alone with the pins of constraints.txt, so that one that cannot be obtained neither ends the others
+nor moves a version of ours, DeepSparse in an environment of its own; then it is imported in a process of its own. What
 stays absent is left out of the benchmarks, which name it. The exit status is 1 where a peer is missing in the end.
 """
 

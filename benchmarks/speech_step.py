@@ -2,7 +2,7 @@
 
     python -m benchmarks.speech_step [--cores=1] [--hidden=1024] [--rates=10,29,301] [--results=docs/results]
 
-Weights are random and put into BSP's set, for only their places matter here. All networks take their turn in every
+Weights are random and put into BSP's set, for only their positions matter here. All networks take their turn in every
 round; ratios are taken within a round, and only where the native kernels are active: for `bspc_xla`, the fallback,
 times alone are given. The real-time factor is from sound to outputs, a second of noise in chunks of 0.1 s.
 """

@@ -4,7 +4,7 @@
     python -m benchmarks.training --layers     # the ways to convolve, layer by layer, for `convolve.formulation`
 
 Every round runs one step of each system in turn, so that other work on the machine meets all of them alike, and the
-ratio is taken within a round. Beside the elapsed time stands the processor time: on a busy machine PyTorch's threads
+ratio is taken within a round. Beside the elapsed time stands the processor time: on a loaded machine PyTorch's threads
 spin while they wait, so compare there with `--threads=1`. Needs torch (extra `benchmarks`).
 """
 

@@ -109,7 +109,7 @@ def step(steps: list[Any], x: Any, start: int, threads: int) -> Callable[[], Any
     block = min(BLOCK, channels)
     shape: tuple[int, ...] = (channels // block, *x.shape[1:3], block)
     if len(x) != 1 or channels % block:
-        raise ValueError(f"images of {channels} channels, {len(x)} at once, are not scheduled")
+        raise ValueError(f"images of {channels} channels, {len(x)} together, are not scheduled")
     value, calls = start, []
     held = given = tvm.runtime.tensor(np.zeros(shape, np.float32))
     for s in steps:

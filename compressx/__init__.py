@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from compressx._admm import AdmmState, admm
     from compressx._admm import find_state as find_admm_state
     from compressx._admm import metrics as admm_metrics
+    from compressx._axes_of import axes_of, with_axes
     from compressx._harden import ConstraintViolation, Hardened, check, count_violations, harden, structures
     from compressx._retrain import RetrainState, retract, retrain
     from compressx._retrain import find_state as find_retrain_state
@@ -69,6 +70,8 @@ _HOMES = {
     "admm": "compressx._admm.admm",
     "find_admm_state": "compressx._admm.find_state",
     "admm_metrics": "compressx._admm.metrics",
+    "axes_of": "compressx._axes_of.axes_of",
+    "with_axes": "compressx._axes_of.with_axes",
     "ConstraintViolation": "compressx._harden.ConstraintViolation",
     "Hardened": "compressx._harden.Hardened",
     "check": "compressx._harden.check",
@@ -121,6 +124,7 @@ __all__ = [
     "RetrainState",
     "admm",
     "admm_metrics",
+    "axes_of",
     "balanced_block_max",
     "bank_balanced",
     "block",
@@ -174,5 +178,6 @@ __all__ = [
     "unstructured",
     "views",
     "violations",
+    "with_axes",
     "write_rules",
 ]

@@ -18,6 +18,7 @@ Multipliers", 2011 (scaled form, 3.1.1); W. Niu et al., "PatDNN", 2020 (several 
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -46,10 +47,18 @@ class AdmmState(NamedTuple):
       z: one tree per set number, shaped as params; unconstrained leaves (and leaves with fewer sets) are
         `optax.MaskedNode()`, which stores nothing. Dtype and sharding of the leaf.
       center: Z_k - U_k, likewise: the proximal centre, towards which the penalty moves W.
-      structure: name -> tuple over sets of what the set leaves open.
+      structure: name -> tuple over sets of the structure of the set.
       rho: name -> float32 [].
       primal: name -> float32 [sets], ||W - Z_k|| / ||W|| at the last update; the largest number before the first.
       dual: name -> float32 [sets], ||Z_k - Z_k previous|| / ||W|| at the last update.
+
+    Example:
+      >>> tx = compressx.admm([("kernel", compressx.unstructured(keep=1))], rho=0.5)
+      >>> state = tx.init({"kernel": jnp.asarray([[3.0, 1.0]]), "bias": jnp.zeros(2)})
+      >>> print(state.z[0]["kernel"], float(state.rho["kernel"]))
+      [[3. 0.]] 0.5
+
+    Source: S. Boyd et al., 2011, 3.1.1 (the scaled form).
     """
 
     step: Array
@@ -124,6 +133,19 @@ def _schedules(rho: Rho, bound: Sequence[Bound], every: int) -> dict[str, RhoSch
     return chosen
 
 
+def _check_rho(rho: Any) -> None:
+    if isinstance(rho, Sequence) and not isinstance(rho, RhoSchedule | str):
+        for entry in rho:
+            if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)):
+                raise ValueError(f"rho for each leaf is given as pairs (pattern, rho), got {entry!r} among them")
+            _check_rho(entry[1])
+    elif isinstance(rho, int | float) and not isinstance(rho, bool):
+        if not 0 <= rho < math.inf:
+            raise ValueError(f"rho must be finite and not negative, got {rho}")
+    elif not (callable(rho) or isinstance(rho, RhoSchedule | jax.Array | np.ndarray | np.generic)):
+        raise ValueError(f"rho must be a number, a schedule, or pairs (pattern, rho), got {rho!r}")
+
+
 def admm(
     rules: Rules,
     *,
@@ -160,9 +182,9 @@ def admm(
       >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
       >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
       >>> tx = optax.chain(compressx.admm(rules, rho=0.1, every=5), optax.sgd(0.1))
-      >>> state = tx.init(params)
-      >>> for _ in range(200):  # nothing but the penalty pulls here: a real loss gives the gradient
-      ...     updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+      >>> state, update = tx.init(params), jax.jit(tx.update)
+      >>> for _ in range(200):  # nothing but the penalty acts here: a real loss gives the gradient
+      ...     updates, state = update(jax.tree.map(jnp.zeros_like, params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> float(compressx.admm_metrics(state)["primal/dense/kernel"]) < 0.2
       True
@@ -173,6 +195,9 @@ def admm(
     for name, value in (("every", every), ("refresh_every", refresh_every), ("fit_until", fit_until)):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+        if not (isinstance(value, int | np.integer | jax.Array) or (value is None and name != "every")):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}; only rho takes a schedule")
+    _check_rho(rho)
     rules = pairs(rules)
 
     def init_fn(params: Any) -> AdmmState:
@@ -382,7 +407,7 @@ def watch_refreshes(
             found = {}
             for b, k in watched(params):
                 z, (old, new) = b.take(_like(params, after.z[k])), (s.structure[b.name][k] for s in (before, after))
-                found[b.name] = _sets(b)[k].changed(z, old, new).astype(jnp.float32)  # type: ignore[misc]
+                found[b.name] = programs(_sets(b)[k]).changed(z, old, new).astype(jnp.float32)  # type: ignore[misc]
             return found
 
         fresh = (after.updates != before.updates) & (after.updates % refresh_every == 0)
@@ -408,7 +433,8 @@ def find_state(opt_state: Any) -> AdmmState:
       The state of `admm`.
 
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: there is none, or more than one; or it comes last in a chain, after an optimizer, whose learning rate
+        its penalty then has not seen.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
@@ -422,8 +448,24 @@ def find_state(opt_state: Any) -> AdmmState:
     if len(found) != 1:
         raise ValueError(f"expected one AdmmState in the optimizer state, found {len(found)}")
     state = found[0]
+    if _follows_an_optimizer(opt_state):
+        raise ValueError(
+            "admm comes after the optimizer, so that its penalty is no gradient but a step, added to the weights with "
+            "the wrong sign: write optax.chain(compressx.admm(...), optax.adam(...)), and train again"
+        )
     plain = {name: unboxed(getattr(state, name)) for name in AdmmState._fields if name not in ("z", "center")}
     return state._replace(**plain)
+
+
+def _follows_an_optimizer(opt_state: Any) -> bool:
+    """Whether the chain that holds the ADMM state ends with it and has an optimizer of several parts before."""
+    if isinstance(opt_state, AdmmState) or not isinstance(opt_state, tuple | list | dict):
+        return False
+    parts = list(opt_state.values() if isinstance(opt_state, dict) else opt_state)
+    chain = type(opt_state) is tuple
+    if chain and parts and isinstance(parts[-1], AdmmState):
+        return any(type(p) is tuple or hasattr(p, "inner_state") for p in parts[:-1])
+    return not chain and any(map(_follows_an_optimizer, parts))
 
 
 def by_set(primal: Mapping[str, Any], dual: Mapping[str, Any], rules: Rules) -> dict[str, dict[str, float]]:

@@ -1,30 +1,46 @@
 """Hardening: the weights are projected once onto their sets, and the result is checked against every one of them."""
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from compressx._admm import AdmmState, find_state
 from compressx.constraints.floats import nonzero
+from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve
-from compressx.tree import check_finite
+from compressx.tree import check_finite, described, in_their_precision
 
 
 class ConstraintViolation(ValueError):
-    """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside."""
+    """Weights that should lie in a set do not; the text names the leaf, the set and how many entries are outside.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> try:
+      ...     compressx.check(params, [("kernel", compressx.unstructured(keep=1))])
+      ... except compressx.ConstraintViolation as error:
+      ...     print(str(error).splitlines()[1].strip())
+      kernel: 3 entries outside unstructured(keep=1, scope=leaf)
+    """
 
 
 class Hardened(NamedTuple):
-    """Weights that lie in their sets, and what the sets left open; a pytree.
+    """Weights that lie in their sets, and the structure of their sets; a pytree.
 
     Attributes:
       params: the tree that was given, every constrained leaf in its sets.
       structures: name of a leaf (or of a joint rule) -> a structure for each set of its constraint (signs of fragments,
-        pattern library, block sizes, scale; `()` for a set that leaves nothing open).
+        pattern library, block sizes, scale; `()` for a set without one).
+
+    Example:
+      >>> rules = [("kernel", compressx.quantize(2))]
+      >>> hard = compressx.harden({"kernel": jnp.asarray([[3.0, 1.0]])}, rules, fresh=True)
+      >>> print(hard.params["kernel"], hard.structures["kernel"][0])  # two bits: one level of each sign
+      [[2. 2.]] 2.0
     """
 
     params: Any
@@ -47,7 +63,7 @@ def parts(weights: Any, structures: Any = None) -> tuple[Any, dict[str, Any] | N
 
 
 def structures(params: Any, rules: Rules, state: Any = None) -> dict[str, tuple[Any, ...]]:
-    """What every set leaves open (signs, libraries, scales), by name: as in ADMM's state, or chosen for params.
+    """The structure of every set (signs, libraries, scales), by name: as in ADMM's state, or chosen for params.
 
     What in ADMM's state follows from the zeros of other sets (the order of the rows in polarized fragments) is formed
     anew where these zeros are others by now. Chosen for weights that lie in their sets already, structures are such
@@ -72,11 +88,13 @@ def structures(params: Any, rules: Rules, state: Any = None) -> dict[str, tuple[
     if state is None:
         return {b.name: b.choose(b.take(leaves)) for b in bound}
     held = state if isinstance(state, AdmmState) else find_state(state)
-    given = agree(held.structure, bound, "ADMM's state")
+    given = agree(held.structure, bound, leaves, "ADMM's state")
     return {b.name: _settled(b, b.take(leaves), given[b.name]) for b in bound}
 
 
-def agree(given: Mapping[str, Any], bound: tuple[Bound, ...], what: str) -> dict[str, tuple[Any, ...]]:
+def agree(
+    given: Mapping[str, Any], bound: tuple[Bound, ...], leaves: Sequence[Any], what: str
+) -> dict[str, tuple[Any, ...]]:
     """Structures as a `Hardened` has them, a tuple over the sets for each name.
 
     Raises:
@@ -95,6 +113,12 @@ def agree(given: Mapping[str, Any], bound: tuple[Bound, ...], what: str) -> dict
             out[b.name] = tuple(s for _, s in b.constraint.each(given[b.name]))
         except ValueError as error:
             raise ValueError(f"{b.name}: {what} is of other rules: {error}") from None
+        expected = jax.eval_shape(b.choose, jax.tree.map(described, b.take(leaves)))
+        wanted, found = (jax.tree.map(np.shape, x) for x in (expected, out[b.name]))
+        kinds: list[Any] = [jax.tree.structure(x) for x in (expected, out[b.name])]
+        same = kinds[0] == kinds[1]
+        if not same or wanted != found:
+            raise ValueError(f"{b.name}: {what} is of other rules: {b.constraint} needs shapes {wanted}, got {found}")
     return out
 
 
@@ -109,10 +133,11 @@ def _settled(b: Bound, w: Any, structures: tuple[Any, ...]) -> tuple[Any, ...]:
     last = max((k for k, (part, _) in enumerate(sets) if part.settle), default=-1)
     out = list(structures)
     for k, (part, _) in enumerate(sets[: last + 1]):
-        if part.settle:
-            out[k] = part.settle(w, out[k])
+        settle = programs(part).settle
+        if settle:
+            out[k] = settle(w, out[k])
         if k < last:
-            w = part.project(w, out[k])
+            w = programs(part).project(w, out[k])
     return tuple(out)
 
 
@@ -130,7 +155,7 @@ def count_violations(params: Any, rules: Rules, structures: Mapping[str, Any]) -
     Args:
       params: any pytree of arrays.
       rules: pairs (pattern, constraint).
-      structures: what the sets leave open, as in `Hardened`.
+      structures: the structure of the sets, as in `Hardened`.
 
     Returns:
       name -> int32 [], 0 where the leaf lies in its sets.
@@ -150,7 +175,8 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
     """Projects every constrained leaf onto its sets, once, and proves that it lies in all of them.
 
     Args:
-      params: any pytree of concrete arrays.
+      params: any pytree of arrays. Under `jit` or `vmap` they are projected alike, and nothing can be proved: `check`
+        what comes out.
       rules: pairs (pattern, constraint).
       state: the optimizer's state after training with `admm`, in which the ADMM state is found; its signs, libraries
         and scales are used.
@@ -161,8 +187,8 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
       `save_model` and `compile` take.
 
     Raises:
-      ValueError: a constrained leaf holds NaN or infinity; there is no state, and a set leaves something open (a scale,
-        signs, a library); the state is of other rules.
+      ValueError: a constrained leaf holds NaN or infinity; there is no state, and a set has a structure to choose (a
+        scale, signs, a library); the state is of other rules.
       ConstraintViolation: a projected leaf does not lie in one of its sets.
 
     Example:
@@ -172,30 +198,34 @@ def harden(params: Any, rules: Rules, state: Any = None, *, fresh: bool = False)
       >>> print(hard.params["dense"]["kernel"])
       [[ 0. -5.]
        [ 4.  0.]]
-      >>> hard.structures  # a support leaves nothing open
+      >>> hard.structures  # a support has no structure
       {'dense/kernel': ((),)}
     """
     if fresh and state is not None:
         raise ValueError("harden takes ADMM's state or fresh=True, not both")
     rules = pairs(rules)
     leaves = jax.tree.leaves(params)
-    check_finite({p: leaves[i] for b in resolve(rules, params) for p, i in zip(b.paths, b.indices, strict=True)})
+    held = {p: leaves[i] for b in resolve(rules, params) for p, i in zip(b.paths, b.indices, strict=True)}
+    traced = any(isinstance(x, jax.core.Tracer) for x in held.values())
+    if not traced:
+        check_finite(held)
     if state is None and not fresh:
         _refuse_to_choose(params, rules)
     structure = structures(params, rules, state)
     hard = project(params, rules, structure)
-    check(hard, rules, structure)
+    if not traced:
+        check(hard, rules, structure)
     return Hardened(hard, structure)
 
 
 def _refuse_to_choose(params: Any, rules: Rules) -> None:
-    """Raises ValueError where a set leaves something open, which training chose and nobody has given."""
+    """Raises ValueError where a set has a structure that training chose and nobody has given."""
     bound, leaves = resolve(rules, params), jax.tree.leaves(params)
     for b in bound:
         for part, open_part in b.constraint.each(jax.eval_shape(b.choose, b.take(leaves))):
             if jax.tree.leaves(open_part):
                 raise ValueError(
-                    f"{b.name}: {part} leaves open what training chose (signs, a library, a scale). Pass the "
+                    f"{b.name}: {part} has a structure that training chose (signs, a library, a scale). Pass the "
                     "optimizer's state, harden(params, rules, opt_state); or fresh=True to choose anew, for weights "
                     "that ADMM did not train"
                 )
@@ -207,7 +237,7 @@ def check(weights: Any, rules: Rules, structures: Mapping[str, Any] | None = Non
     Args:
       weights: a `Hardened`, or any pytree of concrete arrays.
       rules: pairs (pattern, constraint).
-      structures: what the sets leave open, beside plain parameters; None: chosen anew for them.
+      structures: the structure of the sets, beside plain parameters; None: chosen anew for them.
 
     Example:
       >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
@@ -230,7 +260,7 @@ _choose = structures  # `check` has an argument of that name
 def prove(params: Any, rules: Rules, structures: Mapping[str, Any], chosen: bool) -> None:
     """`check`, where the structures may just have been `chosen` for the weights: the error then says what to do."""
     bound = resolve(rules, params)
-    structures = agree(structures, bound, "what is given as structures")
+    structures = agree(structures, bound, jax.tree.leaves(params), "what is given as structures")
     counts = outside(params, rules, structures)
     bad = [(b, counts[b.name]) for b in bound if counts[b.name]]
     if not bad:
@@ -239,17 +269,11 @@ def prove(params: Any, rules: Rules, structures: Mapping[str, Any], chosen: bool
     advice = "were they hardened with these rules, and moved inside their sets since (retrain, retract)?"
     if chosen:
         advice += (
-            " What the sets leave open (libraries, orders, sizes, scales) was chosen anew for these weights. If"
+            " The structure of the sets (libraries, orders, sizes, scales) was chosen anew for these weights. If"
             " hardening chose otherwise, pass its choice on: retrain, check and save_model take what"
             " harden(params, rules, opt_state) returns, or its structures beside weights that have moved since"
         )
     raise ConstraintViolation(f"weights do not satisfy their constraints:\n  {lines}\n{advice}")
-
-
-def in_their_precision(tree: Any) -> AbstractContextManager[Any]:
-    """A context in which the arrays of a tree are computed with as they are: no float64 is cut to float32."""
-    cut = any(jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype for x in jax.tree.leaves(tree))
-    return jax.enable_x64(True) if cut else nullcontext()
 
 
 def outside(params: Any, rules: Rules, structures: Mapping[str, Any]) -> dict[str, int]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compressx._harden import Hardened, agree, parts, prove, structures
+from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import unboxed
 
@@ -17,7 +18,14 @@ class RetrainState(NamedTuple):
 
     Attributes:
       active: name -> the constraint's active set (a mask, signs, ties, levels).
-      structures: name -> what each of its sets left open when retraining began.
+      structures: name -> the structure of each of its sets when retraining began.
+
+    Example:
+      >>> rules = [("kernel", compressx.unstructured(keep=1))]
+      >>> hard = compressx.harden({"kernel": jnp.asarray([[3.0, 1.0]])}, rules, fresh=True)
+      >>> state = compressx.retrain(rules, hard).init(hard.params)
+      >>> print(state.active["kernel"])
+      [[ True False]]
     """
 
     active: dict[str, Any]
@@ -65,7 +73,7 @@ def retrain(rules: Rules, hard: Hardened | Mapping[str, Any] | None = None) -> o
         params, held = parts(params, given if not isinstance(params, Hardened) else None)
         chosen = structures(params, rules) if held is None else jax.tree.map(jnp.copy, held)
         bound, leaves = resolve(rules, params), jax.tree.leaves(params)
-        chosen = agree(chosen, bound, "what is given as structures")
+        chosen = agree(chosen, bound, leaves, "what is given as structures")
         if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, chosen))):
             prove(params, rules, chosen, chosen=held is None)
         active = {b.name: b.freeze(b.take(leaves), chosen[b.name]) for b in bound}
@@ -122,10 +130,11 @@ def retract(params: Any, rules: Rules, state: Any) -> Hardened:
     for b in resolve(rules, params):
         w, active = b.take(leaves), held.active[b.name]
         each = active if b.constraint.parts else (active,)
-        moved[b.name] = tuple(
-            part.moved(w, a) if part.moved else s
-            for (part, s), a in zip(b.constraint.each(held.structures[b.name]), each, strict=True)
-        )
+        structures = []
+        for (part, structure), a in zip(b.constraint.each(held.structures[b.name]), each, strict=True):
+            move = programs(part).moved
+            structures.append(move(w, a) if move else structure)
+        moved[b.name] = tuple(structures)
         b.put(leaves, _retract(b, w, held))
     return Hardened(jax.tree.unflatten(treedef, leaves), moved)
 

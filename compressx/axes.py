@@ -86,7 +86,7 @@ def parse(given: Any) -> Axes | None:
 
 
 def guessed(constraint: Constraint, shape: tuple[int, ...]) -> str | None:
-    """Why a set cannot hold on a leaf whose axes nobody has said, or None: nothing structured is done to a guess."""
+    """Why a set cannot apply to a leaf whose axes nobody has said, or None: nothing structured is done to a guess."""
     if len(shape) < 3 or len(shape) in DEFAULTS:
         return None
     structured = [s for s in constraint.sets if s.spec["kind"] not in _FREE and s.spec.get("per") != "tensor"]

@@ -28,14 +28,13 @@ from flax.errors import FlaxError
 
 import compressx
 from compressx import formats
-from compressx._harden import in_their_precision
 from compressx.constraints import violations
 from compressx.formats import CompressedFileError, SavedModel
 from compressx.formats.base import pieces
 from compressx.formats.container import to_json
 from compressx.formats.file_rules import check_cost
 from compressx.rules import resolve
-from compressx.tree import paths
+from compressx.tree import in_their_precision, paths
 
 OK, FINDING, ERROR = 0, 1, 2
 

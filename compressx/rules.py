@@ -1,9 +1,9 @@
-"""Rules: which constraint holds on which leaf, by path; checked against the tree.
+"""Rules: which constraint applies to which leaf, by path; checked against the tree.
 
 Rules are an ordered sequence of pairs `(pattern, constraint)`, or triples with what the axes of the leaf are (`axes`).
 A pattern is a regular expression that must match the whole path of a leaf (`params/conv1/kernel`); the first rule that
-matches wins; a constraint of None leaves the leaf free. A rule that takes no leaf is an error that lists the paths. Any
-pytree works: Linen and Haiku dictionaries, `nnx.split` state, Equinox modules, dataclasses, lists.
+matches wins; a constraint of None leaves the leaf free. A rule that matches no leaf is an error that lists the paths.
+Any pytree works: Linen and Haiku dictionaries, `nnx.split` state, Equinox modules, dataclasses, lists.
 """
 
 import re
@@ -24,15 +24,20 @@ Rules = Iterable[tuple[Any, ...]]  # (pattern, constraint or None) or (pattern, 
 
 
 class Bound(NamedTuple):
-    """A constraint and the leaves it holds on (one leaf, or all leaves of the rule where the constraint is joint).
+    """A constraint and the leaves it applies to (one leaf, or all leaves of the rule where the constraint is joint).
 
     Attributes:
       name: the leaf's path; for a joint constraint the rule's pattern.
       paths: paths of the leaves.
-      indices: their places among `jax.tree.leaves(params)`.
+      indices: their positions among `jax.tree.leaves(params)`.
       constraint: the set, over the stack where the axes name one.
       axes: what the axes of the leaves are, as the rule says; None: Flax's layout.
       shapes: of the leaves as they are stored.
+
+    Example:
+      >>> params = {"a": {"kernel": jnp.ones((4, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+      >>> [b.name for b in compressx.resolve([("a/kernel", compressx.filters(0.5))], params)]
+      ['a/kernel']
     """
 
     name: str
@@ -50,7 +55,7 @@ class Bound(NamedTuple):
         return tuple(held) if self.constraint.joint else held[0]
 
     def choose(self, w: Any) -> tuple[Any, ...]:
-        """What each of the sets leaves open, chosen for w as the sets before it leave it: a tuple over the sets."""
+        """The structure of each of the sets, chosen for w as the sets before it leave it: a tuple over the sets."""
         return programs.choose(self.constraint, w)
 
     def project(self, w: Any, structures: tuple[Any, ...]) -> Any:
@@ -113,8 +118,8 @@ def resolve(rules: Rules, params: Any) -> tuple[Bound, ...]:
       One `Bound` per constrained leaf (per rule for joint constraints), in rule order, then leaf order.
 
     Raises:
-      ValueError: a rule takes no leaf (the text lists the paths), a pattern is no regular expression, or a constraint
-        cannot hold on a leaf (the text names the leaf, its shape and why).
+      ValueError: a rule matches no leaf (the text lists the paths), a pattern is no regular expression, or a constraint
+        cannot apply to a leaf (the text names the leaf, its shape and why).
 
     Example:
       >>> params = {"conv": {"kernel": jnp.ones((3, 3, 2, 4))}, "dense": {"kernel": jnp.ones((8, 2))}}

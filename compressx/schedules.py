@@ -5,6 +5,7 @@ A schedule is a pair of pure functions: `init() -> rho` and
 dual = ||Z - Z_previous||_2 (over all sets of the leaf) and the number of updates done, this one included.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,13 @@ from jax import Array
 
 
 class RhoSchedule(NamedTuple):
-    """How rho moves: `init()` is its first value, `update(rho, primal, dual, updates)` the next (float32 scalars)."""
+    """How rho moves: `init()` is its first value, `update(rho, primal, dual, updates)` the next (float32 scalars).
+
+    Example:
+      >>> halving = compressx.schedules.RhoSchedule(lambda: jnp.float32(8), lambda rho, primal, dual, updates: rho / 2)
+      >>> float(halving.update(halving.init(), 1.0, 1.0, 1))
+      4.0
+    """
 
     init: Callable[[], Array]
     update: Callable[[Array, Array, Array, Array], Array]
@@ -26,13 +33,32 @@ def _positive(**values: float) -> None:
 
 
 def constant(rho: float | Array) -> RhoSchedule:
-    """rho stays as it is."""
-    _positive(rho=rho)  # type: ignore[arg-type]
+    """rho stays as it is.
+
+    Args:
+      rho: 0, which is no penalty, or above.
+
+    Returns:
+      A schedule that gives `rho` always.
+
+    Example:
+      >>> schedule = compressx.schedules.constant(0.25)
+      >>> float(schedule.update(schedule.init(), 1.0, 1.0, 1))
+      0.25
+    """
+    if isinstance(rho, int | float) and not 0 <= rho < math.inf:
+        raise ValueError(f"rho must be finite and not negative, got {rho}")
     return RhoSchedule(lambda: jnp.asarray(rho, jnp.float32), lambda value, primal, dual, updates: value)
 
 
 def of_steps(schedule: Callable[[Array], Any], every: int) -> RhoSchedule:
-    """rho follows an optax schedule, a function of the number of gradient steps done; `every` is that of `admm`."""
+    """rho follows an optax schedule, a function of the number of gradient steps done; `every` is that of `admm`.
+
+    Example:
+      >>> schedule = compressx.schedules.of_steps(optax.linear_schedule(0.0, 1.0, 100), every=25)
+      >>> float(schedule.update(schedule.init(), 1.0, 1.0, 2))  # after two updates, 50 steps
+      0.5
+    """
     return RhoSchedule(
         lambda: jnp.asarray(schedule(jnp.zeros((), jnp.int32)), jnp.float32),
         lambda value, primal, dual, updates: jnp.asarray(schedule(updates * every), jnp.float32),
@@ -43,6 +69,11 @@ def staged(rho: float, factor: float = 10.0, every: int = 4, maximum: float | No
     """rho is multiplied by `factor` after every `every` updates, up to `maximum`.
 
     The recipe of the FORMS and PatDNN groups' public code: 1e-4, then x10 at each of four stages.
+
+    Example:
+      >>> schedule = compressx.schedules.staged(0.5, factor=4, every=2)
+      >>> [float(schedule.update(0.5, 1.0, 1.0, updates)) for updates in (1, 2)]
+      [0.5, 2.0]
     """
     _positive(rho=rho, factor=factor, every=every)
 
@@ -59,6 +90,11 @@ def residual_balancing(rho: float, ratio: float = 10.0, factor: float = 2.0) -> 
         primal ||W - Z||, dual rho * ||Z - Z_previous||
 
     Source: S. Boyd et al., "Distributed Optimization and Statistical Learning via the ADMM", 2011, eq. 3.13.
+
+    Example:
+      >>> schedule = compressx.schedules.residual_balancing(1.0)
+      >>> float(schedule.update(jnp.float32(1.0), jnp.float32(50.0), jnp.float32(1.0), 1))  # the weights lag behind
+      2.0
     """
     _positive(rho=rho, ratio=ratio, factor=factor)
 
@@ -78,6 +114,11 @@ def rtmobile(rho: float = 1e-3) -> RhoSchedule:
         rho > 0.5:  frozen
 
     Source: P. Dong et al., "RTMobile", 2020, the authors' released training code; its first rho is not published.
+
+    Example:
+      >>> schedule = compressx.schedules.rtmobile()
+      >>> float(schedule.update(jnp.float32(0.75), jnp.float32(1.0), jnp.float32(1.0), 1))  # frozen above 0.5
+      0.75
     """
     _positive(rho=rho)
 

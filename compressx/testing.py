@@ -24,7 +24,7 @@ from compressx._admm import metrics as admm_metrics
 from compressx._retrain import retrain
 from compressx.constraints.base import LEVEL, TIE, Constraint, violations
 
-# An intersection in which two sets at once settle between each other needs a dual that grows with rho.
+# An intersection in which two sets together settle between each other needs a dual that grows with rho.
 _STEPS, _EVERY, _NEAR = 600, 10, 0.2
 
 
@@ -33,7 +33,7 @@ def check_constraint(constraint: Constraint, like: Any, *, nearest: bool = True,
 
     Args:
       constraint: the set.
-      like: a leaf it holds on (a tuple of leaves where it is joint), of which shapes and dtypes are taken.
+      like: a leaf it applies to (a tuple of leaves where it is joint), of which shapes and dtypes are taken.
       nearest: whether its projection is claimed to be the nearest point; False for heuristics and intersections.
       seed: of the weights that are drawn.
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Literal
 
 from compressx.native.convolve import lax_only
-from compressx.tree import paths
+from compressx.tree import described, paths
 
 Function = Callable[[Any, Any], Any]
 Shape = tuple[int, ...]
@@ -69,27 +69,30 @@ _EVALUATION = {"train": False, "training": False, "is_training": False, "determi
 def function_of(model: Any) -> Function:
     """`f(variables, inputs)` of a flax module in evaluation mode; a function is returned as it is.
 
-    A Linen module is given those of `train=False`, `training=False`, `is_training=False` and `deterministic=True` that
-    its `__call__` has. An NNX module is split and merged with the variables (its state, or a part of it).
+    A module is given those of `train=False`, `training=False`, `is_training=False` and `deterministic=True` that its
+    `__call__` has. An NNX module is split and merged with the variables (its state, or a part of it).
     """
+    if not isinstance(model, nn.Module | nnx.Module):
+        return model
+    known = inspect.signature(type(model).__call__).parameters
+    switches: dict[str, Any] = {name: value for name, value in _EVALUATION.items() if name in known}
     if isinstance(model, nn.Module):
-        known = inspect.signature(type(model).__call__).parameters
-        switches: dict[str, Any] = {name: value for name, value in _EVALUATION.items() if name in known}
         return lambda variables, x: model.apply(variables, x, **switches)
-    if isinstance(model, nnx.Module):
-        graph, state = nnx.split(model)
+    graph, state = nnx.split(model)
 
-        def run(variables: Any, x: Any) -> Any:
-            given = jax.tree.map(lambda leaf: leaf, state)  # variables of this trace, which may be written to
-            nnx.replace_by_pure_dict(
-                given, nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else variables
-            )
-            merged = nnx.merge(graph, given)
-            merged.eval()
-            return merged(x)
+    def run(variables: Any, x: Any) -> Any:
+        given = jax.tree.map(lambda leaf: leaf, state)  # variables of this trace, which may be written to
+        nnx.replace_by_pure_dict(given, nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else variables)
+        merged = nnx.merge(graph, given)
+        merged.eval()
+        return merged(x, **switches)
 
-        return run
-    return model
+    return run
+
+
+def arrays(variables: Any) -> list[Any]:
+    """The leaves of a pytree that are arrays, or described as such: an Equinox module has functions beside them."""
+    return [leaf for leaf in jax.tree.leaves(variables) if hasattr(leaf, "dtype")]
 
 
 def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
@@ -97,17 +100,29 @@ def trace(model: nn.Module | Function, variables: Any, x: Any) -> Program:
 
     Args:
       model: a flax module, see `function_of`, or any `f(variables, x)`.
-      variables: pytree of arrays or `jax.ShapeDtypeStruct`.
+      variables: pytree of arrays or `jax.ShapeDtypeStruct`; other leaves (the functions of an Equinox module) are
+        passed on as they are.
       x: inputs, a pytree of arrays or `jax.ShapeDtypeStruct`.
     """
-
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
-
-    spec = jax.tree.map(shape, (variables, x))
+    run, names, spec = _of_arrays(model, variables)
     with lax_only():
-        closed, out = jax.make_jaxpr(function_of(model), return_shape=True)(*spec)
-    return flatten(closed, tuple(paths(variables)), jax.tree.structure(out))
+        closed, out = jax.make_jaxpr(run, return_shape=True)(spec, jax.tree.map(described, x))
+    return flatten(closed, names, jax.tree.structure(out))
+
+
+def _of_arrays(model: nn.Module | Function, variables: Any) -> tuple[Function, tuple[str, ...], list[Any]]:
+    """The network as a function of the arrays among its variables; their names; their shapes and dtypes."""
+    function, names = function_of(model), paths(variables)
+    leaves, treedef = jax.tree.flatten(variables)
+    held = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+    def run(given: Sequence[Any], x: Any) -> Any:
+        whole = list(leaves)
+        for i, leaf in zip(held, given, strict=True):
+            whole[i] = leaf
+        return function(jax.tree.unflatten(treedef, whole), x)
+
+    return run, tuple(names[i] for i in held), [described(leaves[i]) for i in held]
 
 
 def of_nothing(model: nn.Module | Function, variables: Any, x: Any) -> Any:
@@ -117,13 +132,14 @@ def of_nothing(model: nn.Module | Function, variables: Any, x: Any) -> Any:
     with nothing in them (`y.reshape(y.shape[0], -1)` divides by 0).
     """
 
+    run, _, spec = _of_arrays(model, variables)
+
     def outputs(n: int) -> Any:
         def sized(leaf: Any) -> jax.ShapeDtypeStruct:
             shape = np.shape(leaf)
             return jax.ShapeDtypeStruct((n, *shape[1:]) if shape[:1] == (0,) else shape, leaf.dtype)
 
-        spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), variables)
-        return jax.eval_shape(function_of(model), spec, jax.tree.map(sized, x))
+        return jax.eval_shape(run, spec, jax.tree.map(sized, x))
 
     one, two = outputs(1), outputs(2)
     sizes = lambda a, b: tuple(m if m == n else 0 for m, n in zip(a.shape, b.shape, strict=True))

@@ -1,10 +1,12 @@
-"""Names of the leaves of a pytree, and the check that all of them are finite."""
+"""Names of the leaves of a pytree, the check that all of them are finite, and their precision."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 Key = str | int
@@ -70,3 +72,17 @@ def check_finite(params: Any, what: str = "weight") -> None:
                 f"{name} {tuple(leaf.shape)}: {bad} {what} values are NaN or infinite; "
                 "the training before this step diverged (lower the learning rate or rho)"
             )
+
+
+def in_their_precision(tree: Any) -> AbstractContextManager[Any]:
+    """A context in which the arrays of a tree are computed with as they are: no float64 is cut to float32."""
+    cut = any(jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype for x in jax.tree.leaves(tree))
+    return jax.enable_x64(True) if cut else nullcontext()
+
+
+def described(leaf: Any) -> Any:
+    """The shape and dtype of an array; what is none, as it is."""
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)

@@ -24,6 +24,12 @@ class View(NamedTuple):
     Attributes:
       to: `to(w)` is the working array.
       back: `back(x, shape)` is the stored weight of shape `shape`; `back(to(w), w.shape)` equals `w` exactly.
+
+    Example:
+      >>> view = compressx.views.gemm()
+      >>> w = jnp.arange(36.0).reshape(3, 3, 2, 2)
+      >>> view.to(w).shape, bool((view.back(view.to(w), w.shape) == w).all())
+      ((18, 2), True)
     """
 
     to: Callable[[Array], Array]
@@ -36,7 +42,12 @@ def _need(w: Array, ndim: int, what: str) -> None:
 
 
 def identity() -> View:
-    """The weight as it is stored."""
+    """The weight as it is stored.
+
+    Example:
+      >>> compressx.views.identity().to(jnp.ones((2, 3))).shape
+      (2, 3)
+    """
     return View(lambda w: w, lambda x, shape: x)
 
 
@@ -44,6 +55,10 @@ def gemm() -> View:
     """The matrix a layer multiplies with: `[kh, kw, cin, cout] -> [P, F]`, `[in, out] -> [in, out]`.
 
     Position p = (i * kw + j) * cin + c for tap (i, j) and input channel c; rows are reduced over, columns are filters.
+
+    Example:
+      >>> compressx.views.gemm().to(jnp.ones((3, 3, 4, 5))).shape
+      (36, 5)
     """
 
     def to(w: Array) -> Array:
@@ -54,7 +69,12 @@ def gemm() -> View:
 
 
 def channels() -> View:
-    """Input channels first: `[kh, kw, cin, cout] -> [cin, kh*kw*cout]`, `[in, out] -> [in, out]`."""
+    """Input channels first: `[kh, kw, cin, cout] -> [cin, kh*kw*cout]`, `[in, out] -> [in, out]`.
+
+    Example:
+      >>> compressx.views.channels().to(jnp.ones((3, 3, 4, 5))).shape
+      (4, 45)
+    """
 
     def to(w: Array) -> Array:
         _need(w, 2, "the channel view")

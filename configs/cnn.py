@@ -98,7 +98,7 @@ def ramp(epochs: int, rho: float = 1e-3) -> Settings:
 
 
 def mnist(variant: str, stages: tuple[Settings, ...], quantity: str, value: float) -> Settings:
-    """LeNet-5 (20-50-500, rectifiers after the convolutions) on MNIST with random shifts; one-shot beside it."""
+    """LeNet-5 (20-50-500, ReLU after the convolutions) on MNIST with random shifts; one-shot beside it."""
     c = base(variant)
     c["data"] |= {"name": "mnist", "shift": 2}
     c["model"] |= {"name": "lenet5_caffe", "options": {"conv_relu": True}}
@@ -135,7 +135,7 @@ def structured_39x(variant: str) -> Settings:
 
 
 def structured_88x(variant: str) -> Settings:
-    """88x fewer weights, filters and positions, taught by the dense network. Paper's row: 99.04 %.
+    """88x fewer weights, filters and positions, distilled from the dense network. Paper's row: 99.04 %.
 
     The last epochs of retraining see the images as they are, for so few weights have little room for shifted ones.
     Cost: 36 epochs and the dense network, one-shot 36 more.

@@ -248,7 +248,7 @@ def inner(specs: Iterable[tuple[str, str, Settings]], model: str = "resnet20") -
 
 
 def random_masks(k: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
-    """So many of the 126 masks with 4 of 9 entries, by chance: the control of a chosen library."""
+    """So many of the 126 masks with 4 of 9 entries, at random: the control of a chosen library."""
     return tuple(random.Random(seed).sample(list(itertools.combinations(range(9), 4)), k))
 
 

@@ -81,7 +81,7 @@ def hundred(variant: str) -> Settings:
     """A hundred clients for a hundred rounds on the digits, all of them in every round."""
     c = digits(variant)
     c["split"] |= {"kind": "dirichlet", "clients": 100, "alpha": 1.0, "least": 4}
-    # Two steps a client and round: the pull must act within them.
+    # Two steps a client and round: the penalty must act within them.
     c["algorithm"] |= {"rounds": 100, "prune_round": 24, "admm_rounds": 16, "batch": 8, "rho_final": 10.0}
     c["baselines"] = ("dense",)
     c["eval_every"] = 10

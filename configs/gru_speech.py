@@ -52,7 +52,7 @@ def rtmobile(epochs: int, lr: float, every: int) -> Settings:
 
 
 def pull(updates: int, lr: float, every: int, epochs: int) -> Settings:
-    """ADMM with so many updates, decoupled from the optimizer, that lets the network learn while it is pulled.
+    """ADMM with so many updates, decoupled from the optimizer, that lets the network learn meanwhile.
 
     Between two updates the first rho takes a twentieth of a weight's distance to Z (lr * rho * every = 0.05); each
     further one 1.4 times as much, up to twelve. Four times as much at first, or a learning rate that falls to a tenth
@@ -135,7 +135,7 @@ def sample(variant: str, arms: tuple[Settings, ...]) -> Settings:
 
 
 def sample_all(variant: str) -> Settings:
-    """`timit_sample` at every rate from 10x to 301x, and BSP's rivals at 29x."""
+    """`timit_sample` at every rate from 10x to 301x, and BSP's baselines at 29x."""
     return sample(variant, (*(arm("bsp", r) for r in (29, 10, 20, 80, 103, 245, 301)), *rivals(29), same_budget()))
 
 
@@ -160,7 +160,7 @@ def digits(variant: str, arms: tuple[Settings, ...], by: str = "speaker") -> Set
 
 
 def digits_all(variant: str) -> Settings:
-    """`fsdd` at every rate from 10x to 301x, an unseen speaker, and BSP's rivals at 29x."""
+    """`fsdd` at every rate from 10x to 301x, an unseen speaker, and BSP's baselines at 29x."""
     return digits(variant, (*(arm("bsp", r) for r in (29, 10, 20, 80, 103, 245, 301)), *rivals(29), same_budget()))
 
 

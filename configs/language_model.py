@@ -46,7 +46,7 @@ def structures(rate: int) -> dict[str, Rules]:
 
 
 def controls(rate: int) -> dict[str, Rules]:
-    """DARB with its block sizes dealt to the rows otherwise, and cut the other way."""
+    """DARB with its block sizes permuted over the rows, and cut the other way."""
     density = 1 / rate
     return {
         "darb permuted": rules("darb", density=density, assignment="permuted"),

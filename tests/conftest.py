@@ -1,4 +1,4 @@
-"""Settings that every test runs under: two devices, strict numerics, nothing drawn by chance in CI.
+"""Settings that every test runs under: two devices, strict numerics, nothing drawn at random in CI.
 
 The environment is changed before jax is imported, and processes that tests start inherit it.
 
@@ -131,7 +131,7 @@ _spare_third_parties()
 hypothesis.settings.register_profile(
     "default",
     deadline=None,
-    max_examples=40,
+    max_examples=20,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )

@@ -188,7 +188,7 @@ def test_joint_constraint_gives_z_and_u_per_leaf() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         cx.admm(RULES, every=0)
-    with pytest.raises(ValueError, match="rho must be positive, got -1"):
+    with pytest.raises(ValueError, match="rho must be finite and not negative, got -1"):
         cx.admm(RULES, rho=-1.0).init(params())
     with pytest.raises(ValueError, match="admm needs the parameters"):
         cx.admm(RULES).update(params(), cx.admm(RULES).init(params()))

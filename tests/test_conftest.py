@@ -25,7 +25,7 @@ def test_programs_are_compiled_quickly() -> None:
 
 
 def test_a_flag_that_xla_does_not_know_is_left_out(pytestconfig: pytest.Config) -> None:
-    """Which flags those are is told by XLA itself: it ends the process."""
+    """Which flags those are is said by XLA itself: it ends the process."""
     (settings,) = (p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "_known"))
     for flag in ("xla_cpu_use_fusion_emitters", "xla_no_such_flag"):
         environment = os.environ | {"XLA_FLAGS": f"--{flag}=false", "JAX_PLATFORMS": "cpu"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = 6  # equal lines in a row that make a place
-ALLOWED = 10  # places, over all pairs of drivers
+SHARED = 6  # equal lines in a row that are counted as one
+ALLOWED = 10  # of these, over all pairs of drivers
 
 
 def lines(source: str, docstrings: bool) -> list[str]:

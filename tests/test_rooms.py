@@ -1,4 +1,4 @@
-"""The rooms of the code: README's table, held against the imports. Every import points downwards, and none in a circle.
+"""The rooms of the code, as docs/architecture.md lists them: every import points downwards, and none in a circle.
 
 A room may import the rooms that stand below it in the table, and the files of its own room. Imports inside functions
 count as much as those at the top of a file.
@@ -38,8 +38,8 @@ EDGES = {m: sorted(set(imports(m)) - {m}) for m in MODULES}
 
 
 def rooms() -> list[list[str]]:
-    """The floors of README's table, from the top: each the rooms that share it, packages with a dot at their end."""
-    text = (ROOT / "README.md").read_text()
+    """The floors of the table, from the top: each the rooms that share it, packages with a dot at their end."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
     blocks = text[text.index("## Map of the code") :].split("\n\n")
     rows = next(block for block in blocks if block.startswith("| where")).splitlines()[2:]
     paths = [re.findall(r"`([^`]+)`", row.split("|")[1]) for row in rows]
@@ -53,7 +53,7 @@ def room(module: str) -> tuple[int, str]:
     """The number of the floor and the room of a module."""
     listed = [(n, r) for n, floor in enumerate(FLOORS) for r in floor]
     found = [(n, r) for n, r in listed if module == r or (r.endswith(".") and f"{module}.".startswith(r))]
-    assert len(found) == 1, f"{module} is in {found or 'no room'} of README's table"
+    assert len(found) == 1, f"{module} is in {found or 'no room'} of the table in docs/architecture.md"
     return found[0]
 
 

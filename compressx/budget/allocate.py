@@ -83,6 +83,11 @@ def uniform(leaf_shapes: Shapes, density: float) -> dict[str, int]:
 
     Raises:
       ValueError: the density is not in (0, 1], or keeps no weight of some leaf.
+
+    Example:
+      >>> from compressx.budget import allocate
+      >>> allocate.uniform({"a": (10, 10), "b": (20,)}, 0.25)
+      {'a': 25, 'b': 5}
     """
     _check(density)
     out = {n: math.floor(density * _size(s) + 0.5) for n, s in leaf_shapes.items()}
@@ -101,6 +106,11 @@ def erk(leaf_shapes: Shapes, density: float) -> dict[str, int]:
     is floor(density * all + 1/2), exactly.
 
     Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020.
+
+    Example:
+      >>> from compressx.budget import allocate
+      >>> allocate.erk({"large": (100, 100), "small": (10, 10)}, 0.1)  # 1,010 weights; small leaves stay denser
+      {'large': 918, 'small': 92}
     """
     _check(density)
     sizes = {n: _size(s) for n, s in leaf_shapes.items()}

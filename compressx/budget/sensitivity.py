@@ -86,7 +86,7 @@ def sensitivity(
       structure: "weights", "filters", "channels", "columns", or `scores(w) -> energies`, with w's axes, 1 where a group
         spans the axis.
       at_once: how many (leaf, density) pairs are measured in one vmapped call; all densities of a leaf where None. The
-        whole is one compiled program for any value; fewer at once need less memory, and are faster on a CPU.
+        whole is one compiled program for any value; fewer together need less memory, and are faster on a CPU.
 
     Returns:
       A row per leaf and density, in the order given.

@@ -1,6 +1,7 @@
 """Physical compaction: the same network with smaller arrays, its outputs unchanged to float tolerance."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,12 +12,23 @@ import numpy as np
 from compressx.compaction.channels import Channels, CompactionError, channels
 from compressx.compaction.dead import Dead, dead
 from compressx.compaction.gathered import gathered_conv
-from compressx.compaction.shrink import shrink
+from compressx.compaction.plan import Plan, plans, run
 from compressx.native.convolve import convolve
-from compressx.trace import Function, Op, of_nothing
-from compressx.tree import paths
+from compressx.trace import Function, Op, arrays, of_nothing
+from compressx.tree import described, paths
 
 _NHWC, _HWIO = (0, 3, 1, 2), (3, 2, 0, 1)  # jax's names of dimensions: batch or filters, channels, rows, columns
+
+
+_SAID = 8  # axes that the text of a warning names
+
+
+class NothingRemoved(UserWarning):
+    """A network has empty channels, and all of them must stay; the text names the operations that keep them.
+
+    Example:
+      >>> warnings.simplefilter("error", compressx.compaction.NothingRemoved)  # where a run relies on a smaller network
+    """
 
 
 class Compact(NamedTuple):
@@ -42,8 +54,24 @@ def compact(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str
 
         small = compact(model, variables, jnp.zeros((1, 32, 32, 3)))
         logits = jax.jit(small.apply)(small.variables, images)
+
+    A warning, `NothingRemoved`, names what stands in the way where weights are 0 along whole indices and none can go.
+
+    Example:
+      >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
+      >>> variables = {"a": jnp.asarray([[1.0, 0.0, 2.0]]), "b": jnp.ones((3, 1))}  # the second unit is never on
+      >>> small = compressx.compaction.compact(two, variables, jnp.zeros((1, 1)))
+      >>> {name: w.shape for name, w in small.variables.items()}
+      {'a': (1, 2), 'b': (2, 1)}
     """
     found = dead(model, variables, x, keep)
+    if not found.kept and found.stuck:
+        words = "; ".join(f"{where}: {why}" for where, why in list(found.stuck.items())[:_SAID])
+        warnings.warn(
+            f"nothing can be removed, although weights are 0 along whole indices of {len(found.stuck)} axes: {words}",
+            NothingRemoved,
+            stacklevel=2,
+        )
     return Compact(cut(variables, found), smaller(model, variables, found, keep), found)
 
 
@@ -52,13 +80,18 @@ def cut(variables: Any, found: Dead) -> Any:
     leaves, treedef = jax.tree.flatten(variables)
     out = []
     for path, leaf in zip(paths(variables), leaves, strict=True):
+        if path not in found.folded and path not in found.kept:  # also what is no array: functions, keys
+            out.append(leaf)
+            continue
         array = np.asarray(leaf)
         if path in found.folded:
             array = array + found.folded[path].astype(array.dtype)
         for axis, ids in enumerate(found.kept.get(path, ())):
-            if ids is not None:
+            if ids is not None and ids.ndim == 1:
                 array = array.take(ids, axis)
-        out.append(jnp.asarray(array) if array is not leaf else leaf)
+            elif ids is not None:  # every slice of a stacked leaf keeps others
+                array = np.stack([part.take(each, axis - 1) for part, each in zip(array, ids, strict=True)])
+        out.append(jnp.asarray(array))
     return jax.tree.unflatten(treedef, out)
 
 
@@ -79,8 +112,8 @@ def smaller(
       positions: path -> the positions of a smaller kernel that are not all zero; its leaf is then the matrix of those
         (see `gathered.gather`), and its convolution a product of gathered patches.
     """
-    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    traced: dict[Any, tuple[Channels, np.ndarray]] = {}
+    spec = jax.tree.map(described, variables)
+    traced: dict[Any, tuple[Channels, Plan]] = {}
 
     def apply(small: Any, x: Any) -> Any:
         shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), x)
@@ -92,9 +125,9 @@ def smaller(
         key = (treedef, tuple((s.shape, s.dtype) for s in leaves))
         if key not in traced:
             whole = channels(model, spec, shape, keep)
-            traced[key] = whole, _masks(whole, found)
-        whole, live = traced[key]
-        return _run(whole, live, jax.tree.leaves(small), jax.tree.leaves(x), positions or {})
+            traced[key] = whole, plans(whole.scope, _masks(whole, found))
+        whole, left = traced[key]
+        return _run(whole, left, arrays(small), jax.tree.leaves(x), positions or {})
 
     return apply
 
@@ -104,58 +137,41 @@ def _masks(whole: Channels, found: Dead) -> np.ndarray:
     live = np.ones(whole.units, bool)
     for leaf, path in enumerate(whole.program.paths):
         for units, ids in zip(whole.axes[leaf], found.kept.get(path, ()), strict=False):
-            if ids is not None:
-                gone = np.setdiff1d(np.arange(0 if units is None else units.size), ids)
-                if units is None or not units[gone].all():
-                    raise CompactionError(f"{path}: inputs of this shape need channels that inputs of another did not")
-                live[units[gone]] = False
+            if ids is None:
+                continue
+            rows = np.zeros((0, 0), int) if units is None else np.atleast_2d(units)
+            kept = np.broadcast_to(ids, (len(rows), ids.shape[-1]))
+            for row, stay in zip(rows, kept, strict=True):
+                gone = row[np.setdiff1d(np.arange(row.size), stay)]
+                if not gone.all():
+                    units = None
+                live[gone] = False
+            if units is None or (ids.ndim == 2 and units.ndim != 2):
+                raise CompactionError(f"{path}: inputs of this shape need channels that inputs of another did not")
     return live
 
 
-def _run(
-    whole: Channels, live: np.ndarray, leaves: list[Any], inputs: list[Any], positions: Mapping[str, np.ndarray]
-) -> Any:
+def _run(whole: Channels, left: Plan, leaves: list[Any], inputs: list[Any], positions: Mapping[str, np.ndarray]) -> Any:
     program = whole.program
     held = {value: path for value, path in enumerate(program.paths) if path in positions}
-
-    def masks(value: int) -> list[np.ndarray | None]:
-        cuts = (None if units is None else live[units] for units in whole.axes[value])
-        return [None if m is None or m.all() else m for m in cuts]
-
-    def shape(value: int) -> tuple[int, ...]:
-        pairs = zip(program.shapes[value], masks(value), strict=True)
-        return tuple(n if m is None else int(m.sum()) for n, m in pairs)
-
-    values: dict[int, Any] = {}
-    for value, array in program.constants.items():
-        for axis, mask in enumerate(masks(value)):
-            if mask is not None:
-                array = np.asarray(array).compress(mask, axis)
-        values[value] = array
     for value, leaf in enumerate(leaves):
-        wanted = shape(value)
+        wanted = left.shapes[value]
         if value in held:
             wanted = (len(positions[held[value]]), wanted[-1])
         if jnp.shape(leaf) != wanted:
             raise CompactionError(f"{program.paths[value]}: has shape {jnp.shape(leaf)}, expected {wanted}")
-        values[value] = leaf
-    values |= zip(program.inputs, inputs, strict=True)
-    for op in program.ops:
-        before, after = [masks(v) for v in op.inputs], [masks(v) for v in op.outputs]
-        if any(m is not None for axes in (*before, *after) for m in axes):
-            shapes = [program.shapes[v] for v in op.inputs], [shape(v) for v in op.outputs]
-            op = shrink(op, before, after, *shapes, program.constants)
-        arguments = [values[v] for v in op.inputs]
-        gathered = next((held[v] for v in op.inputs if v in held), None)
+
+    def do(number: int, op: Op, arguments: Sequence[Any]) -> list[Any]:
+        gathered = next((held[v] for v in op.inputs if v in held), None) if number >= 0 else None
         if gathered is None:
-            values |= zip(op.outputs, _do(op, arguments), strict=True)
-        else:
-            window = shape(op.inputs[1])[:3]
-            values[op.outputs[0]] = _gathered(op, arguments, positions[gathered], window, gathered)
-    return jax.tree.unflatten(program.treedef, [values[v] for v in program.outputs])
+            return _do(op, arguments)
+        return [_gathered(op, arguments, positions[gathered], left.shapes[op.inputs[1]][:3], gathered)]
+
+    given = dict(enumerate(leaves)) | dict(zip(program.inputs, inputs, strict=True))
+    return jax.tree.unflatten(program.treedef, run(left, given, do))
 
 
-def _gathered(op: Op, arguments: list[Any], positions: np.ndarray, window: tuple[int, ...], path: str) -> Any:
+def _gathered(op: Op, arguments: Sequence[Any], positions: np.ndarray, window: tuple[int, ...], path: str) -> Any:
     p = op.params
     if op.primitive.name != "conv_general_dilated" or not plain(op):
         raise CompactionError(f"{path}: only a plain convolution NHWC, HWIO can be gathered, not {op.primitive.name}")
@@ -175,7 +191,7 @@ def plain(op: Op) -> bool:
     )
 
 
-def _do(op: Op, arguments: list[Any]) -> list[Any]:
+def _do(op: Op, arguments: Sequence[Any]) -> list[Any]:
     p = op.params
     if op.primitive.name == "conv_general_dilated" and p["batch_group_count"] == 1 and not p["preferred_element_type"]:
         lhs, rhs = arguments

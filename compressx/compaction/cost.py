@@ -20,7 +20,7 @@ class LayerCost(NamedTuple):
       shape: of the weight, `[kh, kw, cin, cout]` or `[in, out]`.
       image: of what it reads, without the batch: `(h, w, cin)`.
       stride: rows of the image a row of the output.
-      outputs: places at which the weight is used (rows times columns of the output).
+      outputs: positions at which the weight is used (rows times columns of the output).
       positions: rows of the GEMM view that are used.
       weights: `positions * cout`.
       macs: multiply-adds, `weights * outputs`.
@@ -48,6 +48,11 @@ def costs(
       variables: arrays or shapes; kernels as they are (not gathered).
       x: inputs of batch 1, arrays or shapes.
       used: path -> positions that are not all zero, for kernels of which only those are stored; the rest use all.
+
+    Example:
+      >>> dense = lambda v, x: x @ v["kernel"]
+      >>> [c.macs for c in compressx.compaction.costs(dense, {"kernel": jnp.ones((8, 4))}, jnp.zeros((1, 8)))]
+      [32]
     """
     program = trace(model, variables, x)
     leaves = len(program.paths)
@@ -69,7 +74,7 @@ def costs(
 
 
 def peak_bytes(model: nn.Module | Function, variables: Any, x: Any) -> int:
-    """The most bytes that values between operations take at once, each freed after its last use, in float32.
+    """The most bytes that values between operations take at any time, each freed after its last use, in float32.
 
     Values that depend on the variables alone are not counted; elementwise operations are taken to write their result
     beside their operands, which a compiler may avoid: an upper bound without tiling.

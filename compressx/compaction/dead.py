@@ -1,14 +1,17 @@
 """Channels that can go without a change of the outputs: unused paths, exact zeros, and constants that a bias takes."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from compressx.compaction.channels import Channels, CompactionError, channels
-from compressx.compaction.known import Flow, flows
-from compressx.trace import Function
+from compressx.compaction.channels import Channels, CompactionError, Scope, channels
+from compressx.compaction.known import Flows, flows
+from compressx.compaction.primitives import Axis
+from compressx.compaction.stacked import equalise
+from compressx.trace import Function, arrays
 
 
 class Dead(NamedTuple):
@@ -16,11 +19,14 @@ class Dead(NamedTuple):
 
     Attributes:
       kept: path -> per axis, the indices that stay (int32), or None where all do; leaves that lose nothing are not in.
+        Of an axis of which every slice of a stacked leaf keeps others they are `[steps, indices]`.
       folded: path -> what the removed constant channels add to that leaf (float32, of the whole leaf's shape).
+      stuck: "path[axis]" -> the operation that keeps the axis whole, for axes with indices at which all weights are 0.
     """
 
     kept: dict[str, tuple[np.ndarray | None, ...]]
     folded: dict[str, np.ndarray]
+    stuck: dict[str, str]
 
 
 class Absorber(NamedTuple):
@@ -60,12 +66,12 @@ def dead(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, .
             raise CompactionError(f"inputs of shape {leaf.shape} hold nothing: give those of a batch of 1")
     found = channels(model, variables, x, keep)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
-    carried, vectors = jax.device_get(jax.jit(lambda v: flows(found, v, spec))(variables))
-    takers = [_taker(found, c.op) for c in found.contractions]
-    stays = [f.right & ~f.exact if taker is not None else f.right for f, taker in zip(carried, takers, strict=True)]
-    live = _live(found, carried, stays)
+    carried, vectors = jax.device_get(jax.jit(lambda v: flows(found, v, spec))(arrays(variables)))
+    takers = [_taker(found, c.op) if c.axes[1] is not None else None for c in found.contractions]
+    live = _live(found, list(_edges(found.scope, carried, takers)))
+    equalise(found.scope, live)
     folded: dict[str, np.ndarray] = {}
-    for c, f, taker in zip(found.contractions, carried, takers, strict=True):
+    for c, f, taker in zip(found.contractions, carried.own, takers, strict=True):
         units = found.axes[found.program.ops[c.op].inputs[0]][c.axes[0]]
         if taker is None or units is None:
             continue
@@ -80,32 +86,94 @@ def dead(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, .
     for leaf, path in enumerate(found.program.paths):
         masks = [None if units is None else live[units] for units in found.axes[leaf]]
         if any(m is not None and not m.all() for m in masks):
-            kept[path] = tuple(None if m is None or m.all() else np.flatnonzero(m).astype(np.int32) for m in masks)
-    return Dead(kept, folded)
+            kept[path] = tuple(None if m is None or m.all() else _indices(m) for m in masks)
+    return Dead(kept, folded, _stuck(found, variables, live))
 
 
-def _live(found: Channels, carried: list[Flow], stays: list[np.ndarray]) -> np.ndarray:
+def _indices(mask: np.ndarray) -> np.ndarray:
+    """Where a mask is true; of a stacked leaf in each slice, or in all where they agree."""
+    if mask.ndim == 2 and (mask == mask[0]).all():
+        mask = mask[0]
+    return np.nonzero(mask)[-1].astype(np.int32).reshape(*mask.shape[:-1], -1)
+
+
+def _stuck(found: Channels, variables: Any, live: np.ndarray) -> dict[str, str]:
+    """Why axes of weights stay whole although all weights at some of their indices are 0."""
+    stuck = {}
+    for leaf, array in enumerate(arrays(variables)):
+        if np.ndim(array) < 2:
+            continue
+        empty = np.asarray(array) == 0
+        for a, units in enumerate(found.axes[leaf]):
+            fixed = np.ones(empty.shape[a], bool) if units is None else np.atleast_2d(units == 0).any(0)
+            if (leaf, a) in found.reasons and fixed.any():
+                others = tuple(k for k in range(empty.ndim) if k != a)
+                if (empty.all(others) & fixed).any() and not empty.all():
+                    stuck[f"{found.program.paths[leaf]}[{a}]"] = found.reasons[leaf, a]
+    return stuck
+
+
+class Edge(NamedTuple):
+    """A contraction, as far as liveness goes.
+
+    Attributes:
+      summed: per operand, the units of the summed axis.
+      free: per operand, the units that the sums are told apart by, or None.
+      left: bool `[P, F]`, see `Flow`.
+      right: the same, without what a bias takes.
+    """
+
+    summed: tuple[Axis, Axis]
+    free: tuple[Axis, Axis]
+    left: np.ndarray
+    right: np.ndarray
+
+
+def _edges(scope: Scope, carried: Flows, takers: Sequence[Absorber | None] | None) -> Iterator[Edge]:
+    """The contractions of a scope and of all within it; in a scan that has the same units in all steps, once."""
+    for k, (c, f) in enumerate(zip(scope.contractions, carried.own, strict=True)):
+        values = scope.program.ops[c.op].inputs[:2]
+        ends = [scope.axes[v] for v in values] * (3 - len(values))  # a plain sum has one operand
+        right = f.right & ~f.exact if takers is not None and takers[k] is not None else f.right
+        yield Edge(_at(ends, c.axes), _at(ends, c.free), np.asarray(f.left), np.asarray(right))
+    for number, bodies in scope.inner.items():
+        inside = carried.inner[number]
+        for step, body in enumerate(bodies):
+            ever = len(bodies) == 1  # what any step can carry
+            leaves, treedef = jax.tree.flatten(inside)
+            held = [np.asarray(x).any(0) if ever else np.asarray(x)[step] for x in leaves]
+            yield from _edges(body, jax.tree.unflatten(treedef, held), None)
+
+
+def _at(ends: Sequence[tuple[Axis, ...]], axes: tuple[int | None, int | None]) -> tuple[Axis, Axis]:
+    left, right = (None if a is None else units[a] for units, a in zip(ends, axes, strict=True))
+    return left, right
+
+
+def _live(found: Channels, edges: Sequence[Edge]) -> np.ndarray:
     """unit -> whether it must stay: the least set that holds the fixed units and whatever a member reads."""
     live = np.ones(found.units, bool)
-    leaf_axes = [u for leaf in range(len(found.program.paths)) for u in found.axes[leaf] if u is not None and u.size]
+    leaf_axes = [
+        row
+        for leaf in range(len(found.program.paths))
+        for units in found.axes[leaf]
+        if units is not None and units.size
+        for row in np.atleast_2d(units)
+    ]
     for units in leaf_axes:  # units that no leaf has (of constants, of broadcasts) cannot be cut
         live[units] = False
     live[0] = True
 
-    def alive(value: int, axis: int | None) -> np.ndarray:
-        units = None if axis is None else found.axes[value][axis]
+    def alive(units: Axis) -> np.ndarray:
         return np.ones(1, bool) if units is None else live[units]
 
     before = -1
     while before != live.sum():
         before = int(live.sum())
-        for k in reversed(range(len(carried))):
-            c = found.contractions[k]
-            lhs, rhs = found.program.ops[c.op].inputs
-            read = (carried[k].left & alive(lhs, c.free[0])[None]).any(1)
-            read &= (stays[k] & alive(rhs, c.free[1])[None]).any(1)
-            for value, axis in ((lhs, c.axes[0]), (rhs, c.axes[1])):
-                summed = found.axes[value][axis]
+        for edge in reversed(edges):
+            read = (edge.left & alive(edge.free[0])[None]).any(1)
+            read &= (edge.right & alive(edge.free[1])[None]).any(1)
+            for summed in edge.summed:
                 if summed is not None:
                     live[summed[read]] = True
         if before == live.sum():  # no axis may become empty: its first unit stays

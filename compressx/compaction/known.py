@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from compressx.compaction.channels import Channels
+from compressx.compaction.channels import Channels, Scope, parts_of
 from compressx.compaction.primitives import (
     CUMULATIVE,
     ELEMENTWISE,
@@ -18,7 +18,7 @@ from compressx.compaction.primitives import (
     Contraction,
     reaches_border,
 )
-from compressx.trace import Op
+from compressx.trace import Op, Program, arrays
 
 
 class Value(NamedTuple):
@@ -52,31 +52,72 @@ class Flow(NamedTuple):
     exact: Array
 
 
-def flows(found: Channels, variables: Any, x: Any) -> tuple[list[Flow], dict[int, Array]]:
+class Flows(NamedTuple):
+    """What the contractions of a scope can carry.
+
+    Attributes:
+      own: one for each contraction of the scope, in order.
+      inner: number of a scan's op -> of its body, every array with the steps before its own axes.
+    """
+
+    own: list[Flow]
+    inner: dict[int, "Flows"]
+
+
+def flows(found: Channels, variables: Any, x: Any) -> tuple[Flows, dict[int, Array]]:
     """Runs a network with unknown inputs (assumed finite), and reports what its contractions can carry.
 
     Every element is either known (it depends on the variables alone, or is multiplied by an exact zero) or unknown; a
     sum is known if all terms with non-zero weight are. Pure; jits.
 
     Returns:
-      One `Flow` per contraction, and the vectors `[c]` among the values that depend on the variables alone.
+      The flows, and the vectors `[c]` among the values that depend on the variables alone.
     """
     program = found.program
-    values: dict[int, Value] = {v: Value(jnp.asarray(c)) for v, c in program.constants.items()}
-    values |= {i: Value(jnp.asarray(leaf)) for i, leaf in enumerate(jax.tree.leaves(variables))}
+    given = {i: Value(jnp.asarray(leaf)) for i, leaf in enumerate(arrays(variables))}
     for v, leaf in zip(program.inputs, jax.tree.leaves(x), strict=True):
-        values[v] = Value(jnp.zeros(leaf.shape, leaf.dtype), jnp.ones(leaf.shape, bool))
+        given[v] = Value(jnp.zeros(leaf.shape, leaf.dtype), jnp.ones(leaf.shape, bool))
+    values, result = _walk(found.scope, given)
+    return result, {v: values[v].value for v in found.weights if len(program.shapes[v]) == 1}
+
+
+def _walk(scope: Scope, given: dict[int, Value]) -> tuple[dict[int, Value], Flows]:
+    """All values of a scope whose leaves and inputs are given, and its flows."""
+    values = {v: Value(jnp.asarray(c)) for v, c in scope.program.constants.items()} | given
     by_op: dict[int, list[int]] = {}
-    for k, c in enumerate(found.contractions):
+    for k, c in enumerate(scope.contractions):
         by_op.setdefault(c.op, []).append(k)
-    result: dict[int, Flow] = {}
-    for number, op in enumerate(program.ops):
+    own: dict[int, Flow] = {}
+    inner: dict[int, Flows] = {}
+    for number, op in enumerate(scope.program.ops):
         ins = [values[v] for v in op.inputs]
         for k in by_op.get(number, ()):
-            result[k] = _flow(op, found.contractions[k], ins)
-        values |= zip(op.outputs, _step(op, ins), strict=True)
-    vectors = {v: values[v].value for v in found.weights if len(program.shapes[v]) == 1}
-    return [result[k] for k in range(len(result))], vectors
+            own[k] = _flow(op, scope.contractions[k], ins)
+        if number in scope.inner:
+            results, inner[number] = _scan(op, scope.program, scope.inner[number][0], ins)
+        else:
+            results = _step(op, ins)
+        values |= zip(op.outputs, results, strict=True)
+    return values, Flows([own[k] for k in range(len(own))], inner)
+
+
+def _scan(op: Op, outer: Program, scope: Scope, ins: list[Value]) -> tuple[list[Value], Flows]:
+    """A scan with what is known of its carry from step to step."""
+    body = scope.program
+    fixed, carried = parts_of(op, outer, body)
+    over = fixed + carried
+
+    def step(carry: list[Value], slices: list[Value]) -> tuple[list[Value], tuple[list[Value], Flows]]:
+        given = dict(zip(body.inputs, (*ins[:fixed], *carry, *slices), strict=True))
+        values, result = _walk(scope, given)
+        outs = [values[v] for v in body.outputs]
+        marked = [Value(jnp.asarray(x.value), x.mask()) for x in outs]
+        return marked[:carried], (marked[carried:], result)
+
+    start = [Value(jnp.asarray(x.value), x.mask()) for x in ins[fixed:over]]
+    p = op.params
+    last, (stacked, result) = lax.scan(step, start, ins[over:], length=p["length"], reverse=p["reverse"])
+    return [*last, *stacked], result
 
 
 def _bind(op: Op, *arguments: Any) -> list[Any]:
@@ -182,8 +223,11 @@ def _matrix(x: Value, summed: int, free: int | None) -> Array:
 
 
 def _flow(op: Op, c: Contraction, ins: list[Value]) -> Flow:
+    if c.axes[1] is None:  # a plain sum
+        left = _matrix(ins[0], c.axes[0], None)
+        return Flow(left, jnp.ones_like(left), jnp.zeros(left.shape, jnp.float32), jnp.zeros(left.shape, bool))
     lhs, rhs = ins
-    left, right = (_matrix(x, s, f) for x, s, f in zip(ins, c.axes, c.free, strict=True))
+    left, right = _matrix(lhs, c.axes[0], c.free[0]), _matrix(rhs, c.axes[1], c.free[1])
     none = Flow(left, right, jnp.zeros(right.shape, jnp.float32), jnp.zeros(right.shape, bool))
     if c.free[1] is None or rhs.unknown is not None or lhs.unknown is None:
         return none

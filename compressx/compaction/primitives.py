@@ -7,14 +7,15 @@ the results; a primitive without a rule fixes everything it touches.
 """
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from compressx.trace import Op
 
-Axis = np.ndarray | None  # units along an axis; None: fixed
+Axis = np.ndarray | None  # units along an axis; None: fixed; of a stacked leaf `[steps, n]`, each step's own
 Axes = list[Axis]
 Shape = tuple[int, ...]
 
@@ -24,13 +25,27 @@ class Contraction(NamedTuple):
 
     Attributes:
       op: number of the op.
-      axes: the summed axis of the left and of the right operand.
+      axes: the summed axis of the left and of the right operand; None on the right of a plain sum, which has no second.
       free: the axis of each operand whose indices the sums are told apart by; None where none or several have units.
     """
 
     op: int
-    axes: tuple[int, int]
+    axes: tuple[int, int | None]
     free: tuple[int | None, int | None]
+
+
+class Choice(NamedTuple):
+    """Of several axes that a reshape could cut, the one that it does, and what else there is.
+
+    Attributes:
+      key: names the reshape and the run of axes in it.
+      units: along the axis that is taken.
+      more: whether another axis is left to be taken, should this one turn out to be fixed.
+    """
+
+    key: tuple[Any, ...]
+    units: np.ndarray
+    more: bool
 
 
 class Units:
@@ -44,6 +59,9 @@ class Units:
         self.fixed: list[tuple[np.ndarray, str]] = []
         self.roles: list[tuple[np.ndarray, str]] = []
         self.contractions: list[Contraction] = []
+        self.scope: tuple[int, ...] = ()  # the ops in whose bodies the walk is
+        self.passed: dict[tuple[Any, ...], int] = {}  # key of a choice -> how many axes turned out to be fixed
+        self.choices: list[Choice] = []
         self._loose: list[tuple[int, int]] = []
 
     def fresh(self, n: int, loose: bool = False) -> np.ndarray:
@@ -58,7 +76,7 @@ class Units:
 
     def fix(self, axis: Axis, why: str) -> None:
         if axis is not None:
-            self.fixed.append((axis, why))
+            self.fixed.append((axis.ravel(), why))
 
     def fix_all(self, axes: Axes, why: str) -> None:
         for axis in axes:
@@ -70,8 +88,17 @@ class Units:
             self.fix(a, why)
             self.fix(b, why)
             return None
-        self.edges.append((a, b))
+        self.edges.append((a.ravel(), b.ravel()))
         return b if self.loose(a) else a
+
+    def choose(self, key: tuple[Any, ...], options: list[int], units: Callable[[int], np.ndarray]) -> int | None:
+        """One of the axes that could be cut, the outermost of which nothing fixed is known; None where all are."""
+        key = (*self.scope, *key)
+        number = self.passed.get(key, 0)
+        if number >= len(options):
+            return None
+        self.choices.append(Choice(key, units(options[number]).ravel(), number + 1 < len(options)))
+        return options[number]
 
     def role(self, value: int, axis: Axis, role: str) -> None:
         """Notes that an axis of a weight makes channels ("out") or reads them ("in")."""
@@ -130,48 +157,70 @@ def _broadcast(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shap
 
 
 def _reshape(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
+    """An axis that is split, or merged with others, can be cut along one of its factors: heads of a fused projection.
+
+    The outermost factor is taken (the head, not its dimensions); where that one turns out to be fixed (query, key and
+    value of one kernel, taken apart) the network is labelled again with the next (`Units.choose`).
+    """
     if op.params.get("dimensions") is not None:
         return _fixed(u, number, op, ins, shapes, out)
     axes: Axes = [None] * len(out)
-    for mine, theirs in _factors(shapes[0], out):
-        named = [a for a in mine if ins[0][a] is not None]
-        if len(named) > 1:  # what was broadcast keeps its extent, and another axis may still be cut
-            for a in list(named):
-                units = ins[0][a]
-                if len(named) > 1 and units is not None and u.loose(units):
-                    u.fix(units, "reshape merges it with another axis")
-                    named.remove(a)
-        if len(named) > 1:
-            for a in named:
-                u.fix(ins[0][a], "reshape merges two axes that could be cut")
-            continue
+    for run, (mine, theirs) in enumerate(_factors(shapes[0], out)):
+        named = {a: units for a in mine if (units := ins[0][a]) is not None}
+        for a, units in list(named.items()):  # what was broadcast keeps its extent, and another axis may still be cut
+            if len(named) > 1 and u.loose(units):
+                u.fix(units, "reshape merges it with another axis")
+                del named[a]
         if not named or (0 in out and not theirs):  # an axis of one that is left out of nothing
             continue
-        units = ins[0][named[0]]
-        assert units is not None
         sizes = [shapes[0][a] for a in mine]
         if sizes == [out[a] for a in theirs]:
             for a, to in zip(mine, theirs, strict=True):
                 axes[to] = ins[0][a]
             continue
         if 0 in sizes or math.prod(sizes) != math.prod(out[a] for a in theirs):
-            u.fix(units, "reshape merges it with an axis of nothing")
+            for units in named.values():
+                u.fix(units, "reshape merges it with an axis of nothing")
             continue
-        column = np.expand_dims(units, [i for i, a in enumerate(mine) if a != named[0]])
+        taken: int | None = next(iter(named))
+        if len(named) > 1:
+            taken = u.choose((number, run, "merged"), list(named), named.__getitem__)
+            for a, units in named.items():
+                if a != taken:
+                    u.fix(units, "reshape merges two axes that could be cut")
+        if taken is None:
+            continue
+        column = np.expand_dims(named[taken], [i for i, a in enumerate(mine) if a != taken])
         grid = np.broadcast_to(column, sizes).reshape([out[a] for a in theirs])
         place = _varies(grid)
         if place is None:
-            u.fix(units, "reshape splits it")
-        else:
-            axes[theirs[place]] = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[:, 0]
+            options = [i for i, n in enumerate(grid.shape) if n > 1]
+            place = u.choose((number, run, "split"), options, partial(_first, grid))
+        if place is None:
+            u.fix(named[taken], "reshape splits it")
+            continue
+        lines = _lines(grid, place)
+        if (lines != lines[:, :1]).any():  # what shares an index of that axis stays or goes as one
+            u.edges.append((np.repeat(lines[:, 0], lines.shape[1] - 1), lines[:, 1:].ravel()))
+        axes[theirs[place]] = _first(grid, place)
     return axes
+
+
+def _lines(grid: np.ndarray, axis: int) -> np.ndarray:
+    """The grid as `[n, rest]`, n along an axis."""
+    return np.moveaxis(grid, axis, 0).reshape(grid.shape[axis], -1)
+
+
+def _first(grid: np.ndarray, axis: int) -> np.ndarray:
+    """The grid's first entry at every index of an axis."""
+    return _lines(grid, axis)[:, 0]
 
 
 def _varies(grid: np.ndarray) -> int | None:
     """The only axis along which the grid varies; the last axis that can stand for it where several can."""
     for place in sorted(range(grid.ndim), key=lambda a: (grid.shape[a] > 1, a), reverse=True):
-        first = np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1)[:, :1]
-        if (np.moveaxis(grid, place, 0).reshape(grid.shape[place], -1) == first).all():
+        lines = _lines(grid, place)
+        if (lines == lines[:, :1]).all():
             return place
     return None
 
@@ -262,6 +311,7 @@ def _gather(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape],
             axes[to] = units if units is None else units[picks[a]]
         elif op.params["slice_sizes"][a] == shapes[0][a] and (picks is not None or a not in numbers.start_index_map):
             axes[to] = ins[0][a]
+            u.role(op.inputs[0], ins[0][a], "out")  # the width of a table of embeddings
         else:
             u.fix(ins[0][a], "gather takes a part of it")
     for a in dropped:
@@ -382,7 +432,11 @@ def _same(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], o
 def _reduce(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], out: Shape) -> Axes:
     gone = op.params["axes"]
     for a in gone:
-        u.fix(ins[0][a], f"{op.primitive.name} runs over it")
+        units = ins[0][a]
+        if op.primitive.name != "reduce_sum":
+            u.fix(units, f"{op.primitive.name} runs over it")
+        elif units is not None:  # zeros can be left out of a sum, of which a mean divides by a number of its own
+            u.contractions.append(Contraction(number, (a, None), (None, None)))
     return [x for a, x in enumerate(ins[0]) if a not in gone]
 
 
@@ -435,7 +489,7 @@ def _dot(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], ou
     (summed_l, summed_r), (batch_l, batch_r) = op.params["dimension_numbers"]
     lhs, rhs = ins
     for a, b in zip(summed_l, summed_r, strict=True):
-        ends = ((lhs, a, _free(lhs, a)), (rhs, b, _free(rhs, b)))
+        ends = ((lhs, a, _free(lhs, summed_l)), (rhs, b, _free(rhs, summed_r)))
         u.contract(number, ends, "dot_general sums over an axis that cannot be cut")
     axes: Axes = [
         u.join(lhs[a], rhs[b], "dot_general meets an axis that cannot be cut")
@@ -451,8 +505,8 @@ def _dot(u: Units, number: int, op: Op, ins: list[Axes], shapes: list[Shape], ou
     return axes
 
 
-def _free(axes: Axes, summed: int) -> int | None:
-    others = [a for a in range(len(axes)) if a != summed]
+def _free(axes: Axes, summed: Sequence[int]) -> int | None:
+    others = [a for a in range(len(axes)) if a not in summed]
     named = others if len(others) == 1 else [a for a in others if axes[a] is not None]
     return named[0] if len(named) == 1 else None
 
@@ -479,7 +533,7 @@ STRUCTURE = frozenset(  # move values only
 CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 MANY = ("split", "optimization_barrier")  # the axes of their results differ
 
-# They number places or write values by computed indices: the channels that meet them are fixed.
+# They number positions or write values by computed indices: the channels that meet them are fixed.
 _WHOLE = ("iota", "scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")
 
 LABELS: dict[str, Label] = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from compressx.compaction.channels import Group
+from compressx.compaction.groups import Group
 from compressx.constraints.base import Constraint
 from compressx.constraints.coupled import runs
 from compressx.constraints.network import network_structure

@@ -34,7 +34,7 @@ class Constraint(NamedTuple):
 
     Attributes:
       spec: JSON-able description, `{"kind": name, argument: value, ...}`; `constraints.from_spec` rebuilds the set.
-      init: `init(w) -> structure`, what the set leaves open (fragment signs, pattern library, block sizes, a scale),
+      init: `init(w) -> structure`, the structure of the set (fragment signs, pattern library, block sizes, a scale),
         chosen for w; a pytree, `()` where nothing is open.
       project: `project(w, structure) -> w`, the nearest point of the set; idempotent, bit for bit.
       refresh: `refresh(w, structure) -> structure`, the open part chosen anew during training.
@@ -45,7 +45,7 @@ class Constraint(NamedTuple):
       parts: the sets of an intersection, in stage order; `()` for a single set.
       joint: True where `w` is a tuple of leaves (all that one rule matches) and not one leaf.
       refuses: `refuses(other) -> reason`, why this set cannot be intersected with another one; None where it can.
-      leaf: where a set over a single leaf holds on every leaf of a tuple (see `intersection`), that set; else None.
+      leaf: where a set over a single leaf applies to every leaf of a tuple (see `intersection`), that set; else None.
       changed: `changed(w, before, after) -> share`, how much of the structure a refresh changed for a w of the set,
         float32 [] in 0..1; None for a set that has no such figure.
       settle: `settle(w, structure) -> structure`, at hardening, for w as the earlier sets leave it: what follows from
@@ -54,6 +54,13 @@ class Constraint(NamedTuple):
         weights); None where retraining moves nothing of it.
       made: the `factory` whose call the spec is.
       slice: where this is a set on every slice of a stacked leaf (see `compressx.axes`), the set on one; else None.
+
+    Example:
+      >>> constraint = compressx.unstructured(keep=2)
+      >>> w = jnp.asarray([[1.0, -5.0], [4.0, 0.5]])
+      >>> print(constraint.project(w, constraint.init(w)))
+      [[ 0. -5.]
+       [ 4.  0.]]
     """
 
     spec: Mapping[str, Any]
@@ -188,7 +195,7 @@ def support(
 
     Args:
       select: `select(w) -> mask`, the admissible support of largest energy; boolean, of w's shape.
-      alive: `alive(w) -> mask`, the places where a feasible w may move in retraining; by default its non-zeros. Sets
+      alive: `alive(w) -> mask`, the positions where a feasible w may move in retraining; by default its non-zeros. Sets
         that keep whole groups give the groups with any non-zero, so that a kept weight that is 0 may move again.
       joint: whether w is a tuple of leaves.
 
@@ -220,7 +227,7 @@ def intersection(*constraints: Constraint) -> Constraint:
 
     In ADMM each set has its own Z and U (the extended ADMM of PatDNN and of the SOT-MRAM engine). To harden, the sets
     are projected once in the order support, sign, ties, levels, whatever the order they are written in, each support
-    set on what the earlier ones left; the result lies in all of them. What a set leaves open (signs, a scale) is chosen
+    set on what the earlier ones left; the result lies in all of them. The structure of a set (signs, a scale) is chosen
     for the weights as the earlier sets leave them. Where the nearest point of the intersection has a closed form, the
     constraint for it is a factory of its own and is to be preferred.
 
@@ -309,8 +316,8 @@ def on_leaf(constraint: Constraint, structure: Any, number: int) -> tuple[Constr
 
     Args:
       constraint: over a single leaf, which is returned as it is; or over several together, of whose sets only those
-        remain that hold on each leaf by itself (None where there is no such set).
-      structure: what it leaves open, as `Constraint.each` takes it.
+        remain that apply to each leaf by itself (None where there is no such set).
+      structure: that of the set, as `Constraint.each` takes it.
       number: which leaf of the tuple.
 
     Returns:
@@ -379,7 +386,7 @@ def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
     Args:
       constraint: over a leaf, or over a tuple of leaves.
       w: the leaf or the tuple of leaves.
-      structure: what it leaves open, as `Constraint.each` takes it.
+      structure: that of the set, as `Constraint.each` takes it.
 
     Returns:
       int32 [].

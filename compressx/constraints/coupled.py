@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, ops
@@ -21,6 +22,7 @@ def coupled_filters(
     *,
     keep: int | None = None,
     column_density: float | None = None,
+    stacked: bool = False,
 ) -> Constraint:
     """At most k channels that any weight of a group makes; a weight's filter is zero where its channel is out.
 
@@ -37,6 +39,8 @@ def coupled_filters(
       keep: number of units kept, instead of a density.
       column_density: then also keeps, in each leaf, only this share of positions (all axes but that one), those of
         largest energy within the kept filters: exact for the positions given the filters.
+      stacked: whether the leaves are stacks of layers, `[layers, ...]`: the set then applies to every slice by itself,
+        with the axes of a slice in `members`, and each keeps units of its own.
 
     Raises:
       ValueError: the amounts are impossible; on use, the leaves do not fit the members.
@@ -109,6 +113,8 @@ def coupled_filters(
         columns = [jnp.any(nonzero(w), axis=axis, keepdims=True) for w, (axis, _) in zip(leaves, plain, strict=True)]
         return tuple(m & c for m, c in zip(masks, columns, strict=True))
 
+    if stacked:
+        return support(jax.vmap(select), jax.vmap(alive), joint=True)
     return support(select, alive, joint=True)
 
 

@@ -81,7 +81,7 @@ def darb(
 
         argmin_z ||z - w||_2  s.t. each block of B_r weights of row r has at most one non-zero
 
-    The sizes are the structure, int32 `[R]`, places in `allowed`. `init` and `refresh` choose them: the weights are
+    The sizes are the structure, int32 `[R]`, positions in `allowed`. `init` and `refresh` choose them: the weights are
     pruned by magnitude to `density`, which leaves row r a share d_r (`row_density`); B_r is the allowed size nearest to
     c / d_r in ratio, for a common scale c that brings sum_r ceil(L / B_r) to the target density * R * L. As c grows,
     rows step to their next size (in the order of the c at which they do; equal ones by index), dense rows by many
@@ -94,9 +94,9 @@ def darb(
       allowed: block sizes, ascending; powers of two make the in-block index log2(B) bits.
       axis: "outputs" or "inputs", along which blocks run.
       scope: "leaf" or "rule".
-      assignment: "adaptive"; or a control with as many weights: "permuted" (the same sizes, dealt to rows by chance),
-        "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row order; the
-        total is the nearest that these have).
+      assignment: "adaptive"; or a control with as many weights: "permuted" (the same sizes, randomly permuted over the
+        rows), "inverse" (dense rows get the large blocks), "uniform" (density is ignored: at most two sizes, in row
+        order; the total is the nearest that these have).
       seed: of "permuted".
 
     Raises:
@@ -159,7 +159,7 @@ def balanced_block_max(density: float, *, size: int = 8, axis: str = "outputs", 
     has room; ties go to the lower index. **Not the nearest point** in general: that is an assignment problem, and this
     greedy choice keeps at least half of its energy (far more in practice). It leaves points of the set as they are.
 
-    One step for each of the L weights of a row, all rows at once: long rows take long.
+    One step for each of the L weights of a row, all rows together: long rows take long.
 
     Args:
       density: share of weights kept, at most 1 / size; below it some blocks are empty.
@@ -181,7 +181,7 @@ def balanced_block_max(density: float, *, size: int = 8, axis: str = "outputs", 
         room = math.floor(density * x.shape[1] / size)
         if not 1 <= room or room * size > -(-x.shape[1] // size):
             raise ValueError(
-                f"density={density} gives {room} weights at each of {size} places in the {-(-x.shape[1] // size)} "
+                f"density={density} gives {room} weights at each of {size} positions in the {-(-x.shape[1] // size)} "
                 f"blocks of a row of {x.shape[1]}; that must be at least 1, and in all at most the number of blocks"
             )
         return _orient(_greedy(x, size, room), axis)
@@ -298,7 +298,7 @@ def _largest(x: Array, size: int) -> Array:
 
 
 def _solve(kept: Array, length: int, sizes: Sequence[int], target: int, mixed: bool) -> Array:
-    """Places in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target.
+    """Positions in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target.
 
     With `mixed` steps that pass the target are left out or taken back, see `darb`; else the order of steps is kept.
     """
@@ -335,7 +335,7 @@ def _fill(place: Array, made: Array, grain: Array, room: Array) -> tuple[Array, 
     """Makes more steps, each in its place in the order, where it saves no more than the room that is then left.
 
     Args:
-      place: int32 `[R, S]`, places in the order of the S steps of each row, which rise within a row.
+      place: int32 `[R, S]`, positions in the order of the S steps of each row, which rise within a row.
       made: bool `[R, S]`, which are made; in each row those before others.
       grain: int32 `[S]`, what a step saves.
       room: int32 [], what may be saved.
@@ -360,7 +360,7 @@ def _fill(place: Array, made: Array, grain: Array, room: Array) -> tuple[Array, 
 
 
 def _fitting(x: Array, sizes: Sequence[int], target: int, choice: Array) -> Array:
-    """Places of the largest sizes under which the rows of x stay as they are, where they keep no more than the target.
+    """Positions of the largest sizes under which the rows of x stay as they are, where they keep at most the target.
 
     Or more, but by less than any step would save, as `_solve` may have to. Where they keep more than that: `choice`.
     """

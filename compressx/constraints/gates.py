@@ -53,7 +53,7 @@ def matrix_set(
       scope: "leaf", or "rule" to join the leaves of a rule.
       init: `init(m) -> structure`.
       select: `select(m, structure) -> mask`, the admissible support of largest energy.
-      alive: `alive(m, structure) -> mask`, the places where a feasible m may move in retraining.
+      alive: `alive(m, structure) -> mask`, the positions where a feasible m may move in retraining.
     """
     check_choice("scope", scope, SCOPES)
     together = scope == "rule"

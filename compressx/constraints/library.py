@@ -45,7 +45,7 @@ NAMED: dict[str, tuple[tuple[int, ...], ...]] = {
 
 MAX_TAPS = 1024  # of a kernel
 MAX_MASKS = 4096  # patterns that are enumerated; kernels of 5x5 have 2024 natural ones of 4 entries, and 12650 in all
-_CHUNK = 2**21  # (kernel, pattern) pairs whose energies are held at once
+_CHUNK = 2**21  # (kernel, pattern) pairs whose energies are held together
 
 
 def enumerate_masks(entries: int = 4, kernel: tuple[int, int] = (3, 3), natural: bool = False) -> np.ndarray:
@@ -157,7 +157,7 @@ def use(energies: Sequence[Array], masks: Array, live: Array) -> Array:
 
 
 def cover(energies: Sequence[Array], masks: Array, k: int) -> Array:
-    """k patterns that cover all kernels, found in turn, where that finds them: int32 `[k]`, places in the library.
+    """k patterns that cover all kernels, found in turn, where that finds them: int32 `[k]`, positions in the library.
 
     A kernel with fewer non-zeros than a pattern has taps is covered by several of them, n of all. Each turn takes the
     pattern of largest sum of n**-4 over the kernels that it covers and none before does: those with little choice
@@ -170,7 +170,7 @@ def cover(energies: Sequence[Array], masks: Array, k: int) -> Array:
     """
     outside = jnp.where(masks, 0.0, 1.0).T
     flat = jnp.concatenate([e.reshape(-1, e.shape[-1]) > 0 for e in energies])
-    batch = max(1, min(_CHUNK // masks.shape[0], flat.shape[0]))  # kernels at once, here a row of `supports`
+    batch = max(1, min(_CHUNK // masks.shape[0], flat.shape[0]))  # kernels together, here a row of `supports`
     rows = -(-flat.shape[0] // batch)
     supports = jnp.pad(flat, ((0, rows * batch - flat.shape[0]), (0, 0))).reshape(rows, batch, -1).astype(jnp.float32)
 

@@ -1,4 +1,4 @@
-"""A whole network's convolutions at once: which channels exist, and which positions of each kernel are used."""
+"""A whole network's convolutions together: which channels exist, and which positions of each kernel are used."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache

@@ -1,4 +1,4 @@
-"""Pattern and connectivity sparsity: a few weights in each kernel, at places from a small library, and few kernels.
+"""Pattern and connectivity sparsity: a few weights in each kernel, at positions from a small library, and few kernels.
 
 Shapes: conv `[kh, kw, cin, cout]`, viewed as kernels `[cin, cout, taps]`, taps = kh*kw; the papers' `W[Co, Ci, kh, kw]`
 has the first two axes the other way round. A *kernel* is one (input channel, filter) pair.
@@ -38,7 +38,7 @@ _VIEW = views.kernels()
 
 
 class Patterns(NamedTuple):
-    """What pattern and connectivity sets leave open.
+    """The structure of pattern and connectivity sets.
 
     Attributes:
       masks: bool `[K, taps]`, the library; `()` where there is none.
@@ -252,7 +252,7 @@ def _rank(e: Array) -> Array:
 
 
 def _alike(x: Array, size: int) -> Array:
-    """Places that bring filters with the same zeros together: int32 [cout], for kernels `[cin, cout, taps]`.
+    """Positions that bring filters with the same zeros together: int32 [cout], for kernels `[cin, cout, taps]`.
 
     A group of hardened filters has its zeros in common. Zeros that more filters have than whole groups come last, as
     the short group does.

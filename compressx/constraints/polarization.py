@@ -21,11 +21,11 @@ from compressx.constraints.select import PEAK
 
 
 class Polarity(NamedTuple):
-    """What a polarized set leaves open.
+    """The structure of a polarized set.
 
     Attributes:
       order: int32 `[P]`, row of the GEMM view at each place: kept rows in the fragment order, then pruned ones.
-        Fragment f holds the places f * size .. (f + 1) * size - 1.
+        Fragment f holds the positions f * size .. (f + 1) * size - 1.
       negative: bool `[ceil(P/size), F]`, the sign of each fragment (False is +).
     """
 
@@ -131,9 +131,9 @@ def left_out(w: Array, fragment: int, order: str = "W") -> Array:
     """Which zero rows of a polarized weight to leave out of its fragments: bool `[P]`, rows in the order of fragments.
 
     Polarizing may empty a row that was kept; where it is left out, later rows move up and meet others. So rows are
-    dealt to fragments such that each has a single sign in every filter: each fragment takes `fragment` rows, and what
-    lies between them and was left out must be zero. Of the rows p at which a fragment may begin, the last one before q
-    reaches farthest; so whether one may begin at q follows from that p alone. Of no use where there is no such deal.
+    assigned to fragments such that each has a single sign in every filter: each fragment takes `fragment` rows, and
+    what lies between them and was left out must be zero. Of the rows p at which a fragment may begin, the last one
+    before q reaches farthest; so whether one may begin at q follows from that p alone. No use without one.
     """
     m = views.gemm().to(jnp.asarray(w))[views.position_order(w.shape, order)]
     rows = m.shape[0]

@@ -21,13 +21,16 @@ _KEPT = 512  # sets whose programs are kept
 
 
 class Programs(NamedTuple):
-    """Functions of a single set as they stand in a `Constraint`, jitted."""
+    """Functions of a single set as they stand in a `Constraint`, jitted; None where the set has none."""
 
     init: Callable[..., Any]
     project: Callable[..., Any]
     refresh: Callable[..., Any]
     freeze: Callable[..., Any]
     retract: Callable[..., Any]
+    settle: Callable[..., Any] | None
+    moved: Callable[..., Any] | None
+    changed: Callable[..., Any] | None
 
 
 def programs(single: Constraint) -> Programs:
@@ -109,16 +112,19 @@ def _kept(of: _Set) -> Programs:
 
 
 def _compiled(single: Constraint) -> Programs:
-    return Programs(*(_on_any_mesh(getattr(single, name)) for name in Programs._fields))
+    made: dict[str, Any] = {name: _on_any_mesh(getattr(single, name)) for name in Programs._fields}
+    return Programs(**made)
 
 
-def _on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_any_mesh(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
     """The function jitted; on weights whose sharding is part of their type (a mesh of `Explicit` axes), inside
     `jax.sharding.auto_axes`, where XLA shards what is in between: reshapes and sorts are no operations of such types.
 
     What has the shape of a weight is sharded like it; all else (signs of fragments, scales, libraries) is on every
     device.
     """
+    if function is None:
+        return None
     compiled = jax.jit(function)
 
     @functools.wraps(function)

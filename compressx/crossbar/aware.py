@@ -89,7 +89,7 @@ def train_matmul(
 ) -> Array:
     """`x @ w` through a freshly drawn engine, for noise-aware training: forward simulated, backward plain.
 
-    Weights are rounded to integers inside the trace, so nothing is squeezed and nothing is proven. Polarized designs
+    Weights are rounded to integers inside the trace, so nothing is compacted and nothing is proven. Polarized designs
     need weights that are single-signed already, rows in order.
 
     Args:

@@ -91,7 +91,7 @@ class Design:
     Attributes:
       name: for reports.
       rows, cols: size of a physical array, in cells.
-      active_rows: rows driven at once; the m of FORMS' fragments. `rows` is a multiple of it.
+      active_rows: rows driven together; the m of FORMS' fragments. `rows` is a multiple of it.
       device: the cell.
       adc: the converter.
       dac_bits: bits of an input that are applied in a cycle.

@@ -1,4 +1,4 @@
-"""Mapping of layers to arrays: pruned rows and columns squeezed out, whole arrays counted, cells in use reported.
+"""Mapping of layers to arrays: pruned rows and columns compacted, whole arrays counted, cells in use reported.
 
     arrays = ceil(kept rows / array rows) * ceil(kept columns * columns of a weight / array columns)
 
@@ -64,8 +64,8 @@ class Mapped:
       rows, cols: of the dense matrix of a group.
       kept_rows, kept_cols: rows that are programmed and columns that are not all zero, per group: int `[groups]`.
       weights: non-zero weights of all groups.
-      arrays: physical arrays; dense_arrays: the same without squeezing.
-      cells: cells inside squeezed matrices (what has to be programmed, zeros among them).
+      arrays: physical arrays; dense_arrays: the same without compaction.
+      cells: cells inside compacted matrices (what has to be programmed, zeros among them).
       nonzero_cells: cells of non-zero weights, all slices counted.
       array_cells: cells of an array.
     """
@@ -246,7 +246,7 @@ class Reduction:
       bits: columns of a baseline weight / columns of a stored weight, signs left out (32 -> 8 bit: 4).
       signs: 2 where the baseline has positive and negative arrays and the design has one, else 1.
       baseline_arrays: arrays of the dense network on the baseline.
-      arrays: arrays of the squeezed network on the design.
+      arrays: arrays of the compacted network on the design.
     """
 
     prune: float
@@ -307,7 +307,7 @@ def frees_whole_arrays(mapped: Mapped, design: Design) -> bool:
 def occupancy(layer: Layer, design: Design, group: int = 0) -> np.ndarray:
     """The picture of a layer: share of non-zero weights in each physical array, float64 `[row arrays, column arrays]`.
 
-    Rows as they lie on the word lines, columns squeezed in order; a weight that straddles two arrays counts in both by
+    Rows as they lie on the word lines, columns compacted in order; a weight that straddles two arrays counts in both by
     its columns.
     """
     kept = layer.kept[group]

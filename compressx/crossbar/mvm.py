@@ -17,7 +17,7 @@ from compressx.crossbar.arrays import Programmed
 from compressx.crossbar.cells import Cells
 from compressx.crossbar.design import Design
 
-_CHUNK_VALUES = 2**24  # intermediate values a formulation may hold at once
+_CHUNK_VALUES = 2**24  # intermediate values a formulation may hold at any time
 
 
 def crossbar_matmul(x: Array, programmed: Programmed, key: Array | None = None) -> Array:

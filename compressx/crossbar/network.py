@@ -193,7 +193,7 @@ def make_scorer(apply: Callable[..., Any], prepare: Callable[[Array], Array] = l
 
 
 def batches(images: np.ndarray, labels: np.ndarray, batch: int) -> list[tuple[Array, Array]]:
-    """Images and labels in lots of one size; the last is filled with images of label -1."""
+    """Images and labels in batches of one size; the last is filled with images of label -1."""
     if len(images) == 0 or batch < 1:
         raise ValueError(f"nothing to score: {len(images)} images in batches of {batch}")
     batch = min(batch, len(images))
@@ -205,7 +205,7 @@ def batches(images: np.ndarray, labels: np.ndarray, batch: int) -> list[tuple[Ar
 
 
 def accuracy(score: Scorer, deployed: Any, variables: Any, lots: list[tuple[Array, Array]]) -> float:
-    """Share of correct predictions over all lots."""
+    """Share of correct predictions over all batches."""
     correct = sum(int(score(deployed, variables, x, y)) for x, y in lots)
     return correct / sum(int(np.sum(np.asarray(y) >= 0)) for _, y in lots)
 
@@ -223,7 +223,7 @@ def perturb_network(key: Array, deployed: Mapping[str, Deployed], variation: Var
 def noisy_accuracy(
     score: Scorer, deployed: Mapping[str, Deployed], variables: Any, lots: list[tuple[Array, Array]], v: Variation
 ) -> Callable[[Array], Array]:
-    """The metric for `noise.monte_carlo`: a key's devices are drawn once, and all lots pass through them."""
+    """The metric for `noise.monte_carlo`: a key's devices are drawn once, and all batches pass through them."""
     images, labels = (jnp.stack(part) for part in zip(*lots, strict=True))
     count = float(jnp.sum(labels >= 0))
 
@@ -261,7 +261,7 @@ def skipping(
     lots: list[Array],
     designs: Mapping[str, list[Design]],
 ) -> dict[str, list[Skipping]]:
-    """Effective input cycles of every layer on real activations, for several designs at once.
+    """Effective input cycles of every layer on real activations, for several designs together.
 
     Args:
       observe: of `make_observer`.

@@ -1,4 +1,4 @@
-"""Designs of published engines. Each field has its source; what a paper leaves open says so."""
+"""Designs of published engines. Each field has its source; what a paper does not say is marked."""
 
 from fractions import Fraction
 
@@ -65,7 +65,7 @@ def forms(fragment: int = 8, encoding: str = "flip", weight_bits: int = 8) -> De
             ("adc.encoding", "flip is ISAAC's, added here: without it the stated widths are one bit short"),
             ("input_bits", f"{FORMS_PAPER}: 16-bit inputs, one bit a cycle"),
             ("weight_bits", f"{FORMS_PAPER}: 8 bits, four 2-bit cells"),
-            ("inputs", f"unsigned, as after a rectifier; signed inputs: 'sign_planes' ({_OURS})"),
+            ("inputs", f"unsigned, as after ReLU; signed inputs: 'sign_planes' ({_OURS})"),
         ),
     )
 

@@ -28,7 +28,7 @@ def reference(x: np.ndarray, w: np.ndarray, design: Design) -> Result:
 
         y = sum_groups sign * sum_cycles 2^(v t) * sum_slices 2^(b s) * value(ADC(sum_rows digit * cell))  [- offset]
 
-    All P rows lie on the array in order, zeros among them (no squeezing). The last group may be short.
+    All P rows lie on the array in order, zeros among them (no compaction). The last group may be short.
     """
     x, w = np.asarray(x, np.int64), np.asarray(w, np.int64)
     if design.inputs == "sign_planes":

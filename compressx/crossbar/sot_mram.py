@@ -24,7 +24,7 @@ from jax import Array, lax
 from compressx.crossbar.bits import pack
 from compressx.crossbar.mapping import Layer
 
-_CHUNK_VALUES = 2**24  # intermediate values a product may hold at once
+_CHUNK_VALUES = 2**24  # intermediate values a product may hold at any time
 _TABLE = "S. Angizi et al., ISVLSI 2019, table of 45 nm memories, SOT-MRAM"
 
 
@@ -124,11 +124,11 @@ class Engine:
     Attributes:
       rows, cols: of a sub-array; width: bits of an operation, cols x the sub-arrays that work together.
       read_ns, write_ns, read_nj, write_nj: of a row.
-      and_nj: of sensing two rows at once; and_ns: its time (None: that of a read, since both sense once).
+      and_nj: of sensing two rows together; and_ns: its time (None: that of a read, since both sense once).
       count_ns, count_nj: of counting, shifting and adding one result. The table has no such entry: 0 hides the count
         behind the next AND and leaves its energy out; set them if you know them.
       leakage_mw: of the whole memory, as long as an inference takes.
-      parallel: groups of sub-arrays (`width` bits each) that work at once.
+      parallel: groups of sub-arrays (`width` bits each) that work together.
       source: of the numbers.
     """
 
@@ -294,12 +294,12 @@ def assumptions(engine: Engine) -> tuple[str, ...]:
     """Everything in a report that was not measured."""
     return (
         f"numbers of an operation on {engine.width} bits: {engine.source}",
-        "an AND takes the time of one read, since two rows are sensed at once"
+        "an AND takes the time of one read, since two rows are sensed together"
         if engine.and_ns is None
         else f"an AND takes {engine.and_ns} ns",
         f"counting, shifting and adding: {engine.count_ns} ns and {engine.count_nj} nJ beyond the AND (no source)",
         "inputs are written for every use, into every stack of sub-arrays that needs them; weights stay",
-        f"{engine.parallel} stack(s) of sub-arrays work at once; layers run one after another",
+        f"{engine.parallel} stack(s) of sub-arrays work together; layers run one after another",
         f"leakage of {engine.leakage_mw} mW, the whole 32 Mb memory, for the whole inference",
         "write time and energy are parameters: sources disagree on whether SOT-MRAM writes are slow",
     )

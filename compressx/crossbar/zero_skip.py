@@ -124,7 +124,7 @@ def _count(flat: Array, design: Design, all_zero: int) -> tuple[Array, Array]:
 
 
 def merge(parts: Sequence[Skipping]) -> Skipping:
-    """One layer's measurements on several lots of inputs (and of several groups of filters), as one.
+    """One layer's measurements on several batches of inputs (and of several groups of filters), as one.
 
     Raises:
       ValueError: there is none, or they are of different layers or designs.

@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compressx.native.convolve import lax_only
-
-Function = Callable[[Any, Any], Any]  # of variables and x
+from compressx.trace import Function, function_of
 
 
 def stablehlo(
@@ -106,14 +105,16 @@ def onnx(
 
 
 def portable(module: nn.Module | Function, variables: Any) -> Callable[[Any], Any]:
-    """`x -> module.apply(variables, x)`, or `f(variables, x)`, with every convolution left to the runtime.
+    """`x -> f(variables, x)` of a module in evaluation mode, with every convolution left to the runtime.
 
     None is unrolled for this machine.
     """
 
+    function = function_of(module)
+
     def apply(x: Any) -> Any:
         with lax_only():
-            return module.apply(variables, x) if isinstance(module, nn.Module) else module(variables, x)
+            return function(variables, x)
 
     return apply
 

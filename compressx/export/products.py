@@ -97,11 +97,10 @@ def _window(kind: str) -> Rule:
             raise Unsupported(f"pooling along {len(axes)} axes")
         if not jnp.issubdtype(dtype, jnp.floating):
             raise Unsupported(f"pooling of {dtype}")
-        reach = [(n - 1) * d + 1 for n, d in zip(sizes, spread, strict=True)]
-        odd = any(low < 0 or high < 0 or max(low, high) >= reach[i] for i, (low, high) in enumerate(padding))
+        odd = any(low < 0 or high < 0 or max(low, high) >= sizes[i] for i, (low, high) in enumerate(padding))
         neutral = {"sum": 0.0, "max": -np.inf, "min": np.inf}[kind]
         extents = list(shape)
-        if odd or set(base) != {1}:  # operators pad by less than a window
+        if odd or set(base) != {1}:  # operators pad by less than a window's values, however far apart
             config = [(low, high, d - 1) for (low, high), d in zip(padding, base, strict=True)]
             x = pad(g, x, shape, config, g.like(neutral, dtype))
             extents = [

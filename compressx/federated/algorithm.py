@@ -1,7 +1,7 @@
 """The algorithm, once: what a client does in a round, and which kind of round it is. Both engines run these functions.
 
     DENSE    SGD on the client's examples; the change of the model is sent
-    ADMM     the same, with ADMM's pull towards `budget` non-zeros a layer
+    ADMM     the same, with ADMM's penalty towards `budget` non-zeros a layer
     MASKED   within the mask: the common one, or (client) after ADMM the client's own, which it retrains in
 
 A client's examples of a round, its keys and the participants are functions of (seed, round, client), so the simulation
@@ -48,11 +48,11 @@ class Algorithm:
       lr: of SGD in the first round.
       lr_final: factor of the last round's, cosine between.
       momentum: of SGD, from zero in every round.
-      mu: FedProx's pull to the round's model; 0 is FedAvg.
+      mu: FedProx's penalty towards the round's model; 0 is FedAvg.
       sparsify: "none", "update" (top-k with error feedback), "common" (one mask), "client" (each client's own).
       density: pairs (path pattern, share of weights kept) of the layers that are made sparse; first match wins.
       prune_round: first round of the pruned model, for "common" and "client".
-      admm_rounds: rounds with ADMM's pull before `prune_round`.
+      admm_rounds: rounds with ADMM's penalty before `prune_round`.
       rho: ADMM's penalty in its first round; a step moves a weight by lr * rho of its distance, momentum apart.
       rho_final: in its last; geometric between.
       every: local steps between Z and U updates.
@@ -253,7 +253,7 @@ def make_local(loss: Loss, alg: Algorithm, layers: Sequence[Layer], treedef: Any
             make = (lambda k: unstructured(keep=k)) if own else held_support
             rules = [(re.escape(x.name), make(b)) for x, b in zip(layers, budgets, strict=True) if b]
             pull = [admm(rules, rho=rho, every=every)]
-        # The pull comes after the momentum, with which a strong one would overshoot; stable for lr * rho < 2.
+        # The penalty comes after the momentum, with which a strong one would overshoot; stable for lr * rho < 2.
         return optax.chain(optax.trace(alg.momentum), *pull)
 
     def run(

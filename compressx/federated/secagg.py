@@ -4,8 +4,8 @@ Each pair of clients shares a mask that one adds and the other subtracts; each c
 shared out (Shamir), so that the survivors can take out the masks of those who dropped out, and the own masks of those
 who stayed, but never both of one client. Sums are exact modulo 2^32, of updates clipped and rounded to fixed point.
 
-Every client must send values at the same places: per-client sparse indices and masking do not mix. With a common mask
-only the kept weights are sent.
+Every client must send values at the same positions: per-client sparse indices and masking do not mix. With a common
+mask only the kept weights are sent.
 
 Source: K. Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", 2017 (figure 4,
 honest but curious server; without its signatures).

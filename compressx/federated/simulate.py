@@ -1,7 +1,7 @@
 """The simulation: whole rounds of all clients in one jitted program, with the bytes that the messages would have.
 
 A scan over rounds, in it a scan over the round's clients in groups of `width` that are vmapped (1 is fastest on a CPU,
-where convolutions of many kernels at once are slow; a GPU takes as many as fit). Averages are float32 sums in the
+where convolutions of many kernels together are slow; a GPU takes as many as fit). Averages are float32 sums in the
 clients' order, where the aggregator sums in float64: see `docs/federated.md` for how far the two engines differ.
 
 Bytes are exact: they are counted from the same masks that would be sent, code by code, with the same choice of the
@@ -43,7 +43,7 @@ class SimState(NamedTuple):
 
 
 class Ledger(NamedTuple):
-    """What rounds came to.
+    """What rounds gave.
 
     Attributes:
       down: int64 `[rounds, participants]`, bytes of the message that carries the model.

@@ -1,4 +1,4 @@
-"""The bank-balanced format: the same number of values in every bank of every row, and their places inside the bank.
+"""The bank-balanced format: the same number of values in every bank of every row, and their positions inside the bank.
 
 The matrix is the GEMM view `[in, out]`; rows and banks run as in `constraints.bank_balanced` (meta `axis`, `bank`). A
 row of length L has W = floor(L / bank) banks of k values and, where L is no multiple, a last one of k' (meta `keep`,
@@ -7,7 +7,7 @@ the most non-zeros that any of them has): no pointers are needed. With R rows an
     values   bank after bank, rows after rows        n v bytes, n = R (W k + k')
     offsets  ceil(log2 bank) bits a value            ceil(n ceil(log2 bank) / 8) bytes
 
-A bank with fewer non-zeros also stores zeros of its own, the first ones. Places in a bank ascend.
+A bank with fewer non-zeros also stores zeros of its own, the first ones. Positions in a bank ascend.
 
 Source: S. Cao et al., "Efficient and Effective Sparse LSTM on FPGA with Bank-Balanced Sparsity", 2019; the layout is
 ours.
@@ -94,7 +94,7 @@ def _unpack(packed: Packed) -> np.ndarray:
             fail("bank-balanced/offsets", "a place lies outside its bank")
         places = row * length + bank_of * bank + offsets
         if int(places[0]) <= last or (np.diff(places) <= 0).any():
-            fail("bank-balanced/offsets", "the places of a bank do not ascend")
+            fail("bank-balanced/offsets", "the positions of a bank do not ascend")
         lines[row, places - row * length] = values[here]
         last = int(places[-1])
     return m.reshape(packed.shape)

@@ -6,7 +6,7 @@ every check here raises `CompressedFileError`. Everything runs on the host, in N
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
@@ -31,6 +31,11 @@ class Packed(NamedTuple):
       dtype: name of the weight's dtype, a key of `DTYPES`.
       arrays: the arrays that hold it; their bytes are its size.
       meta: small JSON-able facts (widths, block shapes, orders) that the arrays cannot say.
+
+    Example:
+      >>> packed = compressx.formats.pack(np.eye(64, dtype=np.float32), format="csr16")
+      >>> packed.format, packed.shape, packed.dtype
+      ('csr16', (64, 64), 'float32')
     """
 
     format: str
@@ -78,8 +83,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     for name in (
         *("float64", "float32", "float16", "bfloat16"),
         *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"),
+        *("float8_e4m3fn", "float8_e5m2", "complex64"),
     )
 }
+# Those that every format takes; the others are kept dense, as nothing here computes with them.
+COMPUTED = tuple(name for name in DTYPES if not name.startswith(("float8", "complex")))
 
 
 def nbytes(packed: Packed) -> int:
@@ -221,12 +229,12 @@ def pieces(n: int, size: int = PIECE) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def rank(least: int) -> Callable[[np.ndarray, Any], bool | str]:
-    """A `supports` that asks for a known dtype and at least so many axes."""
+def rank(least: int, known: Sequence[str] = COMPUTED) -> Callable[[np.ndarray, Any], bool | str]:
+    """A `supports` that asks for a dtype among those and at least so many axes."""
 
     def supports(w: np.ndarray, constraint: Any) -> bool | str:
         del constraint
-        if w.dtype.name not in DTYPES:
+        if w.dtype.name not in known:
             return f"dtype {w.dtype.name} cannot be stored"
         return w.ndim >= least or f"needs at least {least} axes, got shape {w.shape}"
 

@@ -45,6 +45,9 @@ _SAFETENSORS = {
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
     "BOOL": "bool",
     **{f"{s}{b}": f"{name}{b}" for s, name in (("I", "int"), ("U", "uint")) for b in (8, 16, 32, 64)},
 }

@@ -105,6 +105,6 @@ def bank_entries(w: np.ndarray, bank: int, axis: str = "outputs") -> int:
 
 
 def _stored(places: np.ndarray, reach: int = 16) -> int:
-    """Entries of a column with 4-bit gaps: its weights, and a zero for every 16 places skipped."""
+    """Entries of a column with 4-bit gaps: its weights, and a zero for every 16 positions skipped."""
     gaps = np.diff(places, prepend=-1) - 1
     return int(len(places) + (gaps // reach).sum())

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from compressx.formats.base import Format, Packed, dtype_of, only, rank, take
+from compressx.formats.base import DTYPES, Format, Packed, dtype_of, only, rank, take
 
 
 def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
@@ -17,4 +17,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return take(packed, "values", dtype_of(packed).name, packed.shape)
 
 
-DENSE = Format("dense", rank(0), _pack, _unpack)
+DENSE = Format("dense", rank(0, tuple(DTYPES)), _pack, _unpack)

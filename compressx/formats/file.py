@@ -40,6 +40,11 @@ class Sizes(NamedTuple):
     """Bytes of a saved model: its leaves dense, packed (indices included), all arrays as stored, and the whole file.
 
     `packed` counts the leaves only; `stored` counts structures too, after entropy coding.
+
+    Example:
+      >>> sizes = compressx.save_model("model.safetensors", {"kernel": np.eye(64, dtype=np.float32)}, [])
+      >>> sizes.dense, sizes.packed < sizes.dense, sizes.file > sizes.packed
+      (16384, True, True)
     """
 
     dense: int
@@ -55,12 +60,18 @@ class SavedModel(NamedTuple):
       params: nested dictionaries of NumPy arrays, a level for each key of a path; keys are strings, or integers where
         the tree that was saved had lists or integer keys.
       rules: (pattern, constraint), or with axes, that bind exactly the leaves that were bound.
-      structures: what the sets of each constraint leave open, by name, as in a `Hardened`.
+      structures: the structure of the sets of each constraint, by name, as in a `Hardened`.
       model: as given to `save_model`: {"class" or "name", "options"} or None.
       extra: as given to `save_model`.
       packed: path -> the leaf as packed.
       sizes: bytes.
       bound: the rules, each with its leaves, as `rules.resolve` binds them.
+
+    Example:
+      >>> _ = compressx.save_model("model.safetensors", {"kernel": np.eye(64, dtype=np.float32)}, [])
+      >>> saved = compressx.load_model("model.safetensors")
+      >>> saved.params["kernel"].shape, list(saved.packed)
+      ((64, 64), ['kernel'])
     """
 
     params: Any
@@ -89,9 +100,10 @@ def save_model(
     Args:
       path: the file, usually `compressed.safetensors`; its folder must exist.
       params: what `harden` or `retract` returned, or any pytree of concrete arrays; give all of a model's variables
-        (`{"params": ..., "batch_stats": ...}`) to keep them all. Empty containers are not kept.
+        (`{"params": ..., "batch_stats": ...}`) to keep them all. Empty containers are not kept, and functions among
+        the leaves (of an Equinox module) are not either: `load_model(path, like=module)` takes them from there.
       rules: pairs (pattern, constraint); None as a constraint leaves a leaf free.
-      structures: what the constraints leave open, beside plain parameters; None: chosen for them.
+      structures: that of the constraints, beside plain parameters; None: chosen for them.
       model: `{"class": "package.module:Class", "options": {...}}`, or a "name" of the caller's own instead of "class",
         so that the network can be built again. Loading imports nothing.
       extra: JSON-able facts to keep (accuracy, data set, seed).
@@ -115,13 +127,14 @@ def save_model(
       (16, 9)
     """
     params, held = parts(params, structures)
+    params = jax.tree.map(lambda x: None if callable(x) and not hasattr(x, "dtype") else x, params)
     rules, keyed = pairs(rules), keys(params)
     names = list(map(path_name, keyed))
     nest(keyed)
     leaves, params = _native(names, params)
     bound = resolve(rules, params) if rules else ()
     given = held if held is not None else choose(params, rules) if rules else {}
-    given = agree(_renamed(given, bound), bound, "what is given as structures")
+    given = agree(_renamed(given, bound), bound, leaves, "what is given as structures")
     _check_model(model)
     parts_of = {}
     for b in bound:

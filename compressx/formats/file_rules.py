@@ -22,7 +22,7 @@ from compressx.constraints import Constraint, from_spec
 from compressx.formats.base import fail
 from compressx.formats.container import to_json
 from compressx.rules import Bound, bind
-from compressx.tree import Key, path_name, paths
+from compressx.tree import Key, in_their_precision, path_name, paths
 
 # Operations that the projections of a file may have: some, and more for a file that may be large. Of the default 4 GiB
 # they are 139264; 80 different sets of supports have 2**13, as do three codebooks of 8 bits.
@@ -37,7 +37,7 @@ class Traced(NamedTuple):
     """What tracing a set on leaves of certain shapes says.
 
     Attributes:
-      structure: shapes and dtypes of what the set leaves open.
+      structure: shapes and dtypes of the structure of the set.
       operations: of `init` and `project`.
       largest: bytes of the largest array that they make.
     """
@@ -101,14 +101,14 @@ def _bind(entry: str, about: Any, version: int, index: dict[str, int], free: set
     named = [path_name(read_path(p, version, f"{entry}/paths")) for p in named]
     known = named and all(p in free for p in named)
     if not known or len(set(named)) < len(named):
-        fail(entry, "its paths are not leaves of the file, or another rule holds on them")
+        fail(entry, "its paths are not leaves of the file, or another rule applies to them")
     mine = sorted(named, key=index.__getitem__)
     try:
         constraint = from_spec(about["spec"])
     except Exception as error:  # a hostile spec may upset a factory in any way
         fail(mine[0], f"its constraint {_short(about['spec'])} is refused: {_short(error)}")
     if not constraint.joint and len(mine) != 1:
-        fail(mine[0], f"{_short(constraint)} holds on one leaf, the file names {len(mine)}")
+        fail(mine[0], f"{_short(constraint)} applies to one leaf, the file names {len(mine)}")
     for path in mine:
         if not jnp.issubdtype(leaves[index[path]].dtype, jnp.floating):
             fail(path, f"only floating-point leaves can be constrained, got {leaves[index[path]].dtype}")
@@ -139,7 +139,7 @@ class _Traces:
         """The shapes and dtypes of a rule's structure, each of its sets checked on its leaves w."""
         each = []
         for one in b.constraint.sets:
-            if one.leaf is not None:  # a set over a single leaf, which holds on every leaf of the tuple
+            if one.leaf is not None:  # a set over a single leaf, which applies to every leaf of the tuple
                 each.append(tuple(self._of(b, one.leaf, x) for x in w))
             else:
                 each.append(self._of(b, one, w))
@@ -152,10 +152,11 @@ class _Traces:
         if kind not in self.found:
             lines = sum(math.prod(shape[:-1]) + math.prod(shape[-1:]) for shape, _ in shapes)
             if _PER_LINE * lines > self.max_bytes:
-                fail(b.paths[0], f"{_short(one)} holds on {lines} rows and columns, too many for max_bytes")
+                fail(b.paths[0], f"{_short(one)} applies to {lines} rows and columns, too many for max_bytes")
             self._spend(b, _PER_LEAF * len(shapes) if one.joint else 0, take=False)
             try:
-                traced = trace(one, like)
+                with in_their_precision(like):
+                    traced = trace(one, like)
             except Exception as error:  # as above
                 fail(b.paths[0], f"{_short(one)} does not fit {_short([s for s, _ in shapes])}: {_short(error)}")
             if traced.largest > self.max_bytes:

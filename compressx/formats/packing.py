@@ -45,11 +45,20 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
       w: a concrete array, `[kh, kw, cin, cout]`, `[in, out]` or any other shape; one in a foreign byte order is packed
         in this machine's.
       constraint: the constraint it satisfies (formats for a structure need it), or None.
-      structure: what that constraint leaves open: as its `init` returns it, or as it stands in a `Hardened`.
+      structure: that of the constraint: as its `init` returns it, or as it stands in a `Hardened`.
       format: a key of `FORMATS`; None takes the one with the fewest bytes among those that hold w exactly.
 
     Raises:
       ValueError: unknown format, or w (or its constraint) does not fit the format asked for.
+
+    Returns:
+      The weight, packed.
+
+    Example:
+      >>> w = np.zeros((64, 64), np.float32)
+      >>> w[3, 5] = 2.0
+      >>> compressx.formats.nbytes(compressx.formats.pack(w)) < w.nbytes / 100
+      True
     """
     w = native(w)
     if format is None:
@@ -92,6 +101,11 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES, workspace: int | None = N
 
     Raises:
       CompressedFileError: the packed data is inconsistent, or takes more; nothing of that size has been made then.
+
+    Example:
+      >>> w = np.eye(8, dtype=np.float32)
+      >>> bool((compressx.formats.unpack(compressx.formats.pack(w)) == w).all())
+      True
     """
     if packed.format not in FORMATS:
         fail(str(packed.format)[:80], f"unknown format; known: {', '.join(FORMATS)}")

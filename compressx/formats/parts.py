@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from compressx.formats.base import DTYPES, Packed, fail, pieces
+from compressx.formats.base import COMPUTED, Packed, fail, pieces
 
 
 def fits(w: np.ndarray, least: int) -> bool | str:
     """True for a weight of a known dtype with weights in it and so many axes, or the reason why not."""
-    if w.dtype.name not in DTYPES:
+    if w.dtype.name not in COMPUTED:
         return f"dtype {w.dtype.name} cannot be stored"
     if w.ndim < least:
         return f"needs at least {least} axes, got shape {w.shape}"
@@ -28,7 +28,7 @@ def part(constraint: Any, structure: Any, kinds: tuple[str, ...]) -> tuple[Mappi
 
     Args:
       constraint: a `Constraint` (an intersection too) or None.
-      structure: what it leaves open, as `Constraint.each` takes it.
+      structure: that of the set, as `Constraint.each` takes it.
       kinds: `spec["kind"]`s that are looked for.
 
     Returns:

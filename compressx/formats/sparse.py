@@ -170,8 +170,8 @@ def _unpack_delta(packed: Packed) -> np.ndarray:
     return w.reshape(packed.shape)
 
 
-# A code below 2^b - 1 skips so many zeros and then places the next value; the code 2^b - 1 is an escape, which skips
-# 2^b - 1 zeros and places nothing (cheaper than the filler zeros of Deep Compression, which cost a value each). Zeros
+# A code below 2^b - 1 skips so many zeros and then writes the next value; the code 2^b - 1 is an escape, which skips
+# 2^b - 1 zeros and writes nothing (cheaper than the filler zeros of Deep Compression, which cost a value each). Zeros
 # after the last value have no code.
 # Source of the scheme: S. Han, H. Mao, W. Dally, "Deep Compression", 2016, section 2.
 COO_DELTA = Format("coo-delta", rank(0), _pack_delta, _unpack_delta)

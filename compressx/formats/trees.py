@@ -51,7 +51,8 @@ def in_the_form_of(
     held = dict(zip(paths(params), jax.tree.leaves(params), strict=True))
     leaves, treedef = jax.tree.flatten(like)
     wanted = dict(zip(paths(like), leaves, strict=True))
-    weights = {
+    numbers = {p: x for p, x in wanted.items() if isinstance(x, bool | int | float | complex)}
+    weights = numbers | {
         p: x for p, x in wanted.items() if hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
     }
     if weights.keys() != held.keys():
@@ -63,10 +64,12 @@ def in_the_form_of(
             f"beyond it {more or 'none'}"
         )
     for path, x in weights.items():
-        if (tuple(x.shape), np.dtype(x.dtype)) != (held[path].shape, held[path].dtype):
+        if path in numbers and held[path].shape == ():
+            held[path] = type(x)(held[path].item())
+        elif path in numbers or (tuple(x.shape), np.dtype(x.dtype)) != (held[path].shape, held[path].dtype):
             raise ValueError(
                 f"{target}: {path} is {held[path].dtype} {list(held[path].shape)} in the file, "
-                f"{np.dtype(x.dtype)} {list(x.shape)} in the tree given as like"
+                f"{getattr(x, 'dtype', type(x).__name__)} {list(np.shape(x))} in the tree given as like"
             )
     out = jax.tree.unflatten(treedef, [held.get(p, x) for p, x in wanted.items()])
     again = resolve(rules, out) if rules else ()

@@ -51,7 +51,7 @@ def supports(w: np.ndarray, constraint: Any) -> bool | str:
 
 
 def block_order(shape: tuple[int, ...], block: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Flat places of all weights, block after block, and the number of weights in each block.
+    """Flat positions of all weights, block after block, and the number of weights in each block.
 
     Args:
       shape: of the stored weight.

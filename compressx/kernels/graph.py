@@ -8,13 +8,12 @@ addition of two images, a ReLU. Everything else stays the operation that it is.
 from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax import lax
 
 from compressx.kernels.pattern_conv import SLOPE
 from compressx.kernels.schedule import Geometry, Pads
-from compressx.trace import Op, Program
+from compressx.trace import Op, Program, arrays
 
 # The algebra of fusion. `y` is a convolution with a scale and a shift for each of its channels; `v` are known numbers,
 # one a channel or one for all; `r` is an image of y's shape. What has no row here is not folded.
@@ -132,7 +131,7 @@ def steps(program: Program, variables: Any) -> tuple[list[Step], dict[int, Any]]
     Returns:
       The steps in order, and what is known of values without inputs (the program's outputs may be among them).
     """
-    known: dict[int, Any] = dict(enumerate(jax.tree.leaves(variables))) | dict(program.constants)
+    known: dict[int, Any] = dict(enumerate(arrays(variables))) | dict(program.constants)
     uses = program.readers()
     found: list[Step] = []
     open_convs: dict[int, Conv] = {}  # value -> a convolution that later operations may still join
@@ -253,11 +252,16 @@ def _fold(conv: Conv, n: _Next) -> Conv | None:
 def _moved(conv: Conv, sign: str, v: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Scale and bias after an operation with numbers, or None where they might not compute the same.
 
-    Nothing follows a bias so large that adding it rounded: `(y + 1.5e7) - 1.5e7` is a way to round. A product is moved
-    while the weights stay far from infinity, and not where it brings back what was nearly flushed to zero.
+    Nothing follows a bias so large, by itself or beside the weights, that adding it rounded: `(y + 1.5e7) - 1.5e7` is a
+    way to round. A product is moved while the weights stay far from infinity, and not where it brings back what was
+    nearly flushed to zero.
     """
     v = v.astype(np.float64)
-    if (np.abs(conv.bias) >= _ROUNDS).any():
+    size = np.abs(conv.w.reshape(-1, conv.w.shape[-1]))
+    largest = size.max(0, initial=0, where=np.isfinite(size))
+    unit = np.abs(conv.scale) * largest  # what an input of 1 adds at most
+    unit = np.where(unit > 0, np.minimum(unit, 1), 1)
+    if (np.abs(conv.bias) >= _ROUNDS * unit).any():
         return None
     if sign in "+-":
         return conv.scale, conv.bias + v if sign == "+" else conv.bias - v
@@ -265,9 +269,8 @@ def _moved(conv: Conv, sign: str, v: np.ndarray) -> tuple[np.ndarray, np.ndarray
         return None
     factor = v if sign == "*" else 1 / v
     scale, bias = conv.scale * factor, conv.bias * factor
-    size = np.abs(conv.w.reshape(-1, conv.w.shape[-1]))
-    largest = size.max(0, initial=1, where=np.isfinite(size))
-    within = all((np.abs(x) <= _LARGE).all() for x in (factor, scale, scale * largest, bias))  # false for NaN
+    reached = (factor, scale, scale * np.maximum(largest, 1), bias)
+    within = all((np.abs(x) <= _LARGE).all() for x in reached)  # false for NaN
     tiny = (conv.scale != 0) & (np.abs(conv.scale) < 1 / _LARGE)
     return (scale, bias) if within and not (tiny & (np.abs(factor) > 1)).any() else None
 

@@ -5,7 +5,7 @@
 
 Activations stay in planes from the first convolution to the last; layouts are converted only at the ends and around
 operations that have no kernel here. Convolutions run as the plan of each layer says, with their batch normalisation,
-bias, residual addition and rectifier inside. Where the native kernels do not run, the same fused steps run on XLA,
+bias, residual addition and ReLU inside. Where the native kernels do not run, the same fused steps run on XLA,
 on a GPU or TPU with Pallas for the layers whose weights have enough blocks of zeros.
 """
 
@@ -32,13 +32,18 @@ _MISSING = "there are no native kernels: no compiler, COMPRESSX_NATIVE=off, or n
 
 
 class Compiled:
-    """A network in compressed form, called as `f(x)` with float32 images `[n, h, w, c]`.
+    """A network in compressed form, called as `f(x)` with whatever the network takes: an array or a pytree of arrays.
 
     Specialised once for each shape of the input, at its first call (safe from several threads). No gradient.
 
     Attributes:
       path: `native/<instruction set>`, `pallas/<gpu, tpu or interpret>` or `xla`. With Pallas, layers that it does not
         support run on XLA: see `layers`.
+
+    Example:
+      >>> f = compressx.compile(lambda variables, x: x @ variables["kernel"], {"kernel": jnp.eye(3)}, path="xla")
+      >>> type(f).__name__, f.path
+      ('Compiled', 'xla')
     """
 
     def __init__(
@@ -59,14 +64,15 @@ class Compiled:
         self._lock = threading.Lock()
 
     def _specialise(self, x: Any) -> tuple[Callable[..., Any], Any, list[LayerReport]]:
-        key = (tuple(x.shape), np.dtype(x.dtype).name)
+        inputs, treedef = jax.tree.flatten(x)
+        key = (treedef, *((tuple(np.shape(leaf)), jnp.result_type(leaf).name) for leaf in inputs))
         with self._lock:
             if key not in self._ready:
-                shape, empty = x.shape, None
-                if shape[:1] == (0,):
-                    empty = of_nothing(self._model, self._variables, x)
-                    shape = shape if empty is None else (1, *shape[1:])
-                spec = jax.ShapeDtypeStruct(shape, x.dtype)
+                spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf)), x)
+                empty = None
+                if any(np.shape(leaf)[:1] == (0,) for leaf in inputs):
+                    empty = of_nothing(self._model, self._variables, spec)
+                    spec = spec if empty is None else jax.tree.map(_one, spec)
                 given = (self._packed, self._threads, self._tune, self.path, self._most, self._why)
                 with jax.ensure_compile_time_eval():  # also within somebody's jit
                     program = trace(self._model, self._variables, spec)
@@ -88,8 +94,7 @@ class Compiled:
 
     def __call__(self, x: Any) -> Any:
         """The network's outputs."""
-        if isinstance(x, np.ndarray) and not x.dtype.isnative:
-            x = x.astype(x.dtype.newbyteorder("="))
+        x = jax.tree.map(_native_order, x)
         f, arrays, _ = self._specialise(x)
         return f(arrays, x)
 
@@ -139,6 +144,16 @@ def compile(
     if path == "native" and not native.available():
         raise ValueError(f"the native path does not run: {_MISSING}")
     return Compiled(model, variables, packed, threads, tune, path)
+
+
+def _native_order(x: Any) -> Any:
+    foreign = isinstance(x, np.ndarray) and not x.dtype.isnative
+    return x.astype(x.dtype.newbyteorder("=")) if foreign else x
+
+
+def _one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A batch of 1 in place of one of 0."""
+    return jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) if x.shape[:1] == (0,) else x
 
 
 def _nothing(outputs: Any) -> Callable[[Any, Any], Any]:

@@ -42,7 +42,7 @@ class Blocks(NamedTuple):
 
     Attributes:
       live: int32 `[F / bf, 1]`, live blocks.
-      places: int32 `[F / bf, most]`, tap * (K / bk) + block of inputs.
+      positions: int32 `[F / bf, most]`, tap * (K / bk) + block of inputs.
       weight: float32 `[F / bf, most, bk, bf]`.
     """
 

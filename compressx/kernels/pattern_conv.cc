@@ -135,7 +135,7 @@ bool RunsFit(int isa, const Conv& c, int64_t runs, int64_t values, int64_t cin) 
 }
 
 // XLA takes fresh memory for every run of a program, and touching it costs a page fault for each 4 KiB; asked for in
-// time, the kernel gives 2 MiB at once. Advice only: it may be refused.
+// time, the kernel gives whole pages of 2 MiB. Advice only: it may be refused.
 void AskForHugePages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 4096, kHuge = 2 << 20;
@@ -230,7 +230,7 @@ Error ConvHandler(ffi::ThreadPool pool, F32 x, F32 weight, F32 index, F32 visits
 
 // [n, h, w, c] to [c, plane, lanes] and back. Element (b, y, x) of an image is element b * image + y * row + x of a plane.
 struct Images {
-  static constexpr int64_t kGroup = 16, kMostLanes = 16;  // channels moved at once
+  static constexpr int64_t kGroup = 16, kMostLanes = 16;  // channels moved together
   int64_t n, h, w, c, row, image, segment, margin, lanes;
   bool fits(int64_t dense, int64_t planes) const {
     return n > 0 && h > 0 && w > 0 && c > 0 && row >= w && image >= (h - 1) * row + w && segment > 0 && margin >= 0 &&
@@ -315,7 +315,7 @@ Error FromPlanesHandler(ffi::ThreadPool pool, F32 x, ffi::Result<ffi::BufferR4<f
   return Error::Success();
 }
 
-// Planes of one grid from planes of another: the maximum of a window, taken at chosen places. Without a window these are
+// Planes of one grid from planes of another: the maximum of a window, taken at chosen positions. Without a window these are
 // the phases of a stride, several planes of each channel.
 Error ResampleHandler(ffi::ThreadPool pool, F32 x, F32 source, F32 valid, ffi::Result<F32> y, int64_t isa,
                       int64_t segment, int64_t margin, int64_t row, int64_t out_segment, int64_t out_margin,

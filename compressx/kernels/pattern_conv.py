@@ -400,6 +400,11 @@ def prepare(
     Raises:
       ValueError: shapes that do not fit each other, or a path that does not run here.
       CompressedFileError: packed arrays that are damaged.
+
+    Example:
+      >>> conv = compressx.kernels.prepare(np.ones((3, 3, 1, 2), np.float32), (1, 4, 4, 1), path="xla")
+      >>> conv(jnp.ones((1, 4, 4, 1))).shape
+      (1, 4, 4, 2)
     """
     from compressx import formats
 

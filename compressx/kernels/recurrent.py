@@ -116,7 +116,7 @@ class _Writer:
     def tiles(self) -> Tiles:
         """Everything added."""
         if max(self.ends) >= 1 << 31:
-            raise ValueError("the matrix has more weights than 32-bit places reach")
+            raise ValueError("the matrix has more weights than 32-bit positions reach")
         none = np.zeros(0)
         return Tiles(
             np.array(self.rows, np.int32).reshape(-1, 6),
@@ -453,6 +453,11 @@ def prepare_product(w: Packed | np.ndarray, *, threads: int = 0, path: str | Non
       w: packed in any format (BSPC runs by blocks), or the matrix with its zeros in place.
       threads: for the rows of a batch.
       path: "native", "xla", or None for the native one where it runs.
+
+    Example:
+      >>> product = compressx.kernels.prepare_product(np.eye(3, dtype=np.float32), path="xla")
+      >>> print(product(jnp.asarray([[1.0, 2.0, 3.0]])))
+      [[1. 2. 3.]]
     """
     return Product(w, threads, _path(path))
 

@@ -78,7 +78,7 @@ class Lines:
                 self._here.once(op)
 
     def convolution(self, s: graph.Conv, image: tuple[int, ...], output: tuple[int, ...]) -> LayerReport:
-        """The line of a fused convolution, to be told where it runs and added."""
+        """The line of a fused convolution, still without where it runs."""
         path, others = self.names(self.sources[s.kernel], *(self.sources[v] for v in s.folded))
         live = int(np.count_nonzero(s.w))
         places = math.prod(output) // output[-1]
@@ -268,8 +268,8 @@ def _bodies(
     p, name = op.params, op.primitive.name
     if name == "scan":
         outside = [shapes[v] for v in op.inputs], [shapes[v] for v in op.outputs]
-        consts, carry = scan_parts(flatten(p["jaxpr"]), *outside)
-        yield _settled(p["jaxpr"], given[:consts], given[consts : consts + carry], given[consts + carry :])
+        fixed, moving = scan_parts(flatten(p["jaxpr"]), *outside)
+        yield _settled(p["jaxpr"], given[:fixed], given[fixed : fixed + moving], given[fixed + moving :])
     elif name == "while":
         first, second = p["cond_nconsts"], p["body_nconsts"]
         carry = given[first + second :]

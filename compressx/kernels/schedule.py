@@ -303,7 +303,7 @@ def _visits(
 
 def _int32(x: np.ndarray) -> np.ndarray:
     if x.size and int(np.abs(x).max()) > np.iinfo(np.int32).max:
-        raise ValueError("the layer's input is too large for 32-bit places")
+        raise ValueError("the layer's input is too large for 32-bit positions")
     return np.ascontiguousarray(x, np.int32)
 
 

@@ -29,7 +29,7 @@ class Team {
     std::lock_guard<std::mutex> lock(mutex_);
     try {
       for (; helpers_ + 1 < work->ranges; ++helpers_) std::thread([this, id = helpers_ + 1] { Help(id); }).detach();
-    } catch (const std::system_error&) {  // no more threads to be had: who offers does more himself
+    } catch (const std::system_error&) {  // no more threads available: who offers does more himself
     }
     work_ = work;
     ++offers_;

@@ -125,7 +125,7 @@ def _dense(u: Unified) -> Array:
 
 
 def _distinct(ids: np.ndarray, places: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """How many different places each block has among some of its entries: int, one a block."""
+    """How many different positions each block has among some of its entries: int, one a block."""
     pairs = np.unique(np.stack([ids[among], places[among]]), axis=1)
     return np.bincount(pairs[0], minlength=int(ids.max()) + 1)
 

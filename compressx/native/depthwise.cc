@@ -21,7 +21,7 @@ struct Tap {
   int64_t pixel, tap;  // along one axis: index into the other operand, and of the filter
 };
 
-// For each of `outputs` places along an axis, the taps that meet one of `inputs`. Forwards an output reads the inputs
+// For each of `outputs` positions along an axis, the taps that meet one of `inputs`. Forwards an output reads the inputs
 // stride * output - pad + tap; `back` is the transposed relation, of the gradient for the images.
 std::vector<std::vector<Tap>> Meetings(int64_t outputs, int64_t inputs, int64_t taps, int64_t stride, int64_t pad, bool back) {
   std::vector<std::vector<Tap>> all(outputs);

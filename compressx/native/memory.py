@@ -10,7 +10,7 @@ def keep_memory() -> bool:
 
     On a CPU, XLA allocates a program's intermediate values anew at every call, and blocks beyond some 32 MiB come from
     the operating system page by page: a tenth to a fifth of a training step, or of a large network's inference. What is
-    kept is at most what the process has held at once. It holds for the whole process until its end, so the library
+    kept is at most what the process has held at any time. It holds for the whole process until its end, so the library
     never does it by itself: drivers do, and so may you, once, before the first step.
 
     Returns:

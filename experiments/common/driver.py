@@ -19,7 +19,7 @@ from experiments.common.models.convert import CheckpointError as ModelFileError
 from experiments.common.report import environment
 from experiments.common.report.metrics import MetricsError
 from experiments.common.report.summary import SummaryError, read_summary
-from experiments.common.training import CheckpointError, ConfigError, Diverged, mesh
+from experiments.common.training import CheckpointError, ConfigError, Diverged, Interrupted, mesh
 
 # What a user, a file or a full disk can cause: one line, exit code 1. Anything else keeps its traceback.
 USER_ERRORS = (
@@ -85,6 +85,12 @@ def main(module: str, run: Function, evaluate: Function, read: Callable[[Any], A
                 raise ConfigError(str(error)) from None
             options = Options(Path(f.workdir), f.data_dir, f.mesh, f.split, environment.command(module))
             {"run": run, "eval": evaluate}[f.mode](read(config.value), options)
+        except Interrupted as stopped:
+            print(f"{stopped}. The same command resumes from there.", file=sys.stderr)
+            sys.exit(130)
+        except KeyboardInterrupt:
+            print("stopped. The same command resumes from the last checkpoint.", file=sys.stderr)
+            sys.exit(130)
         except USER_ERRORS as error:
             _stop(error)
 

@@ -61,6 +61,39 @@ def of_images(
     return medians, {"path": compressed.path, "rounds": len(taken["dense"]), **facts}
 
 
+def of_layer(budget: float = 0.5) -> dict[str, Any]:
+    """A layer of VGG-16's size, dense and compressed, timed here: what a small network is too small to show.
+
+    The layer is the 3x3 convolution of 256 channels on 56x56 with random weights: of every kernel that stays four taps
+    in one of eight patterns, and 1 of 3.6 kernels, 8.1 times fewer weights.
+
+    Args:
+      budget: seconds to measure for; at least 5 rounds.
+
+    Returns:
+      `dense` and `compressed`, median milliseconds of one image; or `reason` where the kernels do not run.
+    """
+    if not kernels.available():
+        return {"reason": NO_KERNELS}
+    rng, side, channels = np.random.default_rng(0), 56, 256
+    masks = np.zeros((8, 9), np.float32)
+    for mask in masks:
+        mask[[4, *rng.choice([0, 1, 2, 3, 5, 6, 7, 8], 3, replace=False)]] = 1
+    taken_masks = masks[rng.integers(0, 8, (channels, channels))] * (rng.random((channels, channels, 1)) < 2.25 / 8.1)
+    w = rng.normal(size=(3, 3, channels, channels)).astype(np.float32)
+    sparse = w * taken_masks.transpose(2, 0, 1).reshape(w.shape)
+    x = jnp.asarray(rng.normal(size=(1, side, side, channels)), jnp.float32)
+    compressed = kernels.prepare(sparse, (1, side, side, channels))
+    dense = jax.jit(
+        lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
+    kernel = jnp.asarray(w)
+    medians, _ = _quartiles(
+        interleaved({"dense": lambda: dense(x, kernel), "compressed": lambda: compressed(x)}, seconds=budget)
+    )
+    return medians
+
+
 def of_words(
     model: LanguageModel, dense: Any, stored: Mapping[str, Mapping[str, Packed]], budget: float = 0.5
 ) -> tuple[dict[str, float] | None, dict[str, Any]]:

@@ -43,7 +43,7 @@ class Hardware:
       slow_images: those for which every conversion is simulated (saturating ADC).
       skip_images: those whose activations are measured for zero skipping and saturation.
       calibration: training images that choose the input scales.
-      batch: images at once.
+      batch: images in a batch.
       frames: inferences in flight, for frames per second.
       pooled: layers followed by pooling.
     """

@@ -1,4 +1,4 @@
-"""What models come to on ReRAM crossbars: accuracy, saturation, zero skipping, device variation, arrays and cost."""
+"""Evaluates models on ReRAM crossbars: accuracy, saturation, zero skipping, device variation, arrays and cost."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

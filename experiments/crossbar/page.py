@@ -51,7 +51,7 @@ def sign_changes(workdir: Path) -> list[Picture]:
         xlabel="epoch of the phase",
         percent=True,
     )
-    text = "Of the fragments that hold a weight. Falling curves: the signs settle while ADMM pulls."
+    text = "Of the fragments that hold a weight. Falling curves: the signs settle while ADMM runs."
     return [Picture(path, "Sign changes", text)]
 
 
@@ -67,11 +67,11 @@ def _forms_pictures(workdir: Path, found: Mapping[str, Any]) -> list[Picture]:
         workdir / "mapping.png",
         names,
         {"dense": [r["arrays dense"] for r in rows], "squeezed": [r["arrays"] for r in rows]},
-        title=f"Arrays of each layer: {dense} dense, {kept} squeezed",
+        title=f"Arrays of each layer: {dense} dense, {kept} compacted",
         xlabel="arrays",
         log=max(r["arrays dense"] for r in rows) > 50,
     )
-    out.append(Picture(path, "Mapping", f"Model {found['main']}: pruned rows and columns are squeezed out."))
+    out.append(Picture(path, "Mapping", f"Model {found['main']}: pruned rows and columns are compacted."))
     path = draw.occupancy(workdir / "occupancy.png", found["occupancy"])
     text = "Every square is an array, its number the share of cells of non-zero weights in per cent."
     out.append(Picture(path, "Occupancy", text))

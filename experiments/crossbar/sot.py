@@ -1,4 +1,4 @@
-"""What models come to on a SOT-MRAM engine: accuracy by bit planes, sub-arrays, operations, latency and energy."""
+"""Evaluates models on a SOT-MRAM engine: accuracy by bit planes, sub-arrays, operations, latency and energy."""
 
 from collections.abc import Sequence
 from dataclasses import replace

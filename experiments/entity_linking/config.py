@@ -167,7 +167,7 @@ def linker_of(config: Config, arm: Arm) -> tuple[linking.Linker, linking.Learnin
     linker, learning = made
     assert isinstance(linker, linking.Linker) and isinstance(learning, linking.Learning)
     if learning.method == "reinforce" and "belief" in linker.features:
-        raise ConfigError(f"arm {arm.name!r}: 'belief' decides all mentions at once and cannot learn by 'reinforce'")
+        raise ConfigError(f"arm {arm.name!r}: 'belief' decides all mentions together and cannot learn by 'reinforce'")
     return linker, learning
 
 

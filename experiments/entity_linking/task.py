@@ -110,7 +110,7 @@ def _compression(
 def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     """Trains the linkers, and compresses the main one: what is left of it."""
     workdir = options.workdir
-    phases.plan(config.plan)  # a rule that cannot be read is told before the data are
+    phases.plan(config.plan)  # a rule that cannot be read is reported before the data are
     corpora = load(config, options.data_dir)
     rows: dict[tuple[str, str], Any] = {}
     made = [_prepare(config, options, corpora, arm, rows) for arm in all_arms(config)]
@@ -157,7 +157,7 @@ def _figures(
 
 
 class _Squeezed(NamedTuple):
-    """The compressed linker and its rivals: figures by phase, the stored file, what training recorded."""
+    """The compressed linker and its baselines: figures by phase, the stored file, what training recorded."""
 
     table: dict[str, dict[str, Any]]
     stored: artifacts.Stored

@@ -121,7 +121,7 @@ def read(config: Any) -> Config:
 
 
 class Setting(NamedTuple):
-    """What a config comes to."""
+    """What follows from a config."""
 
     info: data.Info
     train: dict[str, NpArray]

@@ -133,7 +133,7 @@ def _latency(dense: dict[str, Any], head: dict[str, Any]) -> dict[str, float] | 
 
 
 def _beside(config: Config, rows: dict[str, dict[str, Any]], method: str) -> float | None:
-    """The headline's rival by another method: the same structure and rate, or for "dense" any."""
+    """The headline's baseline by another method: the same structure and rate, or for "dense" any."""
     head = config.arms[0]
     for arm in config.arms[1:]:
         if arm.method == method and (method == "dense" or (arm.structure, arm.rate) == (head.structure, head.rate)):

@@ -121,7 +121,7 @@ def read(config: Any) -> Config:
 
 
 def dealt(config: Config) -> Config:
-    """The config with its seed in every rule that deals block sizes by chance and names no seed.
+    """The config with its seed in every rule that permutes block sizes at random and names no seed.
 
     Otherwise all seeds of such a control would share one permutation, and their spread hold none of its variance.
     Seed 0 is the constraint's own: there is nothing to name.

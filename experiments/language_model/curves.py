@@ -4,7 +4,7 @@
 
 Every point is a run of `experiments.language_model` in a folder of its own below `runs/`, resumable like any other. All
 points of a seed start from one dense network, trained first, and get the same number of epochs after it. A folder may
-be gone on with at other points or seeds of the same experiment: runs that it holds are reused, the rest is made anew.
+be extended with other points or seeds of the same experiment: runs that it holds are reused, the rest is made anew.
 """
 
 import dataclasses

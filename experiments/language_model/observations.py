@@ -26,7 +26,7 @@ class Densities(NamedTuple):
     Attributes:
       rows: float64 `[R]`.
       low, middle, high: deciles 1, 5 and 9.
-      dispersion: variance of the rows' counts over that of as many weights dealt out by chance (hypergeometric); 1 is
+      dispersion: variance of the rows' counts over that of as many weights placed at random (hypergeometric); 1 is
         chance, above 1 the rows differ.
     """
 

@@ -197,7 +197,7 @@ def _texts(config: Config, model: Any, corpus: Corpus, networks: dict[str, Any])
         ids = sample(model, params, prompt, config.sample, config.seed, never)
         rows.append((name, " ".join(corpus.words[i] for i in ids)))
     given = " ".join(corpus.words[i] for i in prompt)
-    note = f"After “{given}”, the first words of the test text; drawn with the same luck, {text.UNK} left out."
+    note = f"After “{given}”, the first words of the test text; drawn with the same seed, {text.UNK} left out."
     return [note, html.Table(("network", "goes on"), rows)]
 
 

@@ -20,8 +20,8 @@ class Point:
     Attributes:
       kind: "filters", "columns" or "combined".
       rate: all convolution weights over those that stay.
-      method: "admm"; "one_shot", pruned at once and retrained for as many epochs as ADMM and retraining take together;
-        "random", as one-shot with channels and positions drawn by chance: the negative control.
+      method: "admm"; "one_shot", pruned one-shot and retrained for as many epochs as ADMM and retraining take together;
+        "random", as one-shot with channels and positions drawn at random: the negative control.
     """
 
     kind: str = "combined"

@@ -86,12 +86,12 @@ def kind(constraint: Any) -> str:
 
 
 def project(constraint: Any, w: Any) -> Any:
-    """The nearest point of a set that leaves nothing open."""
+    """The nearest point of a set that has no structure."""
     return constraint.project(w, ())
 
 
 def retract_to_frozen(constraint: Any, w: Any) -> Any:
-    """A point of a set that leaves nothing open, brought back to the convex piece in which it lies."""
+    """A point of a set that has no structure, brought back to its active set."""
     return constraint.retract(w, constraint.freeze(w, ()))
 
 
@@ -119,7 +119,7 @@ def harden(params: Any, rules: Any, state: Any = None) -> Any:
 
 
 def structures(params: Any, rules: Any) -> Any:
-    """What the sets leave open, chosen for these weights."""
+    """The structure of the sets, chosen for these weights."""
     return compressx.structures(params, rules)
 
 
@@ -205,7 +205,7 @@ def forged_leaf(
 
 
 def forged_rule(paths: Sequence[str], spec: Any) -> Any:
-    """How a file describes a rule whose set leaves nothing open."""
+    """How a file describes a rule whose set has no structure."""
     return {"paths": [path.split("/") for path in paths], "axes": None, "spec": spec, "structure": []}
 
 

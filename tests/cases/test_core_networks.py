@@ -13,7 +13,6 @@ import onnxruntime
 from flax import nnx
 
 from tests.cases import api
-from tests.cases.marks import open_case
 from tests.cases.support import normal, raised_by
 
 # Coupled pruning and compaction of transformers.
@@ -26,17 +25,12 @@ from tests.cases.support import normal, raised_by
 # stood in the way (`Channels.reasons` has it).
 
 
-@open_case(
-    raises=ValueError,
-    match=r"rule 1: 'params/key/kernel\|params/query/kernel' matches only leaves that earlier rules took",
-)
 def test_coupled_rules_attention() -> None:
     m, x = nn.MultiHeadDotProductAttention(num_heads=4), normal(1, 5, 16)
     v = m.init(jax.random.key(0), x)
     api.harden(v, api.coupled_rules(lambda v, x: m.apply(v, x), v, x, 0.5))
 
 
-@open_case(raises=AssertionError, match="nothing removed")
 def test_heads_of_dense_qkv() -> None:
     class Attention(nn.Module):  # HF-style: Dense, then reshape
         @nn.compact
@@ -57,7 +51,6 @@ def test_heads_of_dense_qkv() -> None:
     np.testing.assert_allclose(small.apply(small.variables, x), m.apply(v, x), atol=1e-5)
 
 
-@open_case(raises=api.CompactionError, match="channels pass through the operation 'scan'")
 def test_compact_scan() -> None:
     class Block(nn.Module):
         @nn.compact

@@ -55,7 +55,7 @@ def _shuffled(y: Image) -> Image:
     return jnp.swapaxes(y.reshape(*y.shape[:-1], groups, c // groups), -1, -2).reshape(y.shape)
 
 
-# Channels pass, in place or to other places, and one that is zero stays zero: it can always go.
+# Channels pass, in place or to other positions, and one that is zero stays zero: it can always go.
 KEEPS: dict[str, Callable[[Image], Image]] = {
     "relu": jax.nn.relu,
     "negative": lambda y: -2.0 * y,
@@ -108,6 +108,7 @@ KEEPS: dict[str, Callable[[Image], Image]] = {
     "largest pools": lambda y: lax.reduce_window(
         y, -jnp.inf, lax.max, (1, 2, *(1,) * (y.ndim - 2)), (1,) * y.ndim, "SAME"
     ),
+    "scan": lambda y: lax.fori_loop(0, 2, lambda i, s: 0.5 * s, y),
     "sum pools": lambda y: lax.reduce_window(y, 0.0, lax.add, (1, 2, *(1,) * (y.ndim - 2)), (1,) * y.ndim, "SAME"),
 }
 # Channels are mixed, shifted or counted: the network must stay the same, whatever can go.
@@ -151,7 +152,7 @@ MIXES: dict[str, Callable[[Image], Image]] = {
 }
 # No rule says what these do to channels: they are refused by name.
 REFUSED: dict[str, Callable[[Image], Image]] = {
-    "scan": lambda y: lax.fori_loop(0, 2, lambda i, s: 0.5 * s, y),
+    "while": lambda y: lax.while_loop(lambda s: s.max() > 1, lambda s: 0.5 * s, y),
     "cond": lambda y: lax.cond(y.sum() > 0, lambda s: s, lambda s: 2 * s, y),
     "fft": lambda y: jnp.fft.rfft(y).real,
 }

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx.compaction import CompactionError, channels, compact, dead, groups
+from compressx.compaction import CompactionError, NothingRemoved, channels, compact, dead, groups
 from compressx.compaction.primitives import reaches_border
 from compressx.tree import paths
 from experiments.common import models
@@ -102,7 +102,7 @@ def test_nothing_goes_from_a_dense_network(rng) -> None:
     model, shape = SMALL["resnet20"]
     variables = _lively(model, shape, rng)
     small = compact(model, variables, jnp.zeros((1, *shape)))
-    assert small.dead == ({}, {})
+    assert small.dead == ({}, {}, {})
     jax.tree.map(np.testing.assert_array_equal, small.variables, variables)
 
 
@@ -168,7 +168,7 @@ def test_constant_maps_are_folded_into_the_next_normalisation(padding, size, rng
 def test_a_constant_map_behind_zero_padding_stays(rng) -> None:
     model = _Net("SAME")
     variables = _blank(model, rng)
-    assert dead(model, variables, jnp.zeros((1, 7, 7, 2))) == ({}, {})
+    assert dead(model, variables, jnp.zeros((1, 7, 7, 2))) == ({}, {}, {})
     # of channel 3 the next layer reads only the centre tap, which never meets the padding
     kernel = variables["params"]["b"]["kernel"]
     variables["params"]["b"]["kernel"] = kernel.at[:, :, 3].set(jnp.zeros((3, 3, 5)).at[1, 1].set(kernel[1, 1, 3]))
@@ -179,7 +179,7 @@ def test_a_constant_map_behind_zero_padding_stays(rng) -> None:
 
 def test_a_constant_map_that_no_bias_can_take_stays(rng) -> None:
     model = _Net(norm=False)
-    assert dead(model, _blank(model, rng), jnp.zeros((1, 7, 7, 2))) == ({}, {})
+    assert dead(model, _blank(model, rng), jnp.zeros((1, 7, 7, 2))) == ({}, {}, {})
 
 
 def test_constants_are_folded_through_flax_normalisation_and_dense_bias(rng) -> None:
@@ -257,14 +257,14 @@ def test_stages_joined_by_padded_shortcuts_are_one_group() -> None:
 def test_an_unknown_operation_is_refused_by_name_or_left_whole(rng) -> None:
     def model(v, x):
         y = jnp.tanh(x @ v["a"])
-        y, _ = jax.lax.scan(lambda c, _: (c * 0.5, None), y, None, length=3)
+        y = jax.lax.while_loop(lambda c: c.max() > 1, lambda c: c * 0.5, y)
         return jnp.tanh(y @ v["b"]) @ v["c"]
 
     v = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in (("a", (3, 4)), ("b", (4, 5)), ("c", (5, 2)))}
     v["a"], v["b"] = v["a"].at[:, 1].set(0), v["b"].at[:, 1].set(0)
-    with pytest.raises(CompactionError, match=r"operation 'scan' \(operands \(1, 4\)\).*keep=\('scan',\)"):
+    with pytest.raises(CompactionError, match=r"operation 'while' \(operands \(1, 4\)\).*keep=\('while',\)"):
         dead(model, v, jnp.zeros((1, 3)))
-    small = compact(model, v, jnp.zeros((1, 3)), keep=("scan",))
+    small = compact(model, v, jnp.zeros((1, 3)), keep=("while",))
     assert {k: x.shape for k, x in small.variables.items()} == {"a": (3, 4), "b": (4, 4), "c": (4, 2)}
     x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
     np.testing.assert_allclose(small.apply(small.variables, x), model(v, x), atol=1e-6)
@@ -278,19 +278,41 @@ def test_variables_of_the_whole_network_are_refused_by_the_small_one(rng) -> Non
         small.apply(variables, jnp.zeros((1, 7, 7, 2)))
 
 
-def test_channels_that_groups_normalise_together_are_fixed(rng) -> None:
+def test_channels_that_are_normalised_together_go_where_they_are_zero(rng) -> None:
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train=False):
             x = nn.LayerNorm(name="n")(nn.Dense(6, name="a")(x))
             return nn.Dense(2, name="b")(x)
 
-    variables = _lively(Net(), (3,), rng)
-    variables["params"]["a"]["kernel"] = variables["params"]["a"]["kernel"].at[:, 2].set(0)
-    found = channels(Net(), variables, jnp.zeros((1, 3)))
-    assert groups(found) == ()
-    assert "reduce_sum runs over it" in found.reasons.values()
-    assert dead(Net(), variables, jnp.zeros((1, 3))) == ({}, {})
+    variables, one = _lively(Net(), (3,), rng), jnp.zeros((1, 3))
+    p = variables["params"]
+    (group,) = groups(channels(Net(), variables, one))
+    assert {(s.path, s.axis, s.role) for s in group.slots} == {
+        ("params/a/bias", 0, "along"),
+        ("params/a/kernel", 1, "out"),
+        ("params/b/kernel", 0, "in"),
+        ("params/n/bias", 0, "along"),
+        ("params/n/scale", 0, "along"),
+    }
+    p["a"] = {"kernel": p["a"]["kernel"].at[:, 2].set(0), "bias": p["a"]["bias"].at[2].set(0)}
+    assert dead(Net(), variables, one).kept == {}  # the norm shifts it: b reads it
+    p["n"] = {k: leaf.at[2].set(0) for k, leaf in p["n"].items()}
+    small = compact(Net(), variables, one)
+    assert small.variables["params"]["b"]["kernel"].shape == (5, 2)
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    np.testing.assert_allclose(small.apply(small.variables, x), Net().apply(variables, x), atol=1e-5)
+
+
+def test_channels_that_are_compared_with_each_other_are_fixed(rng) -> None:
+    f = lambda v, x: jax.nn.softmax(x @ v["a"]) @ v["b"]
+    v = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in (("a", (3, 6)), ("b", (6, 2)))}
+    v["a"] = v["a"].at[:, 2].set(0)
+    found = channels(f, v, jnp.zeros((1, 3)))
+    assert groups(found) == () and "reduce_max runs over it" in found.reasons.values()
+    assert dead(f, v, jnp.zeros((1, 3))) == ({}, {}, {"a[1]": "reduce_max runs over it"})
+    with pytest.warns(NothingRemoved, match=r"weights are 0 along whole indices of 1 axes: a\[1\]: reduce_max"):
+        compact(f, v, jnp.zeros((1, 3)))
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_the_sheets_multiply_adds() -> None:
 def test_peak_bytes_by_hand() -> None:
     def two(variables, x):
         y = x @ variables["w"]  # 4 x 8 beside 4 x 2
-        return (y * y).sum(axis=1)  # y and its square at once
+        return (y * y).sum(axis=1)  # y and its square together
 
     variables = {"w": jnp.ones((2, 8))}
     assert compaction.peak_bytes(two, variables, jnp.ones((4, 2))) == 4 * (32 + 32)

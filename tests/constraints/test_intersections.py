@@ -43,7 +43,7 @@ QUICK = ("FORMS", "pruned, quantized", "patterns, powers of two", "unified, quan
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in COMBINATIONS])
 def test_every_set_holds_after_admm_hardening_and_retraining(name: str) -> None:
-    """All sets at once by ADMM on a quadratic; then zeros, signs, ties and integers survive 10 steps of retraining."""
+    """All sets together by ADMM on a quadratic; then zeros, signs, ties and integers survive 10 steps of retraining."""
     constraint = COMBINATIONS[name]
     rules, target = [("w", constraint)], normal(1)
     tx = optax.chain(cx.admm(rules, rho=0.5, every=2, refresh_every=2), optax.sgd(0.2))

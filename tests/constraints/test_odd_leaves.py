@@ -1,4 +1,4 @@
-"""Leaves that no one thinks of: every set holds on them, or says which leaf it cannot hold on and why."""
+"""Leaves that no one thinks of: every set applies to them, or says which leaf it cannot apply to and why."""
 
 from collections.abc import Callable
 from typing import Any

@@ -149,7 +149,7 @@ def retrained(rules: Any, structure: Any, hard: Any, seed: int) -> Any:
 
 
 def inside(name: str, before: Any, after: Any) -> None:
-    """What retraining may not change: places that a support set or a polarized row closed, signs, the kept levels."""
+    """What retraining may not change: positions closed by a support set or a polarized row, signs, the kept levels."""
     fixed = SETS[name][0].sets[-1].stage in (cx.TIE, cx.LEVEL)
     for a, b in zip(numpy(before), numpy(after), strict=True):
         signs = a * b >= 0

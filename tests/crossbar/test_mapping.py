@@ -1,4 +1,4 @@
-"""Mapping: array counts against an array-by-array layout, squeezing, groups, and the factors of the reduction."""
+"""Mapping: array counts against an array-by-array layout, compaction, groups, and the factors of the reduction."""
 
 from math import ceil
 

@@ -217,7 +217,7 @@ def _product(draw: Any, shape: Shape) -> Function:
     some = draw(st.integers(1, len(shape)))
     if way == "dense":
         return lambda x: x @ _numbers(n, units) * 0.5
-    if way == "general":  # the last axes, several at once
+    if way == "general":  # the last axes, several together
         w = _numbers(*shape[-some:], 2, units, seed=2)
         return lambda x: lax.dot_general(x, w, ((range(x.ndim - some, x.ndim), range(some)), ((), ()))) * 0.3
     if way == "other way":
@@ -309,3 +309,16 @@ def compositions(draw: Any) -> tuple[Shape, list[str], Function]:
 def test_compositions(drawn: tuple[Shape, list[str], Function]) -> None:
     shape, _, f = drawn
     _agrees(f, shape, atol=1e-3)
+
+
+@pytest.mark.parametrize("pad", [2, 3, 5])
+@pytest.mark.parametrize(("op", "start"), [(lax.max, -np.inf), (lax.min, np.inf), (lax.add, 0.0)])
+def test_a_dilated_window_may_be_padded_by_more_than_it_holds(op: Any, start: float, pad: int) -> None:
+    """onnxruntime refuses a pad of as many values as the window has, however far apart they lie."""
+
+    def f(x: jax.Array) -> jax.Array:
+        padding = ((0, 0), (pad, pad), (0, 0))
+        y = lax.reduce_window(x, np.float32(start), op, (1, 3, 1), (1, 1, 1), padding, None, (1, 2, 1))
+        return jnp.clip(y, -9, 9)  # a window of padding alone has no largest value
+
+    _agrees(f, (9, 2))

@@ -34,7 +34,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+_SLOW = ("common", "common float16", "update int8", "dense")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in VARIANTS])
 def test_both_engines_give_the_same_model_and_bytes(name: str, tmp_path) -> None:
     w = world.make(tmp_path, release=True, **VARIANTS[name])
     simulation = Simulation(w.loss, w.alg, w.model, w.data, w.split, world.SEED)

@@ -1,4 +1,4 @@
-"""Packed weights damaged by chance, as the fuzz tests of the formats share them."""
+"""Packed weights damaged at random, as the fuzz tests of the formats share them."""
 
 import numpy as np
 from hypothesis import strategies as st

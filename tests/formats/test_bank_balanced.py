@@ -113,7 +113,7 @@ DAMAGE = {
     "values": (lambda: array("values", lambda a: a[1:]), "bank-balanced/values: shape"),
     "offsets": (lambda: array("offsets", lambda a: a[1:]), "bank-balanced/offsets: shape"),
     "outside": (lambda: array("offsets", lambda a: np.full_like(a, 255)), "a place lies outside its bank"),
-    "order": (lambda: array("offsets", lambda a: a * 0), "the places of a bank do not ascend"),
+    "order": (lambda: array("offsets", lambda a: a * 0), "the positions of a bank do not ascend"),
     "shape": (lambda: PACKED._replace(shape=(160,)), "bank-balanced: shape"),
     "unknown": (lambda: PACKED._replace(arrays={**PACKED.arrays, "x": np.zeros(1)}), "bank-balanced/x: unknown"),
 }

@@ -88,7 +88,7 @@ def test_blocks_along_the_inputs_are_counted_there(rng) -> None:
 
 
 def test_gaps_of_four_bits() -> None:
-    """A gap of 15 places fits; the 16th needs a stored zero, the 32nd another."""
+    """A gap of 15 positions fits; the 16th needs a stored zero, the 32nd another."""
     for first, stored in ((15, 1), (16, 2), (31, 2), (32, 3)):
         w = np.zeros((40, 1), np.float32)
         w[first] = 1.0

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -360,7 +361,7 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "rule axes": (_change("content", "rules", 0, "axes", value="in out"), "rules\\[0\\]/axes: are not a list"),
     "two paths": (
         _change("content", "rules", 0, "paths", value=[CONV.split("/"), ["params", "conv", "bias"]]),
-        "holds on one leaf",
+        "applies to one leaf",
     ),
     "spec kind": (_change("content", "rules", 0, "spec", "kind", value="system"), "unknown constraint 'system'"),
     "spec kind type": (_change("content", "rules", 0, "spec", "kind", value=["all"]), "is refused"),
@@ -381,7 +382,7 @@ FORGED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "array gone": (lambda h, a: a.pop(f"{CONV}:matrix"), "is not in both the header and the file"),
     "array name": (lambda h, a: a.update({"x" * 2049: np.ones(1)}), "file: .* name has more than 2048 characters"),
     "array more": (lambda h, a: a.update(x=np.ones(1)), "x: is not in both the header and the file"),
-    "array dtype": (lambda h, a: a.update(x=np.ones(1, np.complex64)), "x: dtype .* is never written"),
+    "array dtype": (lambda h, a: a.update(x=np.ones(1, ml_dtypes.float8_e8m0fnu)), "x: dtype .* is never written"),
 }
 
 

@@ -122,7 +122,7 @@ cx.save_model(sys.argv[1], hard, rules, model=about, extra={"seed": 0, "ok": Tru
 
 def test_the_same_input_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     for coding in container.CODINGS:
-        files = [tmp_path / f"{coding}{seed}" for seed in (0, 1, 2)]
+        files = [tmp_path / f"{coding}{seed}" for seed in (0, 1)]
         for seed, file in enumerate(files):
             env = {**os.environ, "PYTHONHASHSEED": str(seed), "JAX_PLATFORMS": "cpu"}
             subprocess.run([sys.executable, "-c", _WRITE, str(file), coding], env=env, check=True, timeout=600)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.golden import adapter, cases, figures, make
 
-SLOW = ("drivers/gru_speech",)
+SLOW = ("drivers/gru_speech", "drivers/language_model", "networks/mobilenet_v2")
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are those of a CPU")
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from compressx.kernels import graph, pattern_conv
 from compressx.trace import trace
 
-N, H, W, C = 2, 4, 4, 3  # as many rows as columns, so that they can change places
+N, H, W, C = 2, 4, 4, 3  # as many rows as columns, so that they can change positions
 Image = jax.Array
 Chain = tuple[str, ...]
 

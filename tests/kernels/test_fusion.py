@@ -158,6 +158,7 @@ EXTREMES = st.lists(
 
 
 @given(EXTREMES, st.sampled_from([-100, -30, 0, 30]))
+@example([("+", -60), ("-", -60)], -100)
 @example([("+", 24), ("-", 24)], 0)
 @example([("*", -90), ("*", 90)], 0)
 @example([("*", 120), ("*", -120)], 30)

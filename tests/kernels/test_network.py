@@ -101,7 +101,7 @@ def test_darknets_rectifier_and_the_shortcut_after_it_are_fused():
 
 
 class Near(nn.Module):
-    """What looks like Darknet's rectifier and is not: other slopes, other readers, other operands."""
+    """What looks like Darknet's leaky ReLU and is not: other slopes, other readers, other operands."""
 
     case: str
 

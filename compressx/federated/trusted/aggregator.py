@@ -176,13 +176,13 @@ class Aggregator:
         floor = self._counter.read()  # one more than the newest round that was sealed
         if not numbers:
             if floor:
-                raise Refused("rollback", f"no state is left, and the counter stands at {floor}")
+                raise Refused("rollback", f"no state is left, and the counter is at {floor}")
             state = rounds.initial(self.plan, layers)
             self._write(state)
             return state
         number = max(numbers)
         if number + 1 < floor or number > floor:
-            raise Refused("rollback", f"the newest state is of round {number}, and the counter stands at {floor}")
+            raise Refused("rollback", f"the newest state is of round {number}, and the counter is at {floor}")
         record = self._sealer.open(b"state" + struct.pack("<I", number), self._path(number).read_bytes())
         self._counter.advance(number + 1)
         return rounds.unpack_state(record)

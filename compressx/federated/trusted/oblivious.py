@@ -58,7 +58,7 @@ def _select(mask: Array, a: Array, b: Array) -> Array:
 
 
 def _left(x: Array, go: Array, step: int) -> Array:
-    """Elements with `go` move `step` places to the left; what they leave becomes 0."""
+    """Elements with `go` move `step` positions to the left; what they leave becomes 0."""
     stay = x * (np.uint32(1) - go)
     arriving = np.zeros_like(x)
     arriving[:-step] = (x * go)[step:]

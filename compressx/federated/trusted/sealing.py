@@ -2,7 +2,7 @@
 
 A record is AES-256-GCM under a key of this process (HKDF of the enclave's sealing key and a fresh salt), a counter as
 nonce, and what it is (kind, round, client, hash of the state) as associated data. Files appear whole or not at all, on
-disk before anyone is told.
+disk before anyone is notified.
 
 Under Gramine the key is `_sgx_mrenclave`: only the same measurement opens the records, and an upgraded aggregator
 starts anew. `_sgx_mrsigner` would let upgrades read them, and also every older, perhaps faulty, version.
@@ -86,7 +86,7 @@ class FileCounter:
     def advance(self, to: int) -> None:
         """Writes a larger number."""
         if to < self.read():
-            raise Refused("rollback", f"the counter stands at {self.read()} and cannot go to {to}")
+            raise Refused("rollback", f"the counter is at {self.read()} and cannot go to {to}")
         write_durably(self._path, str(to).encode())
 
 

@@ -33,7 +33,7 @@ def _noise(rng: np.random.Generator, h: int, w: int) -> Array:
 
 
 def _between(n: int, cells: int) -> Array:
-    """Weights `[n, cells + 1]` of linear interpolation at n places among so many corners."""
+    """Weights `[n, cells + 1]` of linear interpolation at n positions among so many corners."""
     place = np.linspace(0, cells, n)
     return np.clip(1 - np.abs(place[:, None] - np.arange(cells + 1)), 0, None)
 
@@ -42,7 +42,7 @@ def opacity(rng: np.random.Generator, image: Array, side: int) -> tuple[Array, B
     """Draws one opacity into a lung.
 
     An ellipse with a soft, ragged edge and cloudy inside moves the pixels towards white, as a denser lung does:
-    new = old + alpha * (level - old). Centre, size and strength are drawn so that boxes have the sizes and places of
+    new = old + alpha * (level - old). Centre, size and strength are drawn so that boxes have the sizes and positions of
     the challenge's (median 217 x 298 of 1024 pixels). The box is the smallest around what is at least a quarter as
     strong as the strongest place.
 

@@ -20,7 +20,7 @@ GUIDE = "docs/data.md"
 
 
 class DataNotFoundError(FileNotFoundError):
-    """Data are missing; the message names the files, the places looked in and where to get them."""
+    """Data are missing; the message names the files, the folders looked in and where to get them."""
 
 
 class DataFileError(ValueError):
@@ -104,7 +104,7 @@ def find_file(relpath: str, data_dir: str | os.PathLike[str] | None = None) -> P
       The path of the first that exists.
 
     Raises:
-      DataNotFoundError: no such file; the message lists the places.
+      DataNotFoundError: no such file; the message lists the folders.
     """
     places = search_places(data_dir)
     for place in places:
@@ -161,7 +161,7 @@ def _not_found(what: str, files: Sequence[str], places: Sequence[Path], advice: 
 
 
 def _download(files: Sequence[File], folder: Path) -> list[Path]:
-    """Downloads by tfds, checks and only then moves the files to their places under `folder`."""
+    """Downloads by tfds, checks and only then moves the files to where they belong under `folder`."""
     for file in files:
         _reach(file.url)
     import tensorflow_datasets as tfds  # half a second, and needed here only
@@ -181,7 +181,7 @@ def _download(files: Sequence[File], folder: Path) -> list[Path]:
 
 
 def _reach(url: str) -> None:
-    """Raises `OSError` at once where there is no network; tfds would retry for more than three minutes."""
+    """Raises `OSError` immediately where there is no network; tfds would retry for more than three minutes."""
     parts = urllib.parse.urlsplit(url)
     host = parts.hostname or ""
     if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):

@@ -74,7 +74,7 @@ def cache_key(source: Source, split: str, blobs: Sequence[Blob]) -> str:
 def cached(source: Source, split: str, blobs: Sequence[Blob], read: Callable[[], Arrays]) -> Arrays:
     """Returns `read()`, from the cache where it is there; otherwise it is put there.
 
-    Safe with several processes at once: each makes its own, the first to finish is kept, and all are equal.
+    Safe with several processes at the same time: each makes its own, the first to finish is kept, and all are equal.
 
     Raises:
       DataFileError: the cache cannot be written or is damaged; the message names the folder.

@@ -20,7 +20,7 @@ def images(
 ) -> tuple[Array, Array]:
     """Draws `count` images: the pattern of the class, shifted by up to one pixel, with noise.
 
-    The patterns depend on the seed alone, so that what is learnt on one split holds on another.
+    The patterns depend on the seed alone, so that what is learnt on one split applies to another.
 
     Returns:
       uint8 `[count, h, w, c]` and int32 `[count]`; the classes are balanced to within one image.

@@ -47,7 +47,7 @@ class Corpus:
       unknown: part -> share of its words that the vocabulary lacks.
       info: facts; `classes` is the size of the vocabulary.
       best: where the text is drawn from a known source, the perplexity of that source itself on `test`, which no model
-        beats but by chance; else None.
+        beats except by sampling error; else None.
     """
 
     train: Array
@@ -139,13 +139,13 @@ def to_ids(text: Sequence[str], words: Sequence[str]) -> Array:
 def windows(ids: Array, lanes: int, steps: int, whole: bool = False) -> Arrays:
     """Cuts a text into lanes and each lane into windows that follow one another, for `batches.in_order`.
 
-    The text of n words has n - 1 places to predict: its first word is given. Lane b holds a run of consecutive places.
+    The text of n words has n - 1 positions to predict: its first word is given. Lane b holds a run of these.
 
     Args:
       ids: int32 `[n]`.
       lanes: texts read side by side, the batch.
       steps: words a window, through which a gradient runs.
-      whole: keep every place, filling the end up with label -1 (evaluation); else the places left over are dropped.
+      whole: keep every place, filling the end up with label -1 (evaluation); else the positions left over are dropped.
 
     Returns:
       `inputs` and `labels` int32 `[lanes * T, steps]`, the word at a place and the one to predict; `fresh` bool

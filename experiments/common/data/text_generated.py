@@ -1,6 +1,6 @@
 """A text drawn from a small grammar whose own perplexity can be computed: what a model should come near to.
 
-A sentence is  det (adj) noun (near the noun) verb, and ends or goes on with `and`. The verb agrees in number with its
+A sentence is  det (adj) noun (near the noun) verb, and ends or continues with `and`. The verb agrees in number with its
 subject, across the noun between; nouns, verbs and adjectives belong to a topic that outlasts sentences. So there is
 something to remember over one, five and thirty words. As a hidden Markov model it has 108 states and 127 words.
 """

@@ -16,7 +16,7 @@ POLICIES = ("error", "skip")
 
 @dataclass
 class Faults:
-    """Faults of a data set by kind: an error at once, or counted and what they concern left out.
+    """Faults of a data set by kind: an immediate error, or counted and what they concern left out.
 
     Attributes:
       policy: "error" raises at the first fault, "skip" counts it.

@@ -58,7 +58,7 @@ class LeNet5Caffe(nn.Module):
     """LeNet-5 as Caffe ships it, 20-50-500, `c1`, `c2`, `f1`, `f2`: the network of the pruning literature.
 
     430,500 weights and 580 biases for 28x28x1 inputs and ten classes. In Caffe no activation follows the convolutions;
-    `conv_relu` adds the rectifiers that most PyTorch versions have (the weights are the same).
+    `conv_relu` adds the ReLU layers that most PyTorch versions have (the weights are the same).
 
     Source: the `lenet` example of Jia et al., "Caffe: Convolutional Architecture for Fast Feature Embedding", 2014.
     """

@@ -81,7 +81,7 @@ def _backward(saved: Any, cotangents: tuple[Array, Carry]) -> tuple[Array, Array
     half, shift = _halves(u.shape[0])
     i, f, g, o = jnp.split(gates, 4, axis=-1)
     t = jnp.tanh(c)
-    # of all steps at once: da_t / (dc_t, dc_t, dc_t, dh_t), and what dh_t adds to dc_t
+    # of all steps together: da_t / (dc_t, dc_t, dc_t, dh_t), and what dh_t adds to dc_t
     slopes = jnp.concatenate([g, before, i, t], -1) * (half[None] ** 2 - (gates - shift[None]) ** 2)
     opened = o * (1.0 - t * t)
 

@@ -1,6 +1,6 @@
 """YOLOv3 and its trunk Darknet-53: 107 blocks as a list, and one module that runs the list.
 
-The network is data: `blocks` lists what stands at every index of the published configuration, `Network` runs it.
+The network is data: `blocks` lists what is at every index of the published configuration, `Network` runs it.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _HE = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Block(NamedTuple):
-    """What stands at one index.
+    """What is at one index.
 
     Attributes:
       kind: "conv", "shortcut" (adds), "route" (concatenates), "upsample" (doubles rows and columns) or "yolo" (a head).
@@ -37,7 +37,7 @@ class Block(NamedTuple):
       features: channels made, of a convolution.
       size: rows and columns of a convolution's kernel.
       stride: of a convolution.
-      linear: a convolution with a bias in place of normalisation and rectifier, as before each head.
+      linear: a convolution with a bias in place of normalisation and ReLU, as before each head.
     """
 
     kind: str

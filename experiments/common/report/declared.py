@@ -4,6 +4,8 @@
 name = "mnist_unstructured"              # <!-- results:mnist_unstructured --> ... <!-- /results -->
 driver = "cnn"                           # left out: every driver
 variant = "mnist_lenet5_unstructured*"   # a shell pattern; left out: every variant
+rows_named = { "cnn/mnist_*" = "LeNet-5" }  # DRIVER/VARIANT patterns and what the column `system` calls them; only
+                                         # what one of them matches is a row; left out: all
 having = "cnn.density"                   # a dotted key that a summary must have; left out: none
 group_by = ["cnn.density"]               # more keys that tell rows apart; left out: none
 rows = "sweep.rows"                      # a list in each summary: a row an entry, shown as row.KEY; left out: none.
@@ -42,6 +44,7 @@ class Column(NamedTuple):
 
 # The columns a table can name. A key beginning with ":" is worked out from the row and not looked up.
 COLUMNS: Mapping[str, Column] = {
+    "system": Column("system", ":system"),
     "driver": Column("driver", "driver", "text"),
     "variant": Column("variant", ":variant"),
     "dataset": Column("data", ":dataset"),
@@ -52,7 +55,7 @@ COLUMNS: Mapping[str, Column] = {
     "hardened": Column("hardened only", "metric.hardened"),
     "compressed": Column("compressed", "metric.compressed"),
     "metric": Column("metric", "metric.name", "text"),
-    "rate": Column("fewer constrained weights", "rate.constrained_weights"),
+    "rate": Column("compression ratio, pruned layers", "rate.constrained_weights"),
     "rate_all": Column("fewer weights", "rate.all_weights"),
     "rate_bytes": Column("fewer bytes", "rate.bytes"),
     "bytes_dense": Column("dense size", "bytes.dense"),
@@ -92,6 +95,7 @@ class Table:
     driver: str | None = None
     variant: str = "*"
     having: str | None = None
+    rows_named: Mapping[str, str] = field(default_factory=dict)
     group_by: Sequence[str] = ()
     rows: str | None = None
     goals: Sequence[Goal] = field(default_factory=tuple)
@@ -131,7 +135,7 @@ def _keys(entry: Any, allowed: set[str], where: str) -> None:
 
 
 def _table(entry: Any, where: str) -> Table:
-    _keys(entry, {"name", "driver", "variant", "having", "group_by", "rows", "columns", "goal"}, where)
+    _keys(entry, {"name", "driver", "variant", "having", "rows_named", "group_by", "rows", "columns", "goal"}, where)
     name = entry.get("name")
     if not isinstance(name, str) or not re.fullmatch(r"\S+", name):
         raise TableError(f"{where}: name is {name!r}; a word is needed")
@@ -146,6 +150,9 @@ def _table(entry: Any, where: str) -> Table:
         raise TableError(f"{where}: group_by is {group_by!r}, and there are no rows; name the list of entries in rows")
     if not isinstance(columns, list) or not columns:
         raise TableError(f"{where}: columns is {columns!r}; a list is needed, of {', '.join(COLUMNS)} or title and key")
+    named = entry.get("rows_named", {})
+    if not isinstance(named, dict) or not all(isinstance(label, str) for label in named.values()):
+        raise TableError(f"{where}: rows_named is {named!r}; patterns DRIVER/VARIANT with a name each are needed")
     goals = entry.get("goal", [])
     if not isinstance(goals, list):
         raise TableError(f"{where}: goal is {goals!r}; write [[table.goal]]")
@@ -154,6 +161,7 @@ def _table(entry: Any, where: str) -> Table:
         driver=entry.get("driver"),
         variant=entry.get("variant", "*"),
         having=entry.get("having"),
+        rows_named=named,
         group_by=tuple(group_by),
         rows=entry.get("rows"),
         columns=tuple(_column(column, where) for column in columns),

@@ -81,7 +81,7 @@ def _cost(summary: Mapping[str, Any]) -> list[Tile]:
     tiles = []
     if rate["constrained_weights"] is not None:
         note = f"all weights {fmt.rate(rate['all_weights'])}" if rate["all_weights"] is not None else ""
-        tiles.append(Tile("fewer constrained weights", fmt.rate(rate["constrained_weights"]), note, "main"))
+        tiles.append(Tile("compression ratio, pruned layers", fmt.rate(rate["constrained_weights"]), note, "main"))
     elif rate["all_weights"] is not None:
         tiles.append(Tile("fewer weights", fmt.rate(rate["all_weights"]), "", "main"))
     if rate["bytes"] is not None:
@@ -90,6 +90,8 @@ def _cost(summary: Mapping[str, Any]) -> list[Tile]:
             if size["packed"] is not None
             else ""
         )
+        file = lookup(summary, f"{summary['driver']}.file_bytes")
+        note += f"; the file has {fmt.size(file)}" if note and isinstance(file, int) else ""
         tiles.append(Tile("fewer bytes", fmt.rate(rate["bytes"]), note))
     elif size["packed"] is not None:
         tiles.append(Tile("packed", fmt.size(size["packed"]), f"dense {fmt.size(size['dense'])}"))
@@ -97,6 +99,7 @@ def _cost(summary: Mapping[str, Any]) -> list[Tile]:
         ratio = latency["dense"] / latency["compressed"] if latency["dense"] and latency["compressed"] else None
         note = f"dense {fmt.milliseconds(latency['dense'])}" + (f": {ratio:.2f}× as fast" if ratio else "")
         tiles.append(Tile("latency", fmt.milliseconds(latency["compressed"]), note))
+        tiles += _layer(lookup(summary, f"{summary['driver']}.latency.layer"))
     elif latency["dense"] is not None:
         tiles.append(Tile("latency, dense", fmt.milliseconds(latency["dense"]), "compressed not measured"))
     if summary["violations"] is not None:
@@ -107,3 +110,15 @@ def _cost(summary: Mapping[str, Any]) -> list[Tile]:
         note = f"dual {residual['dual']:.3g}" if residual["dual"] is not None else ""
         tiles.append(Tile("primal residual", f"{residual['primal']:.3g}", note))
     return tiles
+
+
+def _layer(found: Any) -> list[Tile]:
+    """A larger layer, timed beside a network that is too small to gain time: `latency.of_layer`."""
+    if not isinstance(found, Mapping) or not found.get("compressed"):
+        return []
+    ratio = found["dense"] / found["compressed"]
+    note = (
+        f"dense {fmt.milliseconds(found['dense'])}: {ratio:.1f}× as fast, at 8.1× fewer weights. The network above is "
+        "too small to gain: calls between its layers take longer than the layers"
+    )
+    return [Tile("a layer of VGG-16", fmt.milliseconds(found["compressed"]), note, "good" if ratio > 1 else "")]

@@ -60,7 +60,7 @@ def standard_pictures(
     rho = metrics.leaf_series(records, "rho")
     if rho:
         path = plots.rho(folder / "rho.png", rho, phases)
-        out.append(Picture(path, "Penalty", "rho, the strength with which ADMM pulls the weights into their sets."))
+        out.append(Picture(path, "Penalty", "rho, the strength with which ADMM moves the weights into their sets."))
     if before and after:
         path = weight_plots.weight_histograms(folder / "histograms.png", before, after)
         text = "Non-zero weights of the dense and of the compressed network on one scale, counts logarithmic."

@@ -1,4 +1,4 @@
-"""`summary.json`: what a run came to, with the same keys in every driver, checked on the way out and in.
+"""`summary.json`: the figures of a run, with the same keys in every driver, checked on the way out and in.
 
 Units: `metric` in the metric's own unit (accuracies and error rates are fractions of 1), `rate` is dense over
 compressed (85.0 means 85 times fewer), `bytes` and `violations` are counts, `latency_ms` milliseconds, `seconds`

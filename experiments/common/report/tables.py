@@ -184,6 +184,8 @@ def _cell(column: Column, row: Sequence[Result], table: Table, variants: Sequenc
         if not shows_data and (data["stand_in"] or variants.count(first["variant"]) > 1 and data["name"]):
             label += f" ({_dataset(data)})"
         return label
+    if column.key == ":system":
+        return markdown.text(_system(table, first) or fmt.ABSENT)
     if column.key == ":dataset":
         return _dataset(data)
     if column.key == ":seeds":
@@ -227,7 +229,14 @@ def _shows(table: Table, summary: Mapping[str, Any]) -> bool:
         table.driver in (None, summary["driver"])
         and fnmatch.fnmatchcase(summary["variant"], table.variant)
         and (table.having is None or lookup(summary, table.having) is not None)
+        and (not table.rows_named or _system(table, summary) is not None)
     )
+
+
+def _system(table: Table, summary: Mapping[str, Any]) -> str | None:
+    """What `rows_named` calls the row of a summary, by the first pattern that matches."""
+    name = f"{summary['driver']}/{summary['variant']}"
+    return next((label for pattern, label in table.rows_named.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def _dataset(data: Mapping[str, Any]) -> str:

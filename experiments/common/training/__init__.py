@@ -28,6 +28,7 @@ from experiments.common.training.job import like as like
 from experiments.common.training.job import total_steps as total_steps
 from experiments.common.training.language import language as language
 from experiments.common.training.loop import Diverged as Diverged
+from experiments.common.training.loop import Interrupted as Interrupted
 from experiments.common.training.loop import Outcome as Outcome
 from experiments.common.training.loop import train as train
 from experiments.common.training.mesh import Placement as Placement

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on with the same bits, written atomically, checked when read.
+"""Checkpoints: everything a run needs to resume with the same bits, written atomically, checked when read.
 
 <folder>/steps/<id>/      the last two states of training, with their place in the run (orbax)
 <folder>/weights/<phase>/ what each finished phase left, kept: for later phases, other runs and the plots
@@ -74,11 +74,11 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(
                 f"the checkpoint at step {meta.get('global_step', number)} could not be written to {self.folder}: "
-                f"{_brief(error)}; the one before it is whole: make room, and the same command goes on from it"
+                f"{_brief(error)}; the one before it is whole: make room, and the same command resumes from it"
             ) from error
 
     def read_meta(self) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-        """The places of all checkpoints that can be read, newest first, and a line for every one that cannot."""
+        """The positions of all checkpoints that can be read, newest first, and a line for every one that cannot."""
         found, faults = [], []
         if not (self.folder / "steps").is_dir():
             return [], []
@@ -138,7 +138,7 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(
                 f"the weights of phase {name} could not be written to {self.folder}: {_brief(error)}; the last "
-                "checkpoint is whole: make room and run the same command again to go on from it"
+                "checkpoint is whole: make room and run the same command again to resume from it"
             ) from error
 
     def has_weights(self, name: str) -> bool:

@@ -40,7 +40,7 @@ class Fit:
       lr: peak learning rate.
       schedule: "constant"; "cosine", from lr to `lr * final`; "piecewise", times `drop` at each of `boundaries`.
       final: the last learning rate over the first, for "cosine".
-      boundaries: parts of the phase in (0, 1), increasing, for "piecewise".
+      boundaries: fractions of the phase in (0, 1), increasing, for "piecewise".
       drop: factor at each boundary.
       cycles: how often the schedule runs in the phase, one after the other (warm restarts).
       warmup: part of the phase in [0, 1) over which the learning rate first rises linearly from 0.
@@ -71,7 +71,7 @@ class Fit:
         _one_of("schedule", self.schedule, SCHEDULES)
         _need(0 <= self.final <= 1, "final", self.final, "in [0, 1]")
         inside = all(0 < b < 1 for b in self.boundaries) and list(self.boundaries) == sorted(set(self.boundaries))
-        _need(inside, "boundaries", self.boundaries, "increasing parts of the phase in (0, 1)")
+        _need(inside, "boundaries", self.boundaries, "increasing fractions of the phase in (0, 1)")
         piecewise = self.schedule == "piecewise"
         _need(bool(self.boundaries) == piecewise, "boundaries", self.boundaries, 'given for "piecewise" and only there')
         _need(self.drop > 0, "drop", self.drop, "positive")
@@ -90,11 +90,11 @@ class Admm(Fit):
     Attributes:
       rho: first penalty weight; one number, or pairs (path pattern, number).
       rho_schedule: "constant"; "staged", multiplied by `rho_factor` at the start of each further one of `rho_stages`
-        equal parts of the phase; "residual_balancing"; "rtmobile".
+        equal fractions of the phase; "residual_balancing"; "rtmobile".
       rho_factor: see "staged".
       rho_stages: see "staged".
       every: steps between Z and U updates; 0 is once an epoch.
-      refresh_every: updates between refreshes of what the sets leave open; 0 is never.
+      refresh_every: updates between refreshes of the sets' structure; 0 is never.
       decoupled: the penalty is added after Adam's normalisation, and only the learning rate scales it.
     """
 

@@ -1,4 +1,4 @@
-"""What a run is told: the job, and what follows from it before anything is trained: steps, order, keys, layouts."""
+"""The run specification: the job, and what follows from it before anything is trained: steps, order, keys, layouts."""
 
 import zlib
 from collections.abc import Callable, Mapping

@@ -47,11 +47,11 @@ cross_entropy.defvjp(_cross_entropy, _cross_entropy_back)
 def language(model: Any, loss: str = "word") -> Task:
     """The task of `models.lstm.LanguageModel`: batches as `data.text.windows` makes them.
 
-        "word"     - mean over all places of log p(next word)
-        "window"   - mean over lanes of the sum over a window's places, as in the paper: its learning rate of 1 and its
-                     limits of the gradient's norm are for this one
+        "word"     - mean over all positions of log p(next word)
+        "window"   - mean over lanes of the sum over a window's positions, as in the paper: its learning rate of 1 and
+                     its limits of the gradient's norm are for this one
 
-    Dropout is drawn where `Fit.augment` is on. Sums count places, so that `exp(loss)` of a record is a perplexity.
+    Dropout is drawn where `Fit.augment` is on. Sums count positions, so that `exp(loss)` of a record is a perplexity.
 
     Raises:
       ValueError: no such loss.
@@ -86,7 +86,7 @@ def language(model: Any, loss: str = "word") -> Task:
         return sums.loss / (lanes * steps if loss == "word" else lanes), (stats, sums)
 
     def score(params: Any, stats: Any, batch: Any, valid: Array) -> tuple[Sums, Any]:
-        del valid  # places past the end of the text have the label -1
+        del valid  # positions past the end of the text have the label -1
         return run(params, stats, batch, False, None)
 
     return Task(loss_of, score, begin=lambda lanes: {"carry": model.begin(lanes)})
@@ -132,7 +132,7 @@ def sample(
       params: its variables.
       prompt: ids read first, at least one.
       count: words to draw, at least 1.
-      seed: of the draws; the same seed gives two networks the same luck.
+      seed: of the draws; the same seed gives two networks the same draws.
       never: ids that are not drawn, `<unk>`'s say.
 
     Returns:

@@ -14,12 +14,12 @@ from compressx.rules import Bound, Rules, resolve
 def libraries(
     params: Any, rules: Rules, structure: Mapping[str, Any]
 ) -> Iterator[tuple[Bound, Mapping[str, Any], Patterns]]:
-    """The sets with a pattern library: what they hold on, their spec, and the library.
+    """The sets with a pattern library: what they apply to, their spec, and the library.
 
     Args:
       params: any pytree of arrays or shapes.
       rules: (pattern, constraint) pairs.
-      structure: what the sets leave open, as `harden.structures` gives it.
+      structure: the structure of the sets, as `harden.structures` gives it.
     """
     for b in resolve(rules, params):
         for part, s in b.constraint.each(structure[b.name]):

@@ -25,7 +25,7 @@ from experiments.common.training.job import Job, check_phases, epoch_order, like
 from experiments.common.training.libraries import rounds
 from experiments.common.training.mesh import agree
 from experiments.common.training.phases import DENSE, Phase, Weights, harden, settle
-from experiments.common.training.progress import Display
+from experiments.common.training.progress import Display, StopOnce
 from experiments.common.training.state import (
     Sums,
     TrainState,
@@ -39,6 +39,10 @@ from experiments.common.training.state import (
 
 class Diverged(RuntimeError):
     """Training produced NaN or infinity; the message names the phase, the epoch and the leaf."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C after a checkpoint was written; the message says where it is."""
 
 
 class Outcome(NamedTuple):
@@ -97,6 +101,7 @@ class _Run:
         self.evaluate = make_evaluate(job.task, job.eval_batch, self.place.batch)
         self.per_epoch = batches.steps_per_epoch(size(job.train), job.batch)
         self.results: dict[str, Any] = {}
+        self._signals = StopOnce(display.say, heeds=jax.process_count() == 1)  # several would have to agree
         self.spent, self.started, self.saved_at = 0.0, time.monotonic(), time.monotonic()
 
     # -- the phases ---------------------------------------------------------------------------------------------------
@@ -104,7 +109,10 @@ class _Run:
     def go(self) -> Outcome:
         index, begun, resumed = self._resume()
         done_before = index == len(self.phases)
-        with self.checkpoints:
+        if begun is not None:
+            at = f"{self.phases[index].name}, epoch {int(begun.state.step) / self.per_epoch:.3g}"
+            self.display.say(f"resuming at {at}: step {resumed} of {self._offset(len(self.phases))}")
+        with self._signals, self.checkpoints:
             while index < len(self.phases):
                 phase = self.phases[index]
                 if begun is None:
@@ -179,8 +187,11 @@ class _Run:
             self.display.move(phase.name, offset + done)
             if done % self.per_epoch == 0:
                 state = self._end_epoch(phase, state, offset + done)
-            if done < steps and self._save_is_due(done):
+            stop_here = done < steps and self._signals.asked
+            if stop_here or (done < steps and self._save_is_due(done)):
                 self._save(phase, index, state, done)
+            if stop_here:
+                raise Interrupted(f"stopped in {phase.name}, epoch {done / self.per_epoch:.3g}, and saved")
         self._end(phase, begun, state)
 
     def _prune(self, phase: Phase, state: TrainState, t: float) -> TrainState:

@@ -85,7 +85,7 @@ def check_due(fit: Admm, steps: int, steps_per_epoch: int) -> None:
 def constrained(
     name: str, fit: Admm, steps: int, steps_per_epoch: int, rules: Rules, within: Rules | None, structure: Any = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Training with ADMM's pull towards the rules, inside `within` (the rules of the stage before) if there are any."""
+    """Training with ADMM's penalty towards the rules, inside `within` (the rules of the stage before) if any."""
     due = every(fit, steps_per_epoch)
     pull = admm(rules, rho=_rho(fit, steps // due), every=due, refresh_every=fit.refresh_every or None)
     if fit.refresh_every and any(part.changed is not None for _, c in rules if c is not None for part in c.sets):
@@ -124,9 +124,9 @@ def _rho(fit: Admm, updates: int) -> Any:
 def of_phase(
     name: str, phase: Phase, steps: int, per_epoch: int, structure: Any, clip: float = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    """The phase's optimizer; `structure` is what the sets it must stay inside leave open (None: chosen at init).
+    """The phase's optimizer; `structure` is that of the sets it must stay inside (None: chosen at init).
 
-    With `clip` the gradient of the loss is scaled down to that norm where it is longer, before ADMM's pull joins it.
+    With `clip` the gradient of the loss is scaled down to that norm where it is longer, before ADMM's penalty is added.
     """
     tx = _of_phase(name, phase, steps, per_epoch, structure)
     return optax.chain(optax.clip_by_global_norm(clip), tx) if clip else tx

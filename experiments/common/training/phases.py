@@ -47,7 +47,7 @@ class Phase(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a phase leaves: parameters, running statistics, and what its sets left open by name (`{}` without sets)."""
+    """What a phase leaves: parameters, running statistics, the structure of its sets by name (`{}` without sets)."""
 
     params: Any
     batch_stats: Any

@@ -1,7 +1,10 @@
 """What a person sees while a run trains: a bar with the time left on a terminal, else one line an epoch."""
 
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -69,7 +72,36 @@ class Display:
             return
         start, since = self._mark or (step, 0.0)
         now = time.monotonic()
-        left = (now - since) * (self._total - step) / (step - start) if step > start else 0.0
-        self.say(f"{phase} {epoch}/{epochs}  {text}  (about {left / 60:.1f} min left)")
+        left = ""  # the first epoch compiles too: what it took says nothing of the others
+        if self._paced and step > start:
+            left = f"  (about {(now - since) * (self._total - step) / (step - start) / 60:.1f} min left)"
+        self.say(f"{phase} {epoch}/{epochs}  {text}{left}")
         if not self._paced:
-            self._mark, self._paced = (step, now), True  # the first epoch compiles too: it is no measure of the others
+            self._mark, self._paced = (step, now), True
+
+
+class StopOnce:
+    """A context in which the first Ctrl-C asks for a checkpoint and an end; the second ends immediately, as ever."""
+
+    def __init__(self, say: Callable[[str], None], heeds: bool = True) -> None:
+        self.asked = False
+        self._heeds = heeds and threading.current_thread() is threading.main_thread()
+        self._say = say
+        self._before: Any = None
+
+    def __enter__(self) -> "StopOnce":
+        if self._heeds:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        del number, frame
+        self.asked = True
+        signal.signal(signal.SIGINT, self._before)  # a second Ctrl-C is not held back
+        self._say("stopping: a checkpoint is written first (Ctrl-C again to stop without)")

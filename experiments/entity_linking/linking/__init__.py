@@ -9,7 +9,7 @@ mention_types  types of mentions where no tagger's are at hand
 files          all of that by name: `CORPORA`
 encode         documents to rows of slots; pruning of candidates
 attention      fit of candidates to a set of vectors
-model          the linker: `rollout` (the scan) and `path_scores` (all mentions at once)
+model          the linker: `rollout` (the scan) and `path_scores` (all mentions together)
 belief         the global baseline: loopy belief propagation over all pairs
 learning       multi-margin with teacher forcing or scheduled sampling, REINFORCE; the training's task
 metrics        in-KB accuracy, micro F1, kinds of errors

@@ -12,7 +12,7 @@ import numpy as np
 from experiments.entity_linking.linking.corpus import TYPES, Candidate, Document, Mention, canonical, ordered
 from experiments.entity_linking.linking.knowledge import Knowledge, pad
 
-LOWEST, ABSENT = 1e-3, 1e-8  # p(e|m) is clipped below at the first; empty places have the second
+LOWEST, ABSENT = 1e-3, 1e-8  # p(e|m) is clipped below at the first; empty positions have the second
 
 
 class Place(NamedTuple):
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
         `candidates` int32 `[R, T, n]`; `mask` bool and `log_prior` float32 likewise; `mention_type` int32 `[R, T]`;
         `context` int32 `[R, T, words]`; `gold` int32 `[R, T]`, place among the candidates, -1 where absent or unknown;
         `scored` bool `[R, T]`: has a gold title, found among the candidates or not.
-      places: what the mentions are.
+      positions: what the mentions are.
     """
 
     arrays: dict[str, np.ndarray]

@@ -9,7 +9,7 @@ A mention's candidates e are scored by a small network from up to five numbers e
     words     how well e fits the words of the chosen entities' in-links (2 hops)
 
 `rollout` decides mention after mention in one scan with masked buffers of fixed size. `path_scores` scores all
-mentions at once given the decisions; it equals the scan on the same decisions, and is what gradients run through.
+mentions together given the decisions; it equals the scan on the same decisions, and is what gradients run through.
 A batch is rows of T slots; a row holds the mentions of one or more documents, told apart by `document` (-1: an empty
 slot).
 
@@ -172,7 +172,7 @@ def _tables(linker: Linker, params: Params, facts: "Facts") -> tuple[Array, Arra
 
 
 def _convolve(words: Array, ids: Array, weights: Mapping[str, Array]) -> Array:
-    """Convolution of width 3 over words `[N, L]`, then the maximum over places: `[N, channels]`; empty texts 0."""
+    """Convolution of width 3 over words `[N, L]`, then the maximum over positions: `[N, channels]`; empty texts 0."""
     ids = jnp.pad(ids, ((0, 0), (1, 1)))
     x = words[ids] * (ids > 0)[..., None].astype(jnp.float32)
     y = sum(x[:, i : ids.shape[1] - 2 + i] @ weights["kernel"][i] for i in range(3)) + along(weights["bias"], x)
@@ -371,7 +371,7 @@ def _chosen(candidates: Array, choice: Array) -> Array:
     return jnp.where(choice >= 0, number, 0)
 
 
-# -- all mentions at once ----------------------------------------------------------------------------------------------
+# -- all mentions together --------------------------------------------------------------------------------------------
 
 
 def _first(number: Array, owner: Array) -> Array:

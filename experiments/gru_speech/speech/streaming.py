@@ -208,7 +208,7 @@ def push(
     """The features that a chunk of sound completes, `[k, front.size]`, and the state after it.
 
     A frame is complete `front.context` frames after its own last sample, for its derivatives look ahead; `end` says
-    that no more sound comes, and completes all. Chunk by chunk or at once, the features are the same to rounding.
+    that no more sound comes, and completes all. Chunk by chunk or as a whole, the features are the same to rounding.
     """
     sound = np.concatenate([state.samples, np.asarray(samples, np.float32)])
     fresh = front.frames(len(sound), rate)

@@ -127,7 +127,7 @@ def test_trained_levels_reach_the_engine_unchanged(spec, forms_bits, sot_bits):
         np.testing.assert_allclose(got, plain, atol=0.05 * np.abs(plain).max())
 
 
-@pytest.mark.parametrize("fragment", [1, 2, 32, 64, 128])
+@pytest.mark.parametrize("fragment", [1, 64, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 32, 128))])
 def test_fragments_of_any_size_that_divides_an_array_run_without_clipping(fragment):
     subject, scene = _untrained({"kind": "polarize", "fragment": fragment})
     placed = crossbar_forms.place(subject, scene, Hardware())
@@ -279,6 +279,7 @@ def test_a_finished_run_can_be_taken(done, tmp_path):
         crossbar.run(_config("taken_tiny", take=str(tmp_path / "none")), Options(tmp_path / "u"))
 
 
+@pytest.mark.slow
 def test_sot_mram(tmp_path, monkeypatch):
     monkeypatch.setattr(crossbar_sot, "WIDTHS", (8, 4))  # every width is programs of its own to compile
     monkeypatch.setattr(crossbar_sot, "INPUT_WIDTHS", (8, 2))

@@ -30,7 +30,10 @@ def test_every_variant_can_be_read(variant) -> None:
     assert all(p.rules for p in config.points)
 
 
-@pytest.mark.parametrize("variant", [*families.VARIANTS, *(f"{v}_tiny" for v in families.VARIANTS)])
+_WHOLE = [pytest.param(v, marks=pytest.mark.slow) for v in families.VARIANTS]
+
+
+@pytest.mark.parametrize("variant", [*_WHOLE, *(f"{v}_tiny" for v in families.VARIANTS)])
 def test_every_family_fits_its_network(variant) -> None:
     config = sweep.read(families.get_config(variant))
     assert config.variant == variant

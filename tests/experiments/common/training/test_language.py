@@ -33,7 +33,7 @@ def _ids(n, seed=0):
 
 
 def _nats(params, ids):
-    """The text read at once, word by word, nothing carried by hand."""
+    """The text read as a whole, word by word, nothing carried by hand."""
     logits, _ = read_words(params, jnp.asarray(ids[None, :-1]))
     p = np.asarray(jax.nn.log_softmax(logits[0], -1), np.float64)
     return -p[np.arange(len(ids) - 1), ids[1:]].sum()
@@ -65,7 +65,7 @@ def test_a_step_carries_on_and_its_gradient_stops_at_the_window(params) -> None:
     tx = optax.sgd(0.0)
     step = jax.jit(make_step(task, tx, Fit(augment=False)))
     state = TrainState(params, task.begin(2), tx.init(params), jnp.int32(0), jax.random.key(0), Sums.zero())
-    for t in range(4):  # a whole epoch: the lanes' places 0..19 and 20..39
+    for t in range(4):  # a whole epoch: the lanes' positions 0..19 and 20..39
         state = step(state, data, order, None)
         read = jnp.asarray(np.stack([ids[: 5 * t + 5], ids[20 : 20 + 5 * t + 5]]))
         _, want = read_words(params, read)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.common.report.metrics import read_metrics
-from experiments.common.training import ConfigError, Diverged, Fit, phases, total_steps
+from experiments.common.training import ConfigError, Diverged, Fit, Interrupted, phases, total_steps
 from experiments.common.training.config import Admm, Stage
 from experiments.common.training.job import like
 
@@ -96,6 +96,29 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(tiny, tmp_path, moments) 
     assert (whole / "metrics.jsonl").read_bytes() == (pieces / "metrics.jsonl").read_bytes()
     assert _crc(whole) == _crc(pieces)
     assert set(_crc(whole)) == {p.name for p in phases.plan(tiny.PLAN)}
+
+
+def test_ctrl_c_saves_and_the_next_run_says_where_it_resumes(tiny, finished, tmp_path) -> None:
+    class Hand(tiny.training.Display):
+        """Presses Ctrl-C at a step, and keeps what is said."""
+
+        at, said = 14, []
+
+        def move(self, phase, step):
+            if step >= self.at:
+                self.at = 10**9
+                signal.raise_signal(signal.SIGINT)
+
+        def say(self, line):
+            self.said.append(line)
+
+    with pytest.raises(Interrupted, match="stopped in admm, epoch .*, and saved"):
+        tiny.run(tmp_path, Hand(1, quiet=True))
+    Hand.at, Hand.said = 10**9, []
+    again = tiny.run(tmp_path, Hand(1, quiet=True))
+    assert Hand.said[0].startswith("resuming at admm, epoch ") and "of 60" in Hand.said[0]
+    assert again.resumed is not None and again.resumed >= 14
+    assert _crc(tmp_path) == _crc(finished[0])
 
 
 class _Stop(Exception):

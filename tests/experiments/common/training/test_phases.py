@@ -54,7 +54,7 @@ def test_every_method_gets_the_same_epochs(method, shape) -> None:
     assert sum(p.fit.epochs for p in todo[1:]) == 3 + 2 + 5 + 7
     assert phases.final(_plan(method=method)) == todo[-1].name
     if method != "dense":
-        assert todo[-1].rules[0][1].spec["keep"] == 2  # the last stage's, at once
+        assert todo[-1].rules[0][1].spec["keep"] == 2  # the last stage's, one-shot
 
 
 def test_the_schedule_is_that_of_admm_in_the_words_of_the_library() -> None:

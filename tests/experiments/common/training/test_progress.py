@@ -1,7 +1,10 @@
 import re
+import signal
+
+import pytest
 
 from experiments.common.training import progress
-from experiments.common.training.progress import Display
+from experiments.common.training.progress import Display, StopOnce
 
 
 def test_the_time_left_does_not_count_the_first_epoch_which_compiles(monkeypatch, capsys) -> None:
@@ -14,8 +17,20 @@ def test_the_time_left_does_not_count_the_first_epoch_which_compiles(monkeypatch
             display.epoch("admm", epoch, 3, 600 + 100 * epoch, {"loss": 0.5, "nothing": None})
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  (")[0] for line in lines] == [f"admm {e}/3  loss 0.5" for e in (1, 2, 3)]
-    left = [float(re.search(r"about ([\d.]+) min", line)[1]) for line in lines]
-    assert left == [6.0, 0.4, 0.2]
+    assert "left" not in lines[0]
+    left = [float(re.search(r"about ([\d.]+) min", line)[1]) for line in lines[1:]]
+    assert left == [0.4, 0.2]
+
+
+def test_the_first_ctrl_c_asks_and_the_second_interrupts() -> None:
+    said: list[str] = []
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnce(said.append) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked and "checkpoint" in said[0]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_quiet_display_prints_nothing(capsys) -> None:

@@ -1,4 +1,4 @@
-"""A run of a few seconds with every kind of phase; as a script it can be told to kill itself at a step.
+"""A run of a few seconds with every kind of phase; as a script it can be made to kill itself at a step.
 
 python tiny_run.py WORKDIR STEP|save:N|never
 """

@@ -1,4 +1,4 @@
-"""The linker against its slow reference, its scan against all mentions at once, padding, buffers, leaks."""
+"""The linker against its slow reference, its scan against all mentions together, padding, buffers, leaks."""
 
 import jax
 import jax.numpy as jnp

@@ -66,7 +66,7 @@ def test_log_likelihood_is_the_normal_density() -> None:
 
 
 def test_training_finds_units_without_boundaries() -> None:
-    """Units of two states with means of their own, lengths by chance: an unseen string is read without an error."""
+    """Units of two states with means of their own, random lengths: an unseen string is read without an error."""
     rng = np.random.default_rng(1)
     means = rng.normal(size=(4, 2, 5)) * 2
 
