@@ -36,7 +36,8 @@ class Hardened(NamedTuple):
         pattern library, block sizes, scale; `()` for a set without one).
 
     Example:
-      >>> hard = compressx.harden({"kernel": jnp.asarray([[3.0, 1.0]])}, [("kernel", compressx.quantize(2))], fresh=True)
+      >>> rules = [("kernel", compressx.quantize(2))]
+      >>> hard = compressx.harden({"kernel": jnp.asarray([[3.0, 1.0]])}, rules, fresh=True)
       >>> print(hard.params["kernel"], hard.structures["kernel"][0])  # two bits: one level of each sign
       [[2. 2.]] 2.0
     """

@@ -21,7 +21,7 @@ WORDS = {
     r"\b(leaves?|left|leaving) (open|(some|no|any)thing open)\b": "the structure of the set",
     r"\bthe pieces? (it|they) landed in\b|\bconvex pieces?\b": "active set, fixed support",
     r"\bplaces\b": "indices, positions; folders",
-    r"\b(ADMM's|[Tt]he|its|decoupled|first|FedProx's) pulls?\b|\bADMM pulls\b|\bpulled\b": "the penalty; proximal centre",
+    r"\b(ADMM's|the|its|decoupled|first|FedProx's) pulls?\b|\bADMM pulls\b|\bpulled\b": "penalty; proximal centre",
     r"\bparts of (the|a) phase\b": "fractions of the phase",
     r"\b(gone|goes|go|went|going) on (with|where|from)\b": "resumed; continues",
     r"\b(is|are|was|were|be) told\b(?! apart)": "run specification; reported",

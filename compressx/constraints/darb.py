@@ -298,7 +298,7 @@ def _largest(x: Array, size: int) -> Array:
 
 
 def _solve(kept: Array, length: int, sizes: Sequence[int], target: int, mixed: bool) -> Array:
-    """Positions in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target.
+    """Indices in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target.
 
     With `mixed` steps that pass the target are left out or taken back, see `darb`; else the order of steps is kept.
     """
@@ -360,7 +360,7 @@ def _fill(place: Array, made: Array, grain: Array, room: Array) -> tuple[Array, 
 
 
 def _fitting(x: Array, sizes: Sequence[int], target: int, choice: Array) -> Array:
-    """Positions of the largest sizes under which the rows of x stay as they are, where they keep no more than the target.
+    """Indices of the largest sizes under which the rows of x stay as they are, if they keep no more than the target.
 
     Or more, but by less than any step would save, as `_solve` may have to. Where they keep more than that: `choice`.
     """
