@@ -92,6 +92,10 @@ def kernels() -> View:
     """Convolution kernels with their taps last: `[kh, kw, cin, cout] -> [cin, cout, kh*kw]`.
 
     Tap t = i * kw + j, so a 3x3 kernel's centre is tap 4.
+
+    Example:
+      >>> compressx.views.kernels().to(jnp.ones((3, 3, 4, 5))).shape
+      (4, 5, 9)
     """
 
     def to(w: Array) -> Array:
@@ -107,7 +111,12 @@ def kernels() -> View:
 
 
 def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Number of blocks down and across a matrix, the ragged ones at the edge counted."""
+    """Number of blocks down and across a matrix, the ragged ones at the edge counted.
+
+    Example:
+      >>> compressx.views.block_grid((10, 8), (4, 4))  # the last row of blocks is ragged
+      (3, 2)
+    """
     return math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1])
 
 
@@ -120,6 +129,10 @@ def blocks(block: tuple[int, int], base: View | None = None) -> View:
     Args:
       block: `(bh, bw)`, rows (positions) and columns (filters) of a block.
       base: view that makes the matrix; the GEMM view by default.
+
+    Example:
+      >>> compressx.views.blocks((4, 4)).to(jnp.ones((10, 8))).shape
+      (3, 2, 4, 4)
     """
     bh, bw = block
     if bh < 1 or bw < 1:
@@ -156,6 +169,10 @@ def tiles(block: Shape) -> View:
 
     Args:
       block: two extents (positions, filters) or three (taps, input channels, output channels).
+
+    Example:
+      >>> compressx.views.tiles((4, 4)).to(jnp.ones((10, 8))).shape
+      (3, 4, 2, 4)
     """
     if len(block) not in (2, 3) or min(block) < 1:
         raise ValueError(f"block must be two or three extents of at least 1, got {tuple(block)}")
@@ -183,7 +200,13 @@ def tiles(block: Shape) -> View:
 
 
 def in_tiles(shape: Shape, block: Shape) -> Array:
-    """Which entries of `tiles(block)` are weights and not padding: bool, broadcastable to the tiles."""
+    """Which entries of `tiles(block)` are weights and not padding: bool, broadcastable to the tiles.
+
+    Example:
+      >>> inside = compressx.views.in_tiles((10, 8), (4, 4))
+      >>> int(jnp.sum(jnp.broadcast_to(inside, (3, 4, 2, 4))))  # 10 x 8 weights, the rest is padding
+      80
+    """
     extents = (math.prod(shape[:-1]), shape[-1]) if len(block) == 2 else (math.prod(shape[:-2]), *shape[-2:])
     inside = jnp.ones((1,) * (2 * len(block)), bool)
     for a, (n, b) in enumerate(zip(extents, block, strict=True)):
@@ -205,6 +228,10 @@ def position_order(shape: Shape, order: str) -> np.ndarray:
 
     Raises:
       ValueError: the order is none of these, or the weight has fewer than two or more than four axes.
+
+    Example:
+      >>> compressx.views.position_order((1, 2, 2, 5), "W").tolist()  # two taps, two channels: taps run fastest
+      [0, 2, 1, 3]
     """
     nesting = {"W": (2, 0, 1), "H": (2, 1, 0), "C": (0, 1, 2)}
     if order not in nesting:
@@ -224,6 +251,10 @@ def fragments(size: int, order: str = "C") -> View:
     Args:
       size: weights in a fragment, at least 1.
       order: in which order a filter's weights run, see `position_order`.
+
+    Example:
+      >>> compressx.views.fragments(4).to(jnp.ones((10, 3))).shape
+      (3, 4, 3)
     """
     if size < 1:
         raise ValueError(f"a fragment holds at least 1 weight, got size={size}")

@@ -33,7 +33,7 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 # Notebooks: run at every build; an error ends it.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 180
+nb_execution_timeout = 600  # for a loaded machine; each notebook takes under a minute on an idle one
 nb_merge_streams = True
 
 # The reference.

@@ -74,12 +74,10 @@ def _without_example(module: str) -> list[str]:
 # How many public names of a module have no example yet. These numbers may only fall.
 STILL_WITHOUT = {
     "constraints": 1,
-    "views": 7,
-    "formats": 6,
     "kernels": 13,
     "compaction": 20,
     "crossbar": 51,
-    "budget": 10,
+    "budget": 7,
     "export": 3,
     "testing": 1,
     "federated": 53,

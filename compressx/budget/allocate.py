@@ -23,6 +23,11 @@ def shapes(params: Any, pattern: str = ".*kernel") -> dict[str, tuple[int, ...]]
 
     Raises:
       ValueError: the pattern matches no leaf.
+
+    Example:
+      >>> from compressx.budget import allocate
+      >>> allocate.shapes({"a": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}})
+      {'a/kernel': (3, 4)}
     """
     named = {name: tuple(leaf.shape) for name, leaf in zip(paths(params), jax.tree.leaves(params), strict=True)}
     out = {name: shape for name, shape in named.items() if re.fullmatch(pattern, name)}
@@ -124,6 +129,11 @@ def by_bytes(leaf_shapes: Shapes, budget: int, value_bytes: int = 4, index_bits:
 
     Raises:
       ValueError: the budget does not even hold the indices and one weight a leaf.
+
+    Example:
+      >>> from compressx.budget import allocate
+      >>> allocate.by_bytes({"a": (10, 10)}, budget=200, index_bits=0)  # 50 floats
+      {'a': 50}
     """
     total = sum(_size(s) for s in leaf_shapes.values())
     kept = math.floor((budget - math.ceil(total * index_bits / 8)) / value_bytes)
@@ -148,6 +158,11 @@ def by_flops(leaf_shapes: Shapes, positions: Mapping[str, int], budget: int) -> 
 
     Raises:
       ValueError: a leaf has no entry in `positions`, or the budget is below one weight a leaf.
+
+    Example:
+      >>> from compressx.budget import allocate
+      >>> allocate.by_flops({"a": (10, 10)}, {"a": 4}, budget=200)  # each weight is used four times
+      {'a': 50}
     """
     missing = [n for n in leaf_shapes if n not in positions]
     if missing:

@@ -298,7 +298,7 @@ def _largest(x: Array, size: int) -> Array:
 
 
 def _solve(kept: Array, length: int, sizes: Sequence[int], target: int, mixed: bool) -> Array:
-    """Positions in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target.
+    """Indices in `sizes` of the block size of every row: B_r near c / d_r, with sum_r ceil(L / B_r) near the target.
 
     With `mixed` steps that pass the target are left out or taken back, see `darb`; else the order of steps is kept.
     """

@@ -133,7 +133,7 @@ def left_out(w: Array, fragment: int, order: str = "W") -> Array:
     Polarizing may empty a row that was kept; where it is left out, later rows move up and meet others. So rows are
     assigned to fragments such that each has a single sign in every filter: each fragment takes `fragment` rows, and
     what lies between them and was left out must be zero. Of the rows p at which a fragment may begin, the last one
-    before q reaches farthest; so whether one may begin at q follows from that p alone. No use without one.
+    before q reaches farthest; so whether one may begin at q follows from that p alone. Useless without one.
     """
     m = views.gemm().to(jnp.asarray(w))[views.position_order(w.shape, order)]
     rows = m.shape[0]

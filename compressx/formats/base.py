@@ -19,7 +19,16 @@ Meta = dict[str, Any]  # JSON: str -> int | float | str | list
 
 
 class CompressedFileError(ValueError):
-    """Packed data that is damaged, truncated, foreign, too large or inconsistent; the text names the entry."""
+    """Packed data that is damaged, truncated, foreign, too large or inconsistent; the text names the entry.
+
+    Example:
+      >>> packed = compressx.formats.pack(np.eye(4, dtype=np.float32), format="dense")
+      >>> try:
+      ...     compressx.formats.unpack(packed._replace(format="other"))
+      ... except compressx.formats.CompressedFileError as error:
+      ...     print(str(error)[:21])
+      other: unknown format
+    """
 
 
 class Packed(NamedTuple):
@@ -68,6 +77,11 @@ class Format(NamedTuple):
         raises `CompressedFileError`; `formats.unpack` has bounded the product of the shape before.
       workspace: bytes that `unpack` takes on the way at most, beside the arrays, the weight and some pieces of a fixed
         size; `formats.unpack` has bounded it before.
+
+    Example:
+      >>> csr = compressx.formats.FORMATS["csr"]
+      >>> csr.supports(np.eye(4, dtype=np.float32), None)
+      True
     """
 
     name: str
@@ -91,7 +105,12 @@ COMPUTED = tuple(name for name in DTYPES if not name.startswith(("float8", "comp
 
 
 def nbytes(packed: Packed) -> int:
-    """Bytes of the real arrays, indices included."""
+    """Bytes of the real arrays, indices included.
+
+    Example:
+      >>> compressx.formats.nbytes(compressx.formats.pack(np.eye(64, dtype=np.float32), format="dense"))
+      16384
+    """
     return sum(a.nbytes for a in packed.arrays.values())
 
 

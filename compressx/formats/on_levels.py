@@ -77,6 +77,11 @@ def in_floats(packed: Packed) -> Packed:
 
     Raises:
       CompressedFileError: the arrays are inconsistent.
+
+    Example:
+      >>> packed = compressx.formats.pack(np.eye(4, dtype=np.float32), format="csr")
+      >>> compressx.formats.in_floats(packed) is packed  # no codes in it
+      True
     """
     if packed.format not in _INNER:
         return packed

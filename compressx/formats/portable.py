@@ -33,6 +33,12 @@ class RulesFile(NamedTuple):
     Attributes:
       rules: (pattern, constraint), or with axes; None as a constraint leaves a leaf free.
       schedule: keyword arguments of `admm` ("rho", "every", "refresh_every"), those that the file names; or None.
+
+    Example:
+      >>> compressx.write_rules("rules.json", [(".*/kernel", compressx.n_of_m(2, 4))], {"rho": 1e-3})
+      >>> held = compressx.read_rules("rules.json")
+      >>> held.rules[0][0], held.schedule
+      ('.*/kernel', {'rho': 0.001})
     """
 
     rules: tuple[tuple[Any, ...], ...]

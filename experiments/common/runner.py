@@ -58,7 +58,9 @@ def train(config: Any, options: Options, job: training.Job, phases: tuple[traini
     if first:
         driver.claim(options.workdir, dataclasses.asdict(config))
     with training.Display(training.total_steps(job, phases), quiet=not first) as display:
-        return training.train(job, phases, options.workdir, display)
+        outcome = training.train(job, phases, options.workdir, display)
+        display.say("trained; packing, timing and drawing the report")
+        return outcome
 
 
 def metric(

@@ -15,6 +15,13 @@ _RATES = {
     "rate.bytes": "compression of the bytes",
 }
 
+# What the methods beside dense and compressed are, for those who read a report first.
+_MEANINGS = {
+    "dense_same_budget": "the dense network, trained as long as all phases together",
+    "one_shot": "projected once without ADMM, then retrained as long",
+    "hardened": "after ADMM and projection, before retraining",
+}
+
 
 class Tile(NamedTuple):
     """One figure: its name, its value in words, a note, and whether it is the main one, good, bad or neither."""
@@ -38,9 +45,10 @@ def groups(summary: Mapping[str, Any]) -> list[tuple[str, list[Tile]]]:
         ("compressed", "compressed"),
     ):
         if metric[key] is not None:
-            note = difference(metric[key], metric["dense"], metric["name"]) if key != "dense" else ""
+            gap = difference(metric[key], metric["dense"], metric["name"]) if key != "dense" else ""
+            note = "; ".join(part for part in (gap and f"{gap} against dense", _MEANINGS.get(key, "")) if part)
             mood: Literal["", "main"] = "main" if key == "compressed" else ""
-            quality.append(Tile(name, write(metric[key]), f"{note} against dense" if note else "", mood))
+            quality.append(Tile(name, write(metric[key]), note, mood))
     direction = {True: "higher is better", False: "lower is better", None: ""}[metric["higher_is_better"]]
     name = {"auc": "ROC AUC"}.get(metric["name"] or "", (metric["name"] or "").replace("_", " "))
     title = ", ".join(part for part in (name, direction) if part)

@@ -72,3 +72,11 @@ def test_the_fallback_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(kernels.recurrent, "available", lambda: False)
     times, facts = latency.of_words(MODEL, None, {})
     assert times is None and "do not run here" in facts["reason"]
+
+
+def test_a_layer_of_vggs_size_is_timed_dense_and_compressed(monkeypatch) -> None:
+    if kernels.available():
+        found = latency.of_layer(budget=0.0)
+        assert found["dense"] > 0 and found["compressed"] > 0
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert "do not run here" in latency.of_layer()["reason"]

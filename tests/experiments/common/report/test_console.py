@@ -37,3 +37,12 @@ def test_a_long_table_sums_up_what_is_not_constrained(sample):
     assert "conv_29" in text and "bn_3" not in text and "30 leaves without a" in text
     assert "2,280/4,440" in text
     assert "bn_3" in _print(sample.summary(), held[:10] + free[:10])
+
+
+def test_a_small_network_has_a_layer_that_gains_beside_it_and_the_bytes_of_its_file(sample):
+    block = {"latency": {"layer": {"dense": 20.0, "compressed": 4.0}}, "file_bytes": 51200}
+    words = " ".join(_print(sample.summary(cnn=block), [], width=200).split())
+    assert "a layer of VGG-16" in words and "5.0× as fast, at 8.1× fewer weights" in words
+    assert "the file has 50.0 KiB" in words
+    reason = {"latency": {"layer": {"reason": "no compiler"}}}
+    assert "VGG" not in _print(sample.summary(cnn=reason), [], width=200)

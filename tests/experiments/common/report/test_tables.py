@@ -320,3 +320,15 @@ def test_rows_that_are_none_are_refused(root, rows, capsys):
     )
     assert tables.main(["--root", str(root)]) == 2
     assert f"{rows} in " in capsys.readouterr().err
+
+
+def test_a_table_of_chosen_runs_calls_them_by_name(root, capsys):
+    named = '[table.rows_named]\n"cnn/net_8*" = "the eighties"\n"speech/*" = "speech | other"\n'
+    declared = '[[table]]\nname = "main"\ncolumns = ["system", "variant", "seeds"]\n' + named
+    (root / "docs/results/tables.toml").write_text(declared)
+    assert tables.main(["--root", str(root)]) == 0
+    lines = [line for line in (root / "README.md").read_text().splitlines() if line.startswith("| ") and "`" in line]
+    assert len(lines) == 2 and lines[0].startswith("| the eighties | `net_85x`") and "speech \\| other" in lines[1]
+    (root / "docs/results/tables.toml").write_text(declared.replace('"the eighties"', "8"))
+    assert tables.main(["--root", str(root)]) == 2
+    assert "DRIVER/VARIANT" in capsys.readouterr().err
