@@ -8,6 +8,8 @@ PYTHON  ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 VENV    ?= .venv
 EXTRAS  ?= test,lint
 DOCS_VENV ?= .venv-docs
+ZOOS_VENV ?= .venv-zoos
+CONSTRAINTS ?= constraints.txt
 WORKERS ?= 2
 WORKDIR ?= runs/demo
 ARGS    ?=
@@ -27,7 +29,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env demo test test-all lint types package tables docs bench peers clean
+.PHONY: help env demo test test-all test-zoos lint types package tables docs bench peers clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,15 +38,15 @@ help:  ## list these commands
 env: $(STAMP)  ## make the pinned environment in .venv, where it is missing or out of date
 	@test "$(origin PYTHON)" = file || test "$$("$(PYTHON)" --version)" = "$$($(BIN)/python --version)" || { echo "$(VENV) holds $$($(BIN)/python --version), and PYTHON=$(PYTHON) is $$("$(PYTHON)" --version). Remove it, or name another folder: make PYTHON=$(PYTHON) VENV=.venv-other" >&2; exit 1; }
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 to 3.13 was found that runs and has venv and ensurepip (python3.11-venv on Debian). Install one, or name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	  || { echo "$(PYTHON) does not run, or is not Python 3.11 to 3.13. Name another: make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) \
 	  || { rm -rf $(VENV); echo "$(PYTHON) cannot make an environment: its venv and ensurepip modules are needed (python3.11-venv on Debian)." >&2; exit 1; }
 	@echo "Installing the pinned environment into $(VENV): a minute or two."
-	@$(PIP) install -qq -c constraints.txt pip setuptools
-	@$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(PIP) install -qq -c $(CONSTRAINTS) pip setuptools
+	@$(PIP) install -qq -c $(CONSTRAINTS) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
 demo: env  ## train, compress, pack and report a small network on the embedded data set; again to resume
@@ -56,6 +58,12 @@ test: env  ## run the default test suite
 
 test-all: env  ## run every test, the slow ones too, compiled as for users, with more examples per property
 	COMPRESSX_TEST_OPTIMIZE=1 $(PYTEST) -m '' --hypothesis-profile=thorough $(ARGS)
+
+# tunix asks for safetensors below the pinned one; what only these packages need is not pinned.
+test-zoos:  ## take other people's networks through the whole path, in an environment of their own
+	@mkdir -p build && grep -v '^safetensors==' constraints.txt > build/constraints-zoos.txt
+	@$(MAKE) --no-print-directory env VENV=$(ZOOS_VENV) EXTRAS=zoos,test CONSTRAINTS=build/constraints-zoos.txt
+	COMPRESSX_ZOOS=1 $(ZOOS_VENV)/bin/python -m pytest -q tests/zoos $(ARGS)
 
 lint: env  ## check the code with ruff
 	$(BIN)/python -m ruff check .

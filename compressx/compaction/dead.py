@@ -21,7 +21,8 @@ class Dead(NamedTuple):
       kept: path -> per axis, the indices that stay (int32), or None where all do; leaves that lose nothing are not in.
         Of an axis of which every slice of a stacked leaf keeps others they are `[steps, indices]`.
       folded: path -> what the removed constant channels add to that leaf (float32, of the whole leaf's shape).
-      stuck: "path[axis]" -> the operation that keeps the axis whole, for axes with indices at which all weights are 0.
+      stuck: "path[axis]" -> the operation that keeps an index at which all weights are 0: one that fixes the axis, or,
+        of an axis that makes channels, one that reads a channel which is not zero for all that.
     """
 
     kept: dict[str, tuple[np.ndarray | None, ...]]
@@ -68,7 +69,8 @@ def dead(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, .
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
     carried, vectors = jax.device_get(jax.jit(lambda v: flows(found, v, spec))(arrays(variables)))
     takers = [_taker(found, c.op) if c.axes[1] is not None else None for c in found.contractions]
-    live = _live(found, list(_edges(found.scope, carried, takers)))
+    edges = list(_edges(found.scope, carried, takers))
+    live, readers = _live(found, edges)
     equalise(found.scope, live)
     folded: dict[str, np.ndarray] = {}
     for c, f, taker in zip(found.contractions, carried.own, takers, strict=True):
@@ -87,7 +89,7 @@ def dead(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, .
         masks = [None if units is None else live[units] for units in found.axes[leaf]]
         if any(m is not None and not m.all() for m in masks):
             kept[path] = tuple(None if m is None or m.all() else _indices(m) for m in masks)
-    return Dead(kept, folded, _stuck(found, variables, live))
+    return Dead(kept, folded, _stuck(found, variables, {u: edges[k].name for u, k in readers.items()}))
 
 
 def _indices(mask: np.ndarray) -> np.ndarray:
@@ -97,19 +99,25 @@ def _indices(mask: np.ndarray) -> np.ndarray:
     return np.nonzero(mask)[-1].astype(np.int32).reshape(*mask.shape[:-1], -1)
 
 
-def _stuck(found: Channels, variables: Any, live: np.ndarray) -> dict[str, str]:
-    """Why axes of weights stay whole although all weights at some of their indices are 0."""
+def _stuck(found: Channels, variables: Any, readers: dict[int, str]) -> dict[str, str]:
+    """Why axes of weights keep indices at which all weights are 0; `readers` are what reads a unit, by name."""
     stuck = {}
     for leaf, array in enumerate(arrays(variables)):
         if np.ndim(array) < 2:
             continue
         empty = np.asarray(array) == 0
         for a, units in enumerate(found.axes[leaf]):
-            fixed = np.ones(empty.shape[a], bool) if units is None else np.atleast_2d(units == 0).any(0)
-            if (leaf, a) in found.reasons and fixed.any():
-                others = tuple(k for k in range(empty.ndim) if k != a)
-                if (empty.all(others) & fixed).any() and not empty.all():
-                    stuck[f"{found.program.paths[leaf]}[{a}]"] = found.reasons[leaf, a]
+            if empty.all():
+                continue
+            where = f"{found.program.paths[leaf]}[{a}]"
+            zero = empty.all(tuple(k for k in range(empty.ndim) if k != a))
+            held = np.zeros((1, empty.shape[a]), int) if units is None else np.atleast_2d(units)
+            if (leaf, a) in found.reasons and ((held == 0).any(0) & zero).any():
+                stuck[where] = found.reasons[leaf, a]
+            elif found.roles[leaf, a] == "out":
+                read = [readers[int(u)] for u in held[:, zero].ravel() if int(u) in readers]
+                if read:
+                    stuck[where] = f"{read[0]} reads it"
     return stuck
 
 
@@ -117,12 +125,14 @@ class Edge(NamedTuple):
     """A contraction, as far as liveness goes.
 
     Attributes:
+      name: of the operation.
       summed: per operand, the units of the summed axis.
       free: per operand, the units that the sums are told apart by, or None.
       left: bool `[P, F]`, see `Flow`.
       right: the same, without what a bias takes.
     """
 
+    name: str
     summed: tuple[Axis, Axis]
     free: tuple[Axis, Axis]
     left: np.ndarray
@@ -135,7 +145,8 @@ def _edges(scope: Scope, carried: Flows, takers: Sequence[Absorber | None] | Non
         values = scope.program.ops[c.op].inputs[:2]
         ends = [scope.axes[v] for v in values] * (3 - len(values))  # a plain sum has one operand
         right = f.right & ~f.exact if takers is not None and takers[k] is not None else f.right
-        yield Edge(_at(ends, c.axes), _at(ends, c.free), np.asarray(f.left), np.asarray(right))
+        name = scope.program.ops[c.op].primitive.name
+        yield Edge(name, _at(ends, c.axes), _at(ends, c.free), np.asarray(f.left), np.asarray(right))
     for number, bodies in scope.inner.items():
         inside = carried.inner[number]
         for step, body in enumerate(bodies):
@@ -150,8 +161,13 @@ def _at(ends: Sequence[tuple[Axis, ...]], axes: tuple[int | None, int | None]) -
     return left, right
 
 
-def _live(found: Channels, edges: Sequence[Edge]) -> np.ndarray:
-    """unit -> whether it must stay: the least set that holds the fixed units and whatever a member reads."""
+def _live(found: Channels, edges: Sequence[Edge]) -> tuple[np.ndarray, dict[int, int]]:
+    """unit -> whether it must stay: the least set that holds the fixed units and whatever a member reads.
+
+    Returns:
+      That, and unit -> the edge by which it was found to be read.
+    """
+    readers: dict[int, int] = {}
     live = np.ones(found.units, bool)
     leaf_axes = [
         row
@@ -170,17 +186,19 @@ def _live(found: Channels, edges: Sequence[Edge]) -> np.ndarray:
     before = -1
     while before != live.sum():
         before = int(live.sum())
-        for edge in reversed(edges):
+        for number, edge in reversed(list(enumerate(edges))):
             read = (edge.left & alive(edge.free[0])[None]).any(1)
             read &= (edge.right & alive(edge.free[1])[None]).any(1)
             for summed in edge.summed:
                 if summed is not None:
-                    live[summed[read]] = True
+                    new = summed[read][~live[summed[read]]]
+                    readers |= dict.fromkeys(map(int, new), number)
+                    live[new] = True
         if before == live.sum():  # no axis may become empty: its first unit stays
             for units in leaf_axes:
                 if not live[units].any():
                     live[units[0]] = True
-    return live
+    return live, readers
 
 
 def _taker(found: Channels, number: int) -> Absorber | None:

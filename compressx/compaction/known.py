@@ -65,7 +65,9 @@ class Flows(NamedTuple):
 
 
 def flows(found: Channels, variables: Any, x: Any) -> tuple[Flows, dict[int, Array]]:
-    """Runs a network with unknown inputs (assumed finite), and reports what its contractions can carry.
+    """Runs a network with unknown inputs, and reports what its contractions can carry.
+
+    Inputs are assumed to be finite, and to index no row that a table lacks where that gives a row of NaN (`jnp.take`).
 
     Every element is either known (it depends on the variables alone, or is multiplied by an exact zero) or unknown; a
     sum is known if all terms with non-zero weight are. Pure; jits.
@@ -173,7 +175,10 @@ def _moved(op: Op, ins: list[Value]) -> list[Value]:
     if op.primitive.name == "dynamic_update_slice":
         return [nothing]
     if op.primitive.name == "gather" and op.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
-        return [nothing]  # beyond the operand there is another number
+        fill = op.params["fill_value"]
+        if not jnp.issubdtype(shape.dtype, jnp.inexact) or not (fill is None or np.isnan(fill)):
+            return [nothing]  # beyond the operand there is another number; else NaN in whole rows, see `flows`
+        op = op._replace(params={**op.params, "mode": lax.GatherScatterMode.CLIP})
     sizes = op.params["slice_sizes"]
     axes = tuple(a for a, size in enumerate(x.value.shape) if sizes[a] != size)
     flat = ~jnp.any(x.mask(), axes, keepdims=True)

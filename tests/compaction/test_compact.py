@@ -168,7 +168,8 @@ def test_constant_maps_are_folded_into_the_next_normalisation(padding, size, rng
 def test_a_constant_map_behind_zero_padding_stays(rng) -> None:
     model = _Net("SAME")
     variables = _blank(model, rng)
-    assert dead(model, variables, jnp.zeros((1, 7, 7, 2))) == ({}, {}, {})
+    reads = {"params/a/kernel[3]": "conv_general_dilated reads it"}
+    assert dead(model, variables, jnp.zeros((1, 7, 7, 2))) == ({}, {}, reads)
     # of channel 3 the next layer reads only the centre tap, which never meets the padding
     kernel = variables["params"]["b"]["kernel"]
     variables["params"]["b"]["kernel"] = kernel.at[:, :, 3].set(jnp.zeros((3, 3, 5)).at[1, 1].set(kernel[1, 1, 3]))
@@ -179,7 +180,8 @@ def test_a_constant_map_behind_zero_padding_stays(rng) -> None:
 
 def test_a_constant_map_that_no_bias_can_take_stays(rng) -> None:
     model = _Net(norm=False)
-    assert dead(model, _blank(model, rng), jnp.zeros((1, 7, 7, 2))) == ({}, {}, {})
+    reads = {"params/a/kernel[3]": "conv_general_dilated reads it"}
+    assert dead(model, _blank(model, rng), jnp.zeros((1, 7, 7, 2))) == ({}, {}, reads)
 
 
 def test_constants_are_folded_through_flax_normalisation_and_dense_bias(rng) -> None:
@@ -296,7 +298,8 @@ def test_channels_that_are_normalised_together_go_where_they_are_zero(rng) -> No
         ("params/n/scale", 0, "along"),
     }
     p["a"] = {"kernel": p["a"]["kernel"].at[:, 2].set(0), "bias": p["a"]["bias"].at[2].set(0)}
-    assert dead(Net(), variables, one).kept == {}  # the norm shifts it: b reads it
+    found = dead(Net(), variables, one)  # the norm shifts it
+    assert found.kept == {} and found.stuck == {"params/a/kernel[1]": "dot_general reads it"}
     p["n"] = {k: leaf.at[2].set(0) for k, leaf in p["n"].items()}
     small = compact(Net(), variables, one)
     assert small.variables["params"]["b"]["kernel"].shape == (5, 2)

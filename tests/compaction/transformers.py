@@ -144,7 +144,7 @@ def _apply(kind: Kind, v: Leaves, tokens: jax.Array) -> jax.Array:
         x = x + _attention(kind, v, _norm(kind, v, 1, x))
         return x + _mlp(kind, v, _norm(kind, v, 2, x)), None
 
-    x = v["table"][tokens] + v["at"]
+    x = jnp.take(v["table"], tokens, axis=0) + v["at"]
     if kind.scanned:
         x, _ = jax.lax.scan(layer, x, v["layers"])
     else:
