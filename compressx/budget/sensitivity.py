@@ -4,7 +4,9 @@ The groups of every leaf are ranked once; a density is then only a number, so th
 compiled program. `allocate.by_sensitivity` shares out a budget by the result.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from compressx.axes import DEFAULTS, Axes, parse
 from compressx.constraints.base import check_density, count
 from compressx.constraints.select import energy, squares
 from compressx.tree import paths
@@ -66,6 +69,32 @@ def ranks(w: Array, score: Scores) -> Array:
     return place.reshape(energy.shape)
 
 
+def _layout(path: str, w: Any, structure: str | Scores, words: str | None) -> Axes | None:
+    """The axes of a leaf, where they are not Flax's."""
+    said = parse(words)
+    try:
+        if said is not None:
+            said.fits(w.shape)
+        elif structure in STRUCTURES and structure != "weights" and w.ndim > 2 and w.ndim not in DEFAULTS:
+            raise ValueError(f'{structure} of {w.ndim} axes: say in `axes` what they are, for example "stack in out"')
+    except ValueError as error:
+        raise ValueError(f"{path} {tuple(w.shape)}: {error}") from None
+    return said
+
+
+def _slices(w: Array, layout: Axes | None) -> Array:
+    """The leaf in the layout of constraints behind an axis of slices, one where it is no stack."""
+    if layout is None:
+        return w[None]
+    return layout.to(w) if layout.stacked else layout.to(w)[None]
+
+
+def _back(mask: Array, layout: Axes | None, shape: tuple[int, ...]) -> Array:
+    if layout is None:
+        return mask[0]
+    return layout.back(mask if layout.stacked else mask[0], shape)
+
+
 def sensitivity(
     measure: Callable[[Any], Array],
     params: Any,
@@ -73,6 +102,7 @@ def sensitivity(
     densities: Sequence[float],
     structure: str | Scores = "weights",
     at_once: int | None = None,
+    axes: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """Prunes one leaf at a time by magnitude to each density, and measures the network.
 
@@ -87,12 +117,15 @@ def sensitivity(
         spans the axis.
       at_once: how many (leaf, density) pairs are measured in one vmapped call; all densities of a leaf where None. The
         whole is one compiled program for any value; fewer together need less memory, and are faster on a CPU.
+      axes: path -> what the axes of that leaf are, as in a rule (`axes_of` gives them); else Flax's layout. Groups are
+        those of the leaf in the layout of constraints, and every slice of a stack keeps as many, each its own.
 
     Returns:
       A row per leaf and density, in the order given.
 
     Raises:
-      ValueError: a path that is not in params, an unknown structure, a density out of range or that keeps nothing.
+      ValueError: a path that is not in params, an unknown structure, a density out of range or that keeps nothing;
+        axes that do not fit a leaf, or none for a leaf of which the structure needs to know them.
     """
     if isinstance(structure, str) and structure not in STRUCTURES:
         raise ValueError(f"structure must be one of {', '.join(STRUCTURES)} or a function, got {structure!r}")
@@ -106,19 +139,22 @@ def sensitivity(
     for d in densities:
         check_density(d)
     chosen = [places[p] for p in leaves]
-    sizes = [int(np.prod(jax.eval_shape(score, values[i]).shape)) for i in chosen]
+    layouts = [_layout(p, values[places[p]], structure, (axes or {}).get(p)) for p in leaves]
+    slices = [jax.eval_shape(partial(_slices, layout=a), values[i]) for i, a in zip(chosen, layouts, strict=True)]
+    sizes = [math.prod(jax.eval_shape(jax.vmap(score), x).shape[1:]) for x in slices]
     pairs = [(n, count(d, size, None, f"groups of {leaves[n]}")) for n, size in enumerate(sizes) for d in densities]
 
     @jax.jit
     def run(values: list[Array], which: Array, kept: Array) -> tuple[Array, Array]:
-        rank = [ranks(values[i], score) for i in chosen]
+        each = [_slices(values[i], a) for i, a in zip(chosen, layouts, strict=True)]
+        rank = [jax.vmap(partial(ranks, score=score))(x) for x in each]
 
         def pruned(pair: tuple[Array, Array]) -> Array:
             layer, k = pair
             out = list(values)
             for n, (i, r) in enumerate(zip(chosen, rank, strict=True)):
-                mask = r < jnp.where(layer == n, k, sizes[n])
-                out[i] = jnp.where(mask, values[i], jnp.zeros((), values[i].dtype))
+                mask = jnp.broadcast_to(r < jnp.where(layer == n, k, sizes[n]), slices[n].shape)
+                out[i] = jnp.where(_back(mask, layouts[n], values[i].shape), values[i], jnp.zeros((), values[i].dtype))
             return jnp.asarray(measure(jax.tree.unflatten(treedef, out)))
 
         dense = measure(jax.tree.unflatten(treedef, values))
@@ -130,6 +166,6 @@ def sensitivity(
         raise ValueError(f"measure must return one number, got shape {np.shape(dense)}")
     rows = []
     for (n, k), d, value in zip(pairs, list(densities) * len(leaves), found, strict=True):
-        weights = values[chosen[n]].size // sizes[n] * k
+        weights = values[chosen[n]].size // sizes[n] * k  # of all slices
         rows.append(Row(leaves[n], d, k, sizes[n], weights, float(value), float(value) - float(dense)))
     return rows

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressx import harden
 from compressx.budget import allocate
 from compressx.budget.sensitivity import Row, sensitivity
 from compressx.constraints import filters, unstructured
@@ -40,6 +41,23 @@ def test_rows_are_the_losses_of_leaves_pruned_by_hand(net, structure, constraint
         assert row.weights == int(jnp.count_nonzero(pruned))
         assert row.value == pytest.approx(float(loss({**params, row.path: pruned})), rel=1e-5)
         assert row.change == pytest.approx(row.value - dense, abs=1e-5)
+
+
+def test_a_leaf_whose_axes_are_said_is_pruned_as_a_rule_would(rng) -> None:
+    """`[heads, head_dim, d]`, `[out, in]`, and a stack whose slices differ in size: each slice keeps as many."""
+    shapes = {"o": (2, 4, 8), "t": (8, 4), "s": (3, 4, 8)}
+    axes = {"o": "in in out", "t": "out in", "s": "stack in out"}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    params["s"] = params["s"] * jnp.array([1.0, 10.0, 100.0])[:, None, None]
+    scale = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    loss = lambda p: sum(jnp.sum(scale[k] * p[k]) for k in shapes)
+    for row in sensitivity(loss, params, list(shapes), [0.5], "filters", axes=axes):
+        rules = [(row.path, filters(0.5), axes[row.path])]
+        pruned = harden(params, rules, fresh=True).params
+        assert row.weights == int(jnp.count_nonzero(pruned[row.path]))
+        assert row.value == pytest.approx(float(loss(pruned)), rel=1e-5)
+    with pytest.raises(ValueError, match=r"s \(3, 4, 8\): filters of 3 axes: say in `axes`"):
+        sensitivity(loss, params, ["s"], [0.5], "filters")
 
 
 def test_all_layers_and_rates_are_one_compiled_program(net) -> None:
