@@ -152,11 +152,12 @@ def test_transformers_resnet(tmp_path: Path) -> None:
     through_the_path(held["params"], forward, own, tmp_path / "m.safetensors")
 
 
-@pytest.mark.parametrize("name", ["ResNet18", "MobileNetV1"])
+@pytest.mark.parametrize("name", ["ResNet", "MobileNetV1"])
 def test_haiku(name: str, tmp_path: Path) -> None:
     hk = package("haiku")
     x = IMAGES.reshape(2, 32, 32, 3)
-    small = {"ResNet18": {"channels_per_group": (8, 8, 8, 8)}, "MobileNetV1": {"channels": (8,) * 13}}[name]
+    groups = {"blocks_per_group": (1, 1, 1, 1), "channels_per_group": (8, 8, 8, 8), "bottleneck": False}
+    small: dict[str, Any] = {"ResNet": groups, "MobileNetV1": {"channels": (8,) * 13}}[name]
     net = hk.transform_with_state(lambda x: getattr(hk.nets, name)(num_classes=3, **small)(x, is_training=False))
     params, state = jax.jit(net.init)(jax.random.key(0), x)
     forward = lambda p: net.apply(p, state, None, x)[0]
