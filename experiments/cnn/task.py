@@ -158,7 +158,8 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
     model = {"name": config.model.name, "options": dict(config.model.options)}
     way = phases.schedule(todo, last.name)
     stored = artifacts.save(workdir / artifacts.MODEL, result, last.rules, model, facts, way)
-    times, latencies = None, {"reason": "nothing is compressed"}
+    times: dict[str, float] | None = None
+    latencies: dict[str, Any] = {"reason": "nothing is compressed"}
     measured: dict[str, Any] = {}
     sections: list[tuple[str, Any]] = []
     if last.rules:
