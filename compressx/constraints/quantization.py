@@ -9,8 +9,9 @@ Source: sign-symmetric levels without a zero level for kept weights, scale by al
 "An Ultra-Efficient Memristor-Based DNN Framework with Structured Weight Pruning and Quantization Using ADMM", 2019.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,22 +38,25 @@ class Levels:
       bits: bits of a stored weight: one of sign and bits - 1 of index; with grid "cells" all are bits of magnitude.
       grid: "uniform" k * scale; "power_of_two" 2**(k - 1) * scale; "cells" as uniform, magnitudes cut into cells of
         `cell_bits`, the sign kept elsewhere; "codebook" codebook[k - 1].
-      per: "tensor" has one scale or codebook, "channel" one for every output channel (the last axis).
+      per: "tensor" has one scale or codebook, "channel" one for every output channel (the last axis), "row" one for
+        what every input sends out (a row of the matrix `[fan-in, cout]`), a number g one for every g consecutive inputs
+        of an output.
       zero_level: whether kept weights may be rounded to 0.
       cell_bits: bits a crossbar cell holds ("cells" only).
     """
 
     bits: int
     grid: str = "uniform"
-    per: str = "tensor"
+    per: str | int = "tensor"
     zero_level: bool = False
     cell_bits: int = 2
 
     def __post_init__(self) -> None:
         if self.grid not in _GRIDS:
             raise ValueError(f"grid must be one of {', '.join(_GRIDS)}, got {self.grid!r}")
-        if self.per not in ("tensor", "channel"):
-            raise ValueError(f'per must be "tensor" or "channel", got {self.per!r}')
+        size = isinstance(self.per, int) and not isinstance(self.per, bool) and self.per > 0
+        if not size and self.per not in ("tensor", "channel", "row"):
+            raise ValueError(f'per must be "tensor", "channel", "row" or a number of inputs, got {self.per!r}')
         low, high = {"uniform": (2, 16), "power_of_two": (2, 6), "cells": (1, 16), "codebook": (2, 8)}[self.grid]
         if not low <= self.bits <= high:
             raise ValueError(f"bits must be in {low}..{high} for the grid {self.grid!r}, got {self.bits}")
@@ -63,6 +67,34 @@ class Levels:
     def top(self) -> int:
         """The largest index: how many magnitudes there are."""
         return 2**self.bits - 1 if self.grid == "cells" else 2 ** (self.bits - 1) - 1
+
+    @property
+    def viewed(self) -> bool:
+        """Whether what shares a scale is no column of the stored matrix, but one of `columns`."""
+        return self.per not in ("tensor", "channel")
+
+    @property
+    def by_column(self) -> "Levels":
+        """The levels of `columns(w)`: a scale for each."""
+        return replace(self, per="channel")
+
+
+def columns(w: Array, levels: Levels) -> Array:
+    """The weights as `[n, units]`, a scale for each column; zeros, which have no level, fill the last group."""
+    m = w.reshape(-1, w.shape[-1])
+    if levels.per == "row":
+        return m.T
+    size = min(int(levels.per), m.shape[0])
+    m = jnp.pad(m, ((0, -m.shape[0] % size), (0, 0)))
+    return m.reshape(-1, size, m.shape[-1]).transpose(1, 0, 2).reshape(size, -1)
+
+
+def from_columns(x: Array, shape: tuple[int, ...], levels: Levels) -> Array:
+    """Inverse of `columns`, for weights of this shape."""
+    if levels.per == "row":
+        return x.T.reshape(shape)
+    m = x.reshape(x.shape[0], -1, shape[-1]).transpose(1, 0, 2).reshape(-1, shape[-1])
+    return m[: math.prod(shape[:-1])].reshape(shape)
 
 
 def levels_of(spec: Mapping[str, Any]) -> Levels:
@@ -82,7 +114,7 @@ def quantize(
     bits: int,
     *,
     grid: str = "uniform",
-    per: str = "tensor",
+    per: str | int = "tensor",
     zero_level: bool = False,
     cell_bits: int = 2,
     tune: bool = True,
@@ -105,14 +137,15 @@ def quantize(
       bits: bits per weight, the sign among them (2..16; "power_of_two" 2..6; "codebook" 2..8); with "cells" bits of the
         magnitude alone (1..16, a multiple of `cell_bits`).
       grid: "uniform", "power_of_two", "cells" or "codebook", see `Levels`.
-      per: "tensor" or "channel": what shares a scale.
+      per: what shares a scale: "tensor", "channel" (an output), "row" (what an input sends out), or a number g, usually
+        32 to 128: g consecutive inputs of an output.
       zero_level: also allow 0 for weights that were not 0.
       cell_bits: bits of a crossbar cell.
       tune: whether retraining may move the scale or codebook; False freezes the weights.
 
     Returns:
-      A LEVEL constraint; its structure is the scale, float32 `[]` or `[cout]`, or the codebook in the leaf's dtype,
-      `[levels]` or `[levels, cout]`, ascending.
+      A LEVEL constraint; its structure is the scale, float32 `[]` or `[units]` (outputs, rows, or groups times
+      outputs), or the codebook in the leaf's dtype, `[levels]` or `[levels, units]`, ascending.
 
     Raises:
       ValueError: an argument is out of range; at init, a leaf's dtype has too few bits for the levels.
@@ -161,6 +194,8 @@ def encode(w: Array, structure: Array, levels: Levels) -> Array:
 
     For the grids "uniform" and "cells" a weight on a level is exactly `scale * index`.
     """
+    if levels.viewed:
+        return from_columns(encode(columns(w, levels), structure, levels.by_column), w.shape, levels)
     if levels.grid == "codebook":
         k = _codebook_index(w, structure.astype(wide(w).dtype), levels.zero_level)
     else:
@@ -174,6 +209,9 @@ def encode(w: Array, structure: Array, levels: Levels) -> Array:
 @partial(jax.jit, static_argnames=("levels", "dtype"))
 def decode(codes: Array, structure: Array, levels: Levels, dtype: Any = jnp.float32) -> Array:
     """The weights that signed indices stand for; inverse of `encode` on levels. Index 0 gives exactly +0."""
+    if levels.viewed:
+        made = decode(columns(codes, levels), structure, levels.by_column, dtype)
+        return from_columns(made, codes.shape, levels)
     codes = codes.astype(jnp.int32)
     k = jnp.abs(codes)
     if levels.grid == "codebook":
@@ -194,6 +232,9 @@ def decode(codes: Array, structure: Array, levels: Levels, dtype: Any = jnp.floa
 @partial(jax.jit, static_argnames="levels")
 def fit(w: Array, levels: Levels) -> Array:
     """The scale or codebook chosen for w, see `quantize`; 1 where w is all zero."""
+    if levels.viewed:
+        _check_rank(w, levels)
+        return fit(columns(w, levels), levels.by_column)
     _check_dtype(w, levels)
     magnitude = jnp.abs(wide(w)).reshape(-1, w.shape[-1] if w.ndim else 1)
     if levels.grid == "codebook":
@@ -206,6 +247,8 @@ def fit(w: Array, levels: Levels) -> Array:
 @partial(jax.jit, static_argnames="levels")
 def refit(w: Array, active: FixedLevels, levels: Levels) -> Array:
     """The scale or codebook nearest to w for fixed indices: least squares for a scale, means for a codebook."""
+    if levels.viewed:
+        return refit(columns(w, levels), FixedLevels(columns(active.codes, levels), active.structure), levels.by_column)
     codes = active.codes.astype(jnp.int32).reshape(-1, w.shape[-1] if w.ndim else 1)
     x = wide(w).reshape(codes.shape)
     x = jnp.where(codes < 0, -x, x)
@@ -245,6 +288,11 @@ def _scale_shape(w: Array, levels: Levels) -> tuple[int, ...]:
 def _spread(scale: Array, ndim: int) -> Array:
     """A scale of shape [] or [cout], ready to broadcast against a weight."""
     return scale if scale.ndim == 0 else scale.reshape((1,) * (ndim - 1) + scale.shape)
+
+
+def _check_rank(w: Array, levels: Levels) -> None:
+    if w.ndim < 2:
+        raise ValueError(f'per={levels.per!r} needs a weight of at least 2 axes, got shape {w.shape}; use "tensor"')
 
 
 def _check_dtype(w: Array, levels: Levels) -> None:

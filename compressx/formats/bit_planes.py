@@ -20,7 +20,7 @@ import numpy as np
 
 from compressx.formats.base import Format, Packed, dtype_of, extent, fail, only, pieces, take
 from compressx.formats.parts import check_shape, clean, part, read_flags
-from compressx.formats.quantized import coded, decoded, read_levels, supports, write_levels
+from compressx.formats.quantized import coded, decoded, outputs_of, read_levels, supports, write_levels
 
 
 def integer_levels(w: np.ndarray, constraint: Any) -> bool | str:
@@ -109,7 +109,7 @@ def _from_planes(packed: Packed, signed: Callable[[np.ndarray, slice, int], np.n
         codes = signed(unsigned, here, number)
         if int(np.abs(codes).max()) > levels.top:
             fail(f"{packed.format}/planes", f"integer {int(np.abs(codes).max())} above the top level {levels.top}")
-        w[here] = decoded(codes, here.start, structure, levels, w.dtype)
+        w[here] = decoded(codes, here.start, structure, levels, w.dtype, outputs_of(packed))
     return w.reshape(packed.shape)
 
 

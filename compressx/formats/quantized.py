@@ -9,6 +9,7 @@ magnitude). Of a weight of n entries, nnz of them non-zero, the smaller of two l
 and `levels`: the scale, 4 bytes (8 for float64 weights), or the codebook in the weight's dtype; one, or one a channel.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -74,21 +75,31 @@ def coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
 
 def weights(c: Coded, dtype: np.dtype[Any]) -> np.ndarray:
     """The weights that codes stand for, by NumPy alone; the products are exact, so no library rounds otherwise."""
-    codes = c.codes.reshape(-1)
+    codes, outputs = c.codes.reshape(-1), c.codes.shape[-1] if c.codes.ndim else 1
     out = np.empty(codes.size, dtype)
     for here in pieces(codes.size):
-        out[here] = decoded(codes[here], here.start, c.structure, c.levels, dtype)
+        out[here] = decoded(codes[here], here.start, c.structure, c.levels, dtype, outputs)
     return out.reshape(c.codes.shape)
 
 
-def decoded(codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any]) -> np.ndarray:
-    """`weights` of a piece of the codes in stored order, which begins at weight `start`."""
+def units(start: int, number: int, per: str | int, outputs: int) -> np.ndarray:
+    """Which scale each of some weights in stored order has, beginning at weight `start` of a leaf `[..., outputs]`."""
+    if per == "channel":
+        first = start % outputs
+        return np.arange(first, first + number, dtype=index_dtype(first + number + outputs)) % outputs
+    at = np.arange(start, start + number)
+    row = at // outputs
+    return row if per == "row" else row // int(per) * outputs + at % outputs
+
+
+def decoded(
+    codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any], outputs: int
+) -> np.ndarray:
+    """`weights` of a piece of the codes in stored order, which begins at weight `start` of a leaf `[..., outputs]`."""
     signed = codes.astype(np.int32)
     k = np.abs(signed)
-    if levels.per == "channel":
-        channels = structure.shape[-1]
-        first = start % channels
-        channel = np.arange(first, first + k.size, dtype=index_dtype(first + k.size + channels)) % channels
+    if levels.per != "tensor":
+        channel = units(start, k.size, levels.per, outputs)
     with np.errstate(over="ignore"):
         if levels.grid == "codebook":
             at = np.maximum(k - 1, 0)
@@ -121,7 +132,7 @@ def read_levels(packed: Packed) -> tuple[Levels, np.ndarray]:
     """The levels and the scale or codebook of a packed weight, checked."""
     name = packed.format
     grid = choice(packed, "grid", _GRIDS)
-    per = choice(packed, "per", ("tensor", "channel"))
+    per, count = _sharing(packed)
     bits = integer(packed, "bits", 1, 16)
     dtype = dtype_of(packed)
     if dtype.name not in ("float64", "float32", "float16", "bfloat16"):
@@ -130,13 +141,31 @@ def read_levels(packed: Packed) -> tuple[Levels, np.ndarray]:
         levels = Levels(bits, grid, per, cell_bits=1)
     except ValueError as error:
         fail(f"{name}/bits", str(error))
-    channels = packed.shape[-1] if per == "channel" else 1
-    entries = channels * (levels.top if grid == "codebook" else 1)
+    entries = count * (levels.top if grid == "codebook" else 1)
     held = dtype.name if grid == "codebook" else "float64" if dtype.name == "float64" else "float32"
     structure = take(packed, "levels", held, (entries,))
     check_finite(f"{name}/levels", structure)
-    shape = ((levels.top,) if grid == "codebook" else ()) + ((channels,) if per == "channel" else ())
+    shape = ((levels.top,) if grid == "codebook" else ()) + (() if per == "tensor" else (count,))
     return levels, structure.reshape(shape)
+
+
+def outputs_of(packed: Packed) -> int:
+    """The extent of a weight's last axis."""
+    return packed.shape[-1] if packed.shape else 1
+
+
+def _sharing(packed: Packed) -> tuple[str | int, int]:
+    """What shares a scale, and how many scales there are."""
+    if isinstance(packed.meta.get("per"), int):
+        per: str | int = integer(packed, "per", 1, 2**31 - 1)
+    else:
+        per = choice(packed, "per", ("tensor", "channel", "row"))
+    if per == "tensor":
+        return per, 1
+    rows, outputs = math.prod(packed.shape[:-1]), outputs_of(packed)
+    if per != "channel" and len(packed.shape) < 2:
+        fail(packed.format, f"shape {list(packed.shape)} has no rows that could share levels")
+    return per, outputs if per == "channel" else rows if per == "row" else -(-rows // int(per)) * outputs
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -215,7 +244,7 @@ def _unpack(packed: Packed) -> np.ndarray:
         piece = slice(read, read := read + int(np.count_nonzero(held)))
         codes = np.zeros(held.size, np.int32)
         codes[held] = to_signed("quantized/codes", read_codes(stored, piece, b), b, levels.top)
-        w[here] = decoded(codes, here.start, structure, levels, w.dtype)
+        w[here] = decoded(codes, here.start, structure, levels, w.dtype, outputs_of(packed))
     return w.reshape(packed.shape)
 
 

@@ -28,6 +28,7 @@ from compressx.formats.quantized import (
     check_codes,
     coded,
     decoded,
+    outputs_of,
     pack_codes,
     read_codes,
     read_levels,
@@ -239,7 +240,7 @@ def _coded(packed: Packed, blocks: int, loose: int) -> _Values:
         return k
 
     def weights(codes: np.ndarray, start: int) -> np.ndarray:
-        return decoded(codes, start, structure, levels, dtype_of(packed))
+        return decoded(codes, start, structure, levels, dtype_of(packed), outputs_of(packed))
 
     def free(at: slice) -> np.ndarray:
         return to_signed("unified/free", read_codes(held, at, b), b, levels.top)

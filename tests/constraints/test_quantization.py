@@ -1,6 +1,7 @@
 """Quantization against brute force over all levels, its invariants to the bit, and the straight-through activations."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,6 +62,46 @@ def test_every_weight_goes_to_its_nearest_level(grid: str, bits: int, zero_level
             assert abs(got - v) <= np.min(np.abs(options - v)) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize(("grid", "bits"), [("uniform", 4), ("codebook", 3)])
+@pytest.mark.parametrize("per", ["row", 1, 4, 5, 100])
+def test_rows_and_groups_are_sets_of_their_own(grid: str, bits: int, per: str | int, tmp_path: Path) -> None:
+    """Every row, or group of consecutive inputs of an output, is what a set of its own makes of it."""
+    shape = (3, 4, 6)  # 12 inputs
+    w = normal(shape) * jnp.exp(normal(shape, 1) * 2)
+    constraint, alone = cx.quantize(bits, grid=grid, per=per), cx.quantize(bits, grid=grid, per="channel")
+    z = np.asarray(constraint.project(w, constraint.init(w))).reshape(12, 6)
+    m = w.reshape(12, 6)
+    if per == "row":
+        np.testing.assert_array_equal(z.T, alone.project(m.T, alone.init(m.T)))
+    else:
+        for start in range(0, 12, int(per)):
+            part = m[start : start + int(per)]
+            np.testing.assert_array_equal(z[start : start + int(per)], alone.project(part, alone.init(part)))
+    rules = [("w", constraint, "in in out")]
+    hard = cx.harden({"w": w}, rules, fresh=True)
+    tx = optax.chain(optax.sgd(0.01), cx.retrain(rules, hard))
+    updates, state = tx.update({"w": w}, tx.init(hard.params), hard.params)
+    done = cx.retract(optax.apply_updates(hard.params, updates), rules, state)
+    flat = [("w", constraint)]
+    kept = cx.Hardened({"w": done.params["w"].reshape(12, 6)}, done.structures)
+    sizes = cx.save_model(tmp_path / "m", kept, flat, layout=[("w", "quantized")])
+    scales = np.asarray(done.structures["w"][0]).size * 4
+    assert sizes.packed == -(-72 * bits // 8) + scales  # a code a weight, and the scales or codebooks
+    back = cx.load_model(tmp_path / "m")
+    np.testing.assert_array_equal(back.params["w"], kept.params["w"])
+    cx.check(back, back.rules)
+
+
+def test_what_shares_a_scale_is_checked() -> None:
+    for per in (0, -1, True, 2.5, "group", None):
+        with pytest.raises(ValueError, match="per must be"):
+            cx.quantize(4, per=per)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs a weight of at least 2 axes"):
+        cx.harden({"b": jnp.ones(8)}, [("b", cx.quantize(4, per=4))], fresh=True)
+    with pytest.raises(ValueError, match="a block shares one magnitude"):
+        cx.unify((2, 2), 0.5) & cx.quantize(4, per=32)
+
+
 @grids
 def test_a_tie_goes_to_the_smaller_magnitude(grid: str, bits: int) -> None:
     levels = Levels(bits, grid)
@@ -89,7 +130,7 @@ def test_all_levels_survive_encode_and_decode(grid: str, bits: int) -> None:
 @settings(max_examples=40)
 @given(
     case=st.sampled_from(CASES),
-    per=st.sampled_from(["tensor", "channel"]),
+    per=st.sampled_from(["tensor", "channel", "row", 2, 3]),
     zero_level=st.booleans(),
     dtype=st.sampled_from(list(DTYPES)),
     values=hnp.arrays(
@@ -101,7 +142,7 @@ def test_all_levels_survive_encode_and_decode(grid: str, bits: int) -> None:
         ),
     ),
 )
-def test_invariants(case: tuple[str, int], per: str, zero_level: bool, dtype: str, values: np.ndarray) -> None:
+def test_invariants(case: tuple[str, int], per: str | int, zero_level: bool, dtype: str, values: np.ndarray) -> None:
     c = cx.quantize(case[1], grid=case[0], per=per, zero_level=zero_level)
     w = jnp.asarray(values.astype(DTYPES[dtype]))
     s = c.init(w)
@@ -250,7 +291,7 @@ def test_extreme_magnitudes_neither_vanish_nor_overflow() -> None:
         ({"bits": 9, "grid": "codebook"}, "2..8"),
         ({"bits": 5, "grid": "cells"}, "not a multiple of cell_bits=2"),
         ({"bits": 4, "grid": "floaty"}, "grid must be one of"),
-        ({"bits": 4, "per": "row"}, '"tensor" or "channel"'),
+        ({"bits": 4, "per": "rows"}, 'per must be "tensor", "channel", "row" or a number'),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
