@@ -12,11 +12,12 @@ Source: sign-symmetric levels without a zero level for kept weights, scale by al
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax import Array, lax
 
@@ -24,7 +25,8 @@ from compressx.constraints.base import LEVEL, Constraint, factory
 from compressx.constraints.floats import bits as bits_of
 from compressx.constraints.floats import exponent, least, lift, negative, nonzero, scale, smallest, wide
 
-_GRIDS = ("uniform", "power_of_two", "cells", "codebook")
+FLOAT8 = {"float8_e4m3": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2}
+_GRIDS = ("uniform", "power_of_two", "cells", "codebook", *FLOAT8)
 _ITERATIONS = 10  # of alternating least squares, on all weights
 _LLOYD = 40  # of k-means, on the sorted sample
 _SAMPLE = 2**18  # weights of a leaf that k-means sorts
@@ -37,7 +39,8 @@ class Levels:
     Attributes:
       bits: bits of a stored weight: one of sign and bits - 1 of index; with grid "cells" all are bits of magnitude.
       grid: "uniform" k * scale; "power_of_two" 2**(k - 1) * scale; "cells" as uniform, magnitudes cut into cells of
-        `cell_bits`, the sign kept elsewhere; "codebook" codebook[k - 1].
+        `cell_bits`, the sign kept elsewhere; "codebook" codebook[k - 1]; "float8_e4m3" and "float8_e5m2" the k-th
+        positive finite number of that type times the scale.
       per: "tensor" has one scale or codebook, "channel" one for every output channel (the last axis), "row" one for
         what every input sends out (a row of the matrix `[fan-in, cout]`), a number g one for every g consecutive inputs
         of an output.
@@ -57,7 +60,8 @@ class Levels:
         size = isinstance(self.per, int) and not isinstance(self.per, bool) and self.per > 0
         if not size and self.per not in ("tensor", "channel", "row"):
             raise ValueError(f'per must be "tensor", "channel", "row" or a number of inputs, got {self.per!r}')
-        low, high = {"uniform": (2, 16), "power_of_two": (2, 6), "cells": (1, 16), "codebook": (2, 8)}[self.grid]
+        allowed = {"uniform": (2, 16), "power_of_two": (2, 6), "cells": (1, 16), "codebook": (2, 8)}
+        low, high = allowed.get(self.grid, (8, 8))
         if not low <= self.bits <= high:
             raise ValueError(f"bits must be in {low}..{high} for the grid {self.grid!r}, got {self.bits}")
         if self.grid == "cells" and (self.cell_bits < 1 or self.bits % self.cell_bits):
@@ -66,6 +70,8 @@ class Levels:
     @property
     def top(self) -> int:
         """The largest index: how many magnitudes there are."""
+        if self.grid in FLOAT8:
+            return len(magnitudes(self.grid))
         return 2**self.bits - 1 if self.grid == "cells" else 2 ** (self.bits - 1) - 1
 
     @property
@@ -77,6 +83,13 @@ class Levels:
     def by_column(self) -> "Levels":
         """The levels of `columns(w)`: a scale for each."""
         return replace(self, per="channel")
+
+
+@cache
+def magnitudes(grid: str) -> np.ndarray:
+    """The positive finite numbers of an 8-bit float, ascending: float32."""
+    every = np.arange(1, 128, dtype=np.uint8).view(FLOAT8[grid]).astype(np.float32)
+    return every[np.isfinite(every)]
 
 
 def columns(w: Array, levels: Levels) -> Array:
@@ -134,9 +147,9 @@ def quantize(
     itself for 8 bits in float32), or the codebook's entries, each the mean of its weights.
 
     Args:
-      bits: bits per weight, the sign among them (2..16; "power_of_two" 2..6; "codebook" 2..8); with "cells" bits of the
-        magnitude alone (1..16, a multiple of `cell_bits`).
-      grid: "uniform", "power_of_two", "cells" or "codebook", see `Levels`.
+      bits: bits per weight, the sign among them (2..16; "power_of_two" 2..6; "codebook" 2..8; "float8_..." 8); with
+        "cells" bits of the magnitude alone (1..16, a multiple of `cell_bits`).
+      grid: "uniform", "power_of_two", "cells", "codebook", "float8_e4m3" or "float8_e5m2", see `Levels`.
       per: what shares a scale: "tensor", "channel" (an output), "row" (what an input sends out), or a number g, usually
         32 to 128: g consecutive inputs of an output.
       zero_level: also allow 0 for weights that were not 0.
@@ -297,16 +310,29 @@ def _check_rank(w: Array, levels: Levels) -> None:
 
 def _check_dtype(w: Array, levels: Levels) -> None:
     held = jnp.finfo(w.dtype).nmant + 1
-    need = levels.top.bit_length() if levels.grid in ("uniform", "cells") else 1
+    need = _significant(levels)
     if need > held:
         raise ValueError(f"{w.dtype} has {held} bits of precision, too few for the {levels.top} levels of {levels}")
     if levels.grid == "power_of_two" and w.dtype == jnp.float16 and levels.top > 8:
         raise ValueError(f"float16 has too few exponents for {levels.top} powers of two; use at most 4 bits")
+    if levels.grid in FLOAT8 and w.dtype == jnp.float16:
+        raise ValueError(f"float16 has too few exponents for {levels.grid} times a scale; use float32 or bfloat16")
+
+
+def _significant(levels: Levels) -> int:
+    """Bits of precision that a level has, in units of the scale."""
+    if levels.grid in FLOAT8:
+        return int(jnp.finfo(FLOAT8[levels.grid]).nmant) + 1
+    return levels.top.bit_length() if levels.grid in ("uniform", "cells") else 1
 
 
 def _index(x: Array, levels: Levels) -> Array:
     """Index of the level nearest to x = |w| / scale >= 0, int32; ties go to the smaller magnitude."""
-    if levels.grid == "power_of_two":
+    if levels.grid in FLOAT8:
+        table = magnitudes(levels.grid)
+        middle = np.concatenate([table[:1] / 2, (table[:-1] + table[1:]) / 2])  # each exact in float32
+        k = jnp.searchsorted(jnp.asarray(middle, x.dtype), x, side="left", method="scan_unrolled").astype(jnp.int32)
+    elif levels.grid == "power_of_two":
         fraction, power = jnp.frexp(jnp.minimum(x, 2.0**levels.top))  # x = fraction * 2**power, fraction in [1/2, 1)
         k = jnp.maximum(power + (fraction > 0.75).astype(jnp.int32), (x > 0.5).astype(jnp.int32))
     else:
@@ -316,12 +342,16 @@ def _index(x: Array, levels: Levels) -> Array:
 
 def _level(k: Array, levels: Levels, dtype: Any) -> Array:
     """The level of index k in units of the scale; 0 for index 0."""
+    if levels.grid in FLOAT8:
+        return jnp.asarray(np.concatenate([[0], magnitudes(levels.grid)]), dtype)[k]
     if levels.grid == "power_of_two":
         return jnp.where(k > 0, jnp.ldexp(jnp.ones((), dtype), k - 1), jnp.zeros((), dtype))
     return k.astype(dtype)
 
 
 def _table(levels: Levels) -> np.ndarray:
+    if levels.grid in FLOAT8:
+        return magnitudes(levels.grid).astype(np.float64)
     k = np.arange(1, levels.top + 1)
     return np.asarray(2.0 ** (k - 1) if levels.grid == "power_of_two" else k, np.float64)
 
@@ -344,7 +374,7 @@ def _scale_bits(levels: Levels, dtype: Any) -> int:
     held = jnp.finfo(dtype).nmant
     if levels.grid == "power_of_two":  # exact with any scale; a few bits are left out for the rounding of sums
         return min(held, jnp.finfo(jnp.float32).nmant - 7)
-    return max(0, held - levels.top.bit_length())
+    return max(0, held - _significant(levels))
 
 
 def _improve(x: Array, level: Array, s: Array, axes: tuple[int, ...]) -> Array:

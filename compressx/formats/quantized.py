@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.constraints.quantization import Levels, encode, fit, levels_of
+from compressx.constraints.quantization import FLOAT8, Levels, encode, fit, levels_of, magnitudes
 from compressx.formats.base import (
     Format,
     Packed,
@@ -32,7 +32,7 @@ from compressx.formats.base import (
 )
 from compressx.formats.parts import check_shape, clean, count_flags, fits, part, read_flags
 
-_GRIDS = ("uniform", "power_of_two", "cells", "codebook")
+_GRIDS = ("uniform", "power_of_two", "cells", "codebook", *FLOAT8)
 
 
 class Coded(NamedTuple):
@@ -106,7 +106,10 @@ def decoded(
             magnitude = structure[at] if levels.per == "tensor" else structure[at, channel]
         else:
             step = structure.dtype.type(1)
-            level = np.ldexp(step, k - 1) if levels.grid == "power_of_two" else k.astype(structure.dtype)
+            if levels.grid in FLOAT8:
+                level = np.concatenate([[0], magnitudes(levels.grid)]).astype(structure.dtype)[k]
+            else:
+                level = np.ldexp(step, k - 1) if levels.grid == "power_of_two" else k.astype(structure.dtype)
             magnitude = level * (structure if levels.per == "tensor" else structure[channel])
         out = np.where(signed < 0, -magnitude, magnitude).astype(dtype)
     return np.where(signed == 0, np.zeros((), dtype), out)

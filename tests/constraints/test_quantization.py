@@ -28,6 +28,7 @@ from compressx.constraints.quantization import (
 )
 
 CASES = [("uniform", 2), ("uniform", 4), ("uniform", 8), ("power_of_two", 4), ("cells", 4), ("codebook", 3)]
+CASES += [("float8_e4m3", 8), ("float8_e5m2", 8)]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 grids = pytest.mark.parametrize(("grid", "bits"), CASES)
 
@@ -41,6 +42,9 @@ def table(levels: Levels, structure: Any) -> np.ndarray:
     s = np.asarray(structure, np.float64)
     if levels.grid == "codebook":
         return s
+    if levels.grid.startswith("float8"):
+        kind = ml_dtypes.float8_e4m3fn if levels.grid.endswith("4m3") else ml_dtypes.float8_e5m2
+        return s * np.sort([float(v) for v in np.arange(256, dtype=np.uint8).view(kind) if 0 < float(v) < np.inf])
     k = np.arange(1, levels.top + 1)
     return s * (2.0 ** (k - 1) if levels.grid == "power_of_two" else k)
 
@@ -62,8 +66,8 @@ def test_every_weight_goes_to_its_nearest_level(grid: str, bits: int, zero_level
             assert abs(got - v) <= np.min(np.abs(options - v)) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("grid", "bits"), [("uniform", 4), ("codebook", 3)])
-@pytest.mark.parametrize("per", ["row", 1, 4, 5, 100])
+@pytest.mark.parametrize(("grid", "bits"), [("uniform", 4), ("codebook", 3), ("float8_e4m3", 8), ("float8_e5m2", 8)])
+@pytest.mark.parametrize("per", ["row", 1, 5, 100])
 def test_rows_and_groups_are_sets_of_their_own(grid: str, bits: int, per: str | int, tmp_path: Path) -> None:
     """Every row, or group of consecutive inputs of an output, is what a set of its own makes of it."""
     shape = (3, 4, 6)  # 12 inputs
