@@ -132,13 +132,13 @@ def test_every_kind_has_an_example() -> None:
         assert {p.spec["kind"] for n in names for p in EXAMPLES[n][0].sets} == set(KINDS)
 
 
-COSTLY = ("eager", "mapped", "active", "trained")  # compiled anew for each example
+FEW = ("feasible", "nearest", "shapes")  # of an example that another one shows
 
 
 @pytest.mark.parametrize(
     ("name", "check"),
     [
-        pytest.param(n, c, marks=[pytest.mark.slow] if c in COSTLY and n in VARIANTS else [])
+        pytest.param(n, c, marks=[pytest.mark.slow] if n in VARIANTS and c not in FEW else [])
         for n in EXAMPLES
         for c in testing.CHECKS
     ],

@@ -71,7 +71,8 @@ QUICK = (
     "polarize energy", "unify_and_prune",
     *(set(SETS) - set(EXAMPLES) - {
         "few patterns & unstructured", "darb inverse", "darb uniform", "quantize 8", "quantize 12 a channel",
-        "patterns & polarize & quantize",
+        "patterns & polarize & quantize", "quantize 16", "darb permuted", "darb & unstructured",
+        "patterns & connectivity", "sparse & polarize energy", "unified, kept zeros, quantized",
     }),
 )  # fmt: skip
 
