@@ -24,6 +24,14 @@ def test_the_time_left_does_not_count_the_first_epoch_which_compiles(monkeypatch
 
 def test_the_first_ctrl_c_asks_and_the_second_interrupts() -> None:
     said: list[str] = []
+    started_with = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        _asks_then_interrupts(said)
+    finally:
+        signal.signal(signal.SIGINT, started_with)
+
+
+def _asks_then_interrupts(said: list[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopOnce(said.append) as stop:
         signal.raise_signal(signal.SIGINT)
