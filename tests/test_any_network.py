@@ -164,8 +164,13 @@ _SETS = {
 }
 
 
-@pytest.mark.parametrize("name", list(_SETS))
-@pytest.mark.parametrize("stacked", [False, True])
+_QUICK = (("polarize", False), ("codebook", False), ("channels", True))
+
+
+@pytest.mark.parametrize(
+    ("name", "stacked"),
+    [pytest.param(n, s, marks=[] if (n, s) in _QUICK else pytest.mark.slow) for n in _SETS for s in (False, True)],
+)
 def test_the_whole_flow_on_a_mesh_of_explicit_axes(name: str, stacked: bool) -> None:
     """ADMM, hardening, retraining and retraction give what one device gives, and keep the sharding."""
     mesh = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Explicit,))
