@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib.util
 import inspect
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -163,3 +164,12 @@ def test_every_public_name_is_found_without_importing() -> None:
         assert all(hasattr(held, name) for name in api.names(f"compressx.{module}")), module
     assert set(api.MODULES) >= set(compressx._MODULES)
     assert sys.modules["compressx"] is compressx
+
+
+def test_every_name_of_the_library_is_in_a_page_of_the_reference() -> None:
+    """As `make docs` checks it, without building: modules are listed whole, the library's own names one by one."""
+    text = "\n".join(p.read_text() for p in sorted((ROOT / "docs" / "reference").glob("*.rst")))
+    listed = {name for line in re.findall(r"^\.\. names:: compressx (.*)$", text, re.M) for name in line.split()}
+    modules = set(api.MODULES)
+    assert set(compressx.__all__) - listed - modules == set()
+    assert modules <= set(re.findall(r"^\.\. names:: compressx\.(\w+)", text, re.M))
