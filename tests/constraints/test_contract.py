@@ -135,10 +135,16 @@ def test_every_kind_has_an_example() -> None:
 FEW = ("feasible", "nearest", "shapes")  # of an example that another one shows
 
 
+def by_default(name: str, check: str) -> bool:
+    """Whether `make test` runs a check; what is compiled operation by operation, on one example of each way to choose."""
+    return check in FEW or (name not in VARIANTS and (check != "eager" or name in SPREAD))
+
+
+
 @pytest.mark.parametrize(
     ("name", "check"),
     [
-        pytest.param(n, c, marks=[pytest.mark.slow] if n in VARIANTS and c not in FEW else [])
+        pytest.param(n, c, marks=[] if by_default(n, c) else pytest.mark.slow)
         for n in EXAMPLES
         for c in testing.CHECKS
     ],
