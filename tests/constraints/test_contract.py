@@ -136,7 +136,7 @@ FEW = ("feasible", "nearest", "shapes")  # of an example that another one shows
 
 
 def by_default(name: str, check: str) -> bool:
-    """Whether `make test` runs a check; what is compiled operation by operation, on an example of each way to choose."""
+    """Whether `make test` runs a check; one that compiles every operation, on an example of each way to choose."""
     return check in FEW or (name not in VARIANTS and (check != "eager" or name in SPREAD))
 
 
