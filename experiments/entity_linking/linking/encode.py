@@ -56,7 +56,8 @@ def prune(mention: Mention, knowledge: Knowledge, keep: int, most: int = 50, nea
     first = set(range((keep + 1) // 2))
     if ids:
         e = knowledge.entities[[knowledge.number.get(c.title, 0) for c in found]]
-        fit = e @ knowledge.word_vectors[ids].mean(0)
+        with np.errstate(invalid="ignore"):  # BLAS may compute with what lies beyond short rows, and raise the flag
+            fit = e @ knowledge.word_vectors[ids].mean(0)
         first |= set(np.argsort(-fit, kind="stable")[: keep // 2].tolist())
     first |= set([i for i in range(len(found)) if i not in first][: keep - len(first)])
     return tuple(found[i] for i in sorted(first))
