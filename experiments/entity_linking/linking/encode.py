@@ -47,6 +47,9 @@ def prune(mention: Mention, knowledge: Knowledge, keep: int, most: int = 50, nea
       keep: candidates left.
       most: only so many by prior are looked at.
       near: words on each side.
+
+    Raises:
+      ValueError: vectors that are not finite.
     """
     found = canonical(mention.candidates)[:most]
     if len(found) <= keep:
@@ -58,6 +61,8 @@ def prune(mention: Mention, knowledge: Knowledge, keep: int, most: int = 50, nea
         e = knowledge.entities[[knowledge.number.get(c.title, 0) for c in found]]
         with np.errstate(invalid="ignore"):  # BLAS may compute with what lies beyond short rows, and raise the flag
             fit = e @ knowledge.word_vectors[ids].mean(0)
+        if not np.isfinite(fit).all():
+            raise ValueError(f"{mention.text!r}: the vectors of its candidates or its words hold NaN or infinity")
         first |= set(np.argsort(-fit, kind="stable")[: keep // 2].tolist())
     first |= set([i for i in range(len(found)) if i not in first][: keep - len(first)])
     return tuple(found[i] for i in sorted(first))
