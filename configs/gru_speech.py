@@ -40,7 +40,7 @@ def same_budget() -> Settings:
     return {"name": "dense_same_budget", "structure": "bsp", "rate": 10.0, "row_rate": 0.0, "method": "dense"}
 
 
-def rivals(rate: int, narrow: bool = True) -> tuple[Settings, ...]:
+def compared(rate: int, narrow: bool = True) -> tuple[Settings, ...]:
     """What BSP is compared with at one rate: other structures, its own steps alone, and no ADMM."""
     others = ("unstructured", "block", "rows", "columns", "coarse", "bsp_columns", "bsp_rows", "bsp_tiles")
     return (*(arm(s, rate, narrow=narrow) for s in others), arm("bsp", rate, "one_shot", narrow))
@@ -115,7 +115,7 @@ def timit(variant: str) -> Settings:
     c |= {f"{name}_retrain": cnn.fit(12, 2e-4, final=0.02) for name in ("column", "row")}
     c["data"] |= {"name": "timit", "sa": False}
     c["optimizer"], c["clip"] = "rmsprop", 0.0
-    c["arms"] = (*(arm("bsp", r, narrow=False) for r in RATES), *rivals(29, narrow=False), same_budget())
+    c["arms"] = (*(arm("bsp", r, narrow=False) for r in RATES), *compared(29, narrow=False), same_budget())
     c["paper"] = {"quantity": "metric.compressed", "value": 0.188}
     return c
 
@@ -136,7 +136,7 @@ def sample(variant: str, arms: tuple[Settings, ...]) -> Settings:
 
 def sample_all(variant: str) -> Settings:
     """`timit_sample` at every rate from 10x to 301x, and BSP's baselines at 29x."""
-    return sample(variant, (*(arm("bsp", r) for r in (29, 10, 20, 80, 103, 245, 301)), *rivals(29), same_budget()))
+    return sample(variant, (*(arm("bsp", r) for r in (29, 10, 20, 80, 103, 245, 301)), *compared(29), same_budget()))
 
 
 def sample_two(variant: str) -> Settings:
@@ -161,7 +161,7 @@ def digits(variant: str, arms: tuple[Settings, ...], by: str = "speaker") -> Set
 
 def digits_all(variant: str) -> Settings:
     """`fsdd` at every rate from 10x to 301x, an unseen speaker, and BSP's baselines at 29x."""
-    return digits(variant, (*(arm("bsp", r) for r in (29, 10, 20, 80, 103, 245, 301)), *rivals(29), same_budget()))
+    return digits(variant, (*(arm("bsp", r) for r in (29, 10, 20, 80, 103, 245, 301)), *compared(29), same_budget()))
 
 
 def digits_two(variant: str) -> Settings:

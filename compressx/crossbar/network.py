@@ -204,10 +204,10 @@ def batches(images: np.ndarray, labels: np.ndarray, batch: int) -> list[tuple[Ar
     return [(jnp.asarray(images[i : i + batch]), jnp.asarray(labels[i : i + batch])) for i in cut]
 
 
-def accuracy(score: Scorer, deployed: Any, variables: Any, lots: list[tuple[Array, Array]]) -> float:
+def accuracy(score: Scorer, deployed: Any, variables: Any, batched: list[tuple[Array, Array]]) -> float:
     """Share of correct predictions over all batches."""
-    correct = sum(int(score(deployed, variables, x, y)) for x, y in lots)
-    return correct / sum(int(np.sum(np.asarray(y) >= 0)) for _, y in lots)
+    correct = sum(int(score(deployed, variables, x, y)) for x, y in batched)
+    return correct / sum(int(np.sum(np.asarray(y) >= 0)) for _, y in batched)
 
 
 def perturb_network(key: Array, deployed: Mapping[str, Deployed], variation: Variation) -> dict[str, Deployed]:
@@ -221,10 +221,10 @@ def perturb_network(key: Array, deployed: Mapping[str, Deployed], variation: Var
 
 
 def noisy_accuracy(
-    score: Scorer, deployed: Mapping[str, Deployed], variables: Any, lots: list[tuple[Array, Array]], v: Variation
+    score: Scorer, deployed: Mapping[str, Deployed], variables: Any, batched: list[tuple[Array, Array]], v: Variation
 ) -> Callable[[Array], Array]:
     """The metric for `noise.monte_carlo`: a key's devices are drawn once, and all batches pass through them."""
-    images, labels = (jnp.stack(part) for part in zip(*lots, strict=True))
+    images, labels = (jnp.stack(part) for part in zip(*batched, strict=True))
     count = float(jnp.sum(labels >= 0))
 
     def metric(key: Array) -> Array:
@@ -258,7 +258,7 @@ def skipping(
     observe: Observer,
     deployed: Mapping[str, Deployed],
     variables: Any,
-    lots: list[Array],
+    batched: list[Array],
     designs: Mapping[str, list[Design]],
 ) -> dict[str, list[Skipping]]:
     """Effective input cycles of every layer on real activations, for several designs together.
@@ -267,11 +267,11 @@ def skipping(
       observe: of `make_observer`.
       deployed: the network; its row order is kept.
       variables: its other parameters.
-      lots: images.
+      batched: images.
       designs: by path, those to be measured (fragment sizes, say). Groups of a grouped layer count together.
     """
     parts: dict[str, list[list[Skipping]]] = {path: [[] for _ in d] for path, d in designs.items()}
-    for images in lots:
+    for images in batched:
         seen = observe(deployed, variables, images)
         for path, wanted in designs.items():
             for arrays, x in zip(deployed[path].groups, seen[path], strict=True):

@@ -107,8 +107,8 @@ def measure(
         if name in variation.models:
             models[name]["variation"] = _variation(p, scene, hardware, variation, score, seed)
     chosen = placed[main]
-    lots = [x for x, _ in network.batches(scene.images[: hardware.skip_images], scene.labels, 10)]
-    skips = _skipping(chosen, observe, lots, SIZES)
+    batched = [x for x, _ in network.batches(scene.images[: hardware.skip_images], scene.labels, 10)]
+    skips = _skipping(chosen, observe, batched, SIZES)
     few = jnp.asarray(scene.images[: hardware.skip_images])
     clipped = network.saturated(observe, chosen.deploy("saturating", True), chosen.grid.variables, few)
     return {
@@ -120,7 +120,7 @@ def measure(
         "occupancy": {layer.name: _occupancy(layer, chosen.designs[layer.name]) for layer in chosen.layers},
         "skipping": {str(m): _skip_rows(skips[m], chosen) for m in SIZES},
         "reduction": _reduction(chosen),
-        "engines": _engines(placed, chosen, skips, observe, lots, hardware),
+        "engines": _engines(placed, chosen, skips, observe, batched, hardware),
         "inconsistencies": [vars(i) for i in chips.known_inconsistencies()],
         "chips": {name: _chip(make()) for name, make in chips.CHIPS.items() if name in ("forms", "isaac")},
     }
@@ -128,14 +128,14 @@ def measure(
 
 def _scores(p: Placed, scene: Scene, hardware: Any, score: network.Scorer) -> dict[str, Any]:
     """Accuracies: float weights, weights on levels, the engine, and a saturating ADC on fewer images."""
-    lots = network.batches(*cut(scene, hardware.images), hardware.batch)
+    batched = network.batches(*cut(scene, hardware.images), hardware.batch)
     few = network.batches(*cut(scene, min(hardware.slow_images, len(scene.images))), hardware.batch)
     variables = p.grid.variables
     flip, clipping = p.deploy("flip", True), p.deploy("saturating", True)
     return {
-        "float": network.accuracy(score, {}, p.subject.variables, lots),
-        "on_levels": network.accuracy(score, {}, variables, lots),
-        "hardware": network.accuracy(score, flip, variables, lots),
+        "float": network.accuracy(score, {}, p.subject.variables, batched),
+        "on_levels": network.accuracy(score, {}, variables, batched),
+        "hardware": network.accuracy(score, flip, variables, batched),
         "proven_share": network.proven_share(flip),
         "few_images": min(hardware.slow_images, len(scene.images)),
         "hardware_few": network.accuracy(score, flip, variables, few),
@@ -180,26 +180,26 @@ def _variation(
 ) -> dict[str, Any]:
     """Accuracy over devices: mean, spread and interval for every sigma, on the first images."""
     images, labels = cut(scene, min(config.images, len(scene.images)))
-    lots = network.batches(images, labels, hardware.batch)
+    batched = network.batches(images, labels, hardware.batch)
     deployed, key = p.deploy("flip", False), jax.random.key(seed)
     rows = []
     for sigma in sorted({*config.sweep, config.sigma}):
-        metric = network.noisy_accuracy(score, deployed, p.grid.variables, lots, noise.Variation("lognormal", sigma))
+        metric = network.noisy_accuracy(score, deployed, p.grid.variables, batched, noise.Variation("lognormal", sigma))
         count = config.seeds if sigma == config.sigma else config.sweep_seeds
         found = noise.monte_carlo(metric, key, count, batch=1 if jax.default_backend() == "cpu" else 8)
         interval = {"mean": found.mean, "std": found.std, "low": found.low, "high": found.high}
         rows.append({"sigma": sigma, "devices": count, **interval})
-    ideal = network.accuracy(score, deployed, p.grid.variables, lots)
+    ideal = network.accuracy(score, deployed, p.grid.variables, batched)
     main = next(r for r in rows if r["sigma"] == config.sigma)
     return {"images": len(images), "ideal": ideal, "loss": ideal - main["mean"], "main": main, "sweep": rows}
 
 
 def _skipping(
-    p: Placed, observe: network.Observer, lots: list[Any], sizes: Sequence[int]
+    p: Placed, observe: network.Observer, batched: list[Any], sizes: Sequence[int]
 ) -> dict[int, dict[str, Skipping]]:
     """Effective cycles by fragment size and layer, on the activations that the engine sees."""
     wide = {path: [d.but(active_rows=m) for m in sizes] for path, d in p.designs.items()}
-    found = network.skipping(observe, p.deploy("flip", True), p.grid.variables, lots, wide)
+    found = network.skipping(observe, p.deploy("flip", True), p.grid.variables, batched, wide)
     return {m: {path: each[i] for path, each in found.items()} for i, m in enumerate(sizes)}
 
 
@@ -265,7 +265,7 @@ def _engines(
     main: Placed,
     skips: Mapping[int, Mapping[str, Skipping]],
     observe: network.Observer,
-    lots: list[Any],
+    batched: list[Any],
     hardware: Any,
 ) -> dict[str, Any]:
     """Area, power, energy and frames per second of the network on several engines, and ratios in factors."""
@@ -291,7 +291,7 @@ def _engines(
     for m, p in sorted(twins.items()):
         if m in unknown:
             continue
-        found = skips[m] if p is main else _skipping(p, observe, lots, (m,))[m]
+        found = skips[m] if p is main else _skipping(p, observe, batched, (m,))[m]
         sweeps = {path: s.mean_slowest for path, s in found.items()}
         design = presets.forms(m).but(weight_bits=next(iter(p.designs.values())).weight_bits)
         plans[f"FORMS-{m}, compressed, no skipping"] = run(p.layers, design, chip["forms"])

@@ -58,17 +58,17 @@ def scores(subject: Subject, scene: Scene, hardware: Any) -> dict[str, Any]:
     return _scores(place(subject, scene, hardware), scene, hardware, network.make_scorer(scene.apply, scene.prepare))
 
 
-def _lots(scene: Scene, hardware: Any) -> Any:
+def _batched(scene: Scene, hardware: Any) -> Any:
     return network.batches(*cut(scene, hardware.images), hardware.batch)
 
 
 def _scores(p: Placed, scene: Scene, hardware: Any, score: network.Scorer) -> dict[str, Any]:
-    lots = _lots(scene, hardware)
+    batched = _batched(scene, hardware)
     deployed = network.deploy_network(p.grid, p.operands, p.input_scales, groups=_groups(p))
     return {
-        "float": network.accuracy(score, {}, p.subject.variables, lots),
-        "on_levels": network.accuracy(score, {}, p.grid.variables, lots),
-        "hardware": network.accuracy(score, deployed, p.grid.variables, lots),
+        "float": network.accuracy(score, {}, p.subject.variables, batched),
+        "on_levels": network.accuracy(score, {}, p.grid.variables, batched),
+        "hardware": network.accuracy(score, deployed, p.grid.variables, batched),
     }
 
 
@@ -150,8 +150,8 @@ def _rounded(
         for bits in WIDTHS:
             p = place(s, scene, hardware, bits)
             found = sot_mram.network(p.layers, Engine(), *_bits(p))
-            lots = _lots(scene, hardware)
-            rounded = network.accuracy(score, {}, p.grid.variables, lots)
+            batched = _batched(scene, hardware)
+            rounded = network.accuracy(score, {}, p.grid.variables, batched)
             rows.append({"bits": bits, "on_levels": rounded, "ms": found.ms, "uj": found.uj})
         out[s.name] = rows
     return out
@@ -166,6 +166,6 @@ def _inputs_on_fewer_bits(
         p = place(subject, scene, replace(hardware, input_bits=bits))
         found = sot_mram.network(p.layers, Engine(), *_bits(p))
         deployed = network.deploy_network(p.grid, p.operands, p.input_scales, groups=_groups(p))
-        accuracy = network.accuracy(score, deployed, p.grid.variables, _lots(scene, hardware))
+        accuracy = network.accuracy(score, deployed, p.grid.variables, _batched(scene, hardware))
         rows.append({"bits": bits, "hardware": accuracy, "ms": found.ms, "uj": found.uj})
     return rows

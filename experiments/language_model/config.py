@@ -117,10 +117,10 @@ def read(config: Any) -> Config:
     Raises:
       ConfigError: a key or a value that is not allowed.
     """
-    return settings.with_rules(dealt(training.parse(Config, config)))
+    return settings.with_rules(with_own_seed(training.parse(Config, config)))
 
 
-def dealt(config: Config) -> Config:
+def with_own_seed(config: Config) -> Config:
     """The config with its seed in every rule that permutes block sizes at random and names no seed.
 
     Otherwise all seeds of such a control would share one permutation, and their spread hold none of its variance.

@@ -130,7 +130,7 @@ def runs(config: Config, workdir: Any) -> list[Run]:
                 probe = dataclasses.replace(config.base.probe, run=False)  # once a seed is enough
                 source = str(workdir / "runs" / f"dense-s{seed}")
                 one = dataclasses.replace(config.base, plan=plan, seed=seed, init_from=source, probe=probe)
-                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", language_config.dealt(one), p, seed))
+                todo.append(Run(f"{_plain(p.curve)}-{p.name}-s{seed}", language_config.with_own_seed(one), p, seed))
     return todo
 
 

@@ -84,28 +84,28 @@ def test_weights_on_levels_are_exact_multiples_and_stay(case):
 def test_scores_count_correct_predictions_and_no_filling(case):
     _, grid, _, images, labels = case
     score = network.make_scorer(Net().apply)
-    lots = network.batches(images, labels, 4)
-    assert [len(y) for _, y in lots] == [4, 4, 4] and int((np.asarray(lots[-1][1]) == -1).sum()) == 2
-    assert network.accuracy(score, {}, grid.variables, lots) == 1.0
+    batched = network.batches(images, labels, 4)
+    assert [len(y) for _, y in batched] == [4, 4, 4] and int((np.asarray(batched[-1][1]) == -1).sum()) == 2
+    assert network.accuracy(score, {}, grid.variables, batched) == 1.0
     flip = _deploy(case, DESIGN)
     assert network.proven_share(flip) == 1.0
     with layers.hardware(flip):
         logits = np.asarray(Net().apply(grid.variables, jnp.asarray(images)))
     want = float((logits.argmax(-1) == labels).mean())
-    assert network.accuracy(score, flip, grid.variables, lots) == want >= 0.8
+    assert network.accuracy(score, flip, grid.variables, batched) == want >= 0.8
     with pytest.raises(ValueError, match="nothing to score"):
         network.batches(images[:0], labels[:0], 4)
 
 
-def test_what_word_lines_see_is_measured_in_lots_as_at_once(case):
+def test_what_word_lines_see_is_measured_in_batches_as_whole(case):
     _, grid, _, images, _ = case
     deployed, observe = _deploy(case, DESIGN), network.make_observer(Net().apply)
     seen = observe(deployed, grid.variables, jnp.asarray(images))
     assert {p: [v.shape for v in each] for p, each in seen.items()}["b"] == [(40, 8), (40, 8)]
     assert int(seen["a"][0].max()) == 63
     designs = {path: [DESIGN, DESIGN.but(active_rows=8)] for path in "ad"}
-    lots = [jnp.asarray(images[:5]), jnp.asarray(images[5:])]
-    found = network.skipping(observe, deployed, grid.variables, lots, designs)
+    batched = [jnp.asarray(images[:5]), jnp.asarray(images[5:])]
+    found = network.skipping(observe, deployed, grid.variables, batched, designs)
     whole = zero_skip.measure(seen["a"][0], DESIGN, "a")
     np.testing.assert_array_equal(found["a"][0].histogram, whole.histogram)
     assert found["a"][0].mean_slowest == pytest.approx(whole.mean_slowest) and found["a"][0].inputs == 90
@@ -119,12 +119,12 @@ def test_what_word_lines_see_is_measured_in_lots_as_at_once(case):
 def test_devices_are_drawn_layer_by_layer_and_from_the_key_alone(case):
     _, grid, _, images, labels = case
     deployed, score = _deploy(case, DESIGN, prove=False), network.make_scorer(Net().apply)
-    lots = network.batches(images, labels, 5)
-    ideal = network.accuracy(score, deployed, grid.variables, lots)
-    metric = network.noisy_accuracy(score, deployed, grid.variables, lots, Variation(sigma=1.5))
+    batched = network.batches(images, labels, 5)
+    ideal = network.accuracy(score, deployed, grid.variables, batched)
+    metric = network.noisy_accuracy(score, deployed, grid.variables, batched, Variation(sigma=1.5))
     found = monte_carlo(metric, jax.random.key(0), 4, batch=2)
     first = network.perturb_network(jax.random.split(jax.random.key(0), 4)[0], deployed, Variation(sigma=1.5))
-    assert found.values[0] == pytest.approx(network.accuracy(score, first, grid.variables, lots))
+    assert found.values[0] == pytest.approx(network.accuracy(score, first, grid.variables, batched))
     assert found.mean < ideal and len(set(found.values)) > 1
 
 

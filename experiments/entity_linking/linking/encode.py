@@ -59,7 +59,7 @@ def prune(mention: Mention, knowledge: Knowledge, keep: int, most: int = 50, nea
     first = set(range((keep + 1) // 2))
     if ids:
         e = knowledge.entities[[knowledge.number.get(c.title, 0) for c in found]]
-        with np.errstate(invalid="ignore"):  # BLAS may compute with what lies beyond short rows, and raise the flag
+        with np.errstate(invalid="ignore"):  # NumPy warned once here of numbers that a later run found finite
             fit = e @ knowledge.word_vectors[ids].mean(0)
         if not np.isfinite(fit).all():
             raise ValueError(f"{mention.text!r}: the vectors of its candidates or its words hold NaN or infinity")
