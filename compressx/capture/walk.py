@@ -139,22 +139,22 @@ class Runner:
         """
         for number in ops:
             op = self.program.ops[number]
-            own = self._slots((number,), states)
+            own = self.slots((number,), states)
             ins = [env[v] for v in op.inputs]
-            results, own = self._execute(self.program, op, (number,), ins, own, self.networks)
-            self._put(own, states)
+            results, own = self.execute(self.program, op, (number,), ins, own, self.networks)
+            self.put(own, states)
             env |= zip(op.outputs, results, strict=True)
             for v in (*op.inputs, *op.outputs):
                 if self.last_use.get(v) == number and v not in held and v >= len(self.program.paths):
                     env.pop(v, None)
 
-    def _slots(self, scope: tuple[int, ...], states: Mapping[int, Any]) -> Slots:
+    def slots(self, scope: tuple[int, ...], states: Mapping[int, Any]) -> Slots:
         """The states of the matrices that the uses within an operation read, by what tells them apart."""
         slots: Slots = {}
         for where, held in self.at.items():
             if where[: len(scope)] == scope:
                 for use in held:
-                    if use.leaf in states and (key := _key(use)) not in slots:
+                    if use.leaf in states and (key := key_of(use)) not in slots:
                         if any(use.leaf == other[0] for other in slots):
                             raise ValueError(
                                 f"{self.program.paths[use.leaf]}: one loop reads it in ways that differ, which is not "
@@ -163,12 +163,13 @@ class Runner:
                         slots[key] = jax.tree.map(partial(_taken, index=use.groups), states[use.leaf])
         return slots
 
-    def _put(self, slots: Slots, states: dict[int, Any]) -> None:
+    def put(self, slots: Slots, states: dict[int, Any]) -> None:
+        """Writes slots back into the states of their leaves."""
         for (leaf, shape, raw), slot in slots.items():
             index = np.frombuffer(raw, np.int64).reshape(shape)
             states[leaf] = jax.tree.map(partial(_written, index), states[leaf], slot)
 
-    def _execute(
+    def execute(
         self, program: Program, op: Op, scope: tuple[int, ...], ins: Sequence[Values], slots: Slots, count: int
     ) -> tuple[list[Values], Slots]:
         """The results of an operation in each network, and the slots after it."""
@@ -176,7 +177,7 @@ class Runner:
             return self._scan(program, op, scope, ins, slots, count)
         slots = dict(slots)
         for use in self.at.get(scope, ()):
-            if (key := _key(use)) in slots:
+            if (key := key_of(use)) in slots:
                 slots[key] = observed(self.observer, use, slots[key], ins[1 - use.product.side], self.networks)
         if all(map(agree, ins)):
             return [(r,) * count for r in _bind(op, [value[0] for value in ins])], slots
@@ -204,7 +205,7 @@ class Runner:
             inner = {**kept, **own}
             for number, one in enumerate(body.ops):
                 mine = {k: s for k, s in inner.items() if self._within(k, (*scope, number))}
-                results, after = self._execute(body, one, (*scope, number), [env[v] for v in one.inputs], mine, inside)
+                results, after = self.execute(body, one, (*scope, number), [env[v] for v in one.inputs], mine, inside)
                 inner |= after
                 env |= zip(one.outputs, results, strict=True)
             outs = [env[v] for v in body.outputs]
@@ -226,7 +227,7 @@ class Runner:
 
     def _within(self, key: Any, scope: tuple[int, ...]) -> bool:
         held = (u for where, us in self.at.items() if where[: len(scope)] == scope for u in us)
-        return any(_key(use) == key for use in held)
+        return any(key_of(use) == key for use in held)
 
 
 def automatic(x: Any) -> Any:
@@ -240,7 +241,8 @@ def automatic(x: Any) -> Any:
     return jax.device_put(x, NamedSharding(mesh, sharding.spec))
 
 
-def _key(use: Use) -> Any:
+def key_of(use: Use) -> Any:
+    """What tells the slots of uses apart: the leaf, and which of its matrices they read."""
     return use.leaf, use.groups.shape, np.ascontiguousarray(use.groups, np.int64).tobytes()
 
 
