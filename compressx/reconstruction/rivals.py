@@ -1,8 +1,8 @@
 """Rivals: published one-shot methods on the same matrices and the same H, in NumPy, one matrix at a time.
 
-They are our own reading of their descriptions with their published constants; their public code was not run. Each takes
-W `[P, F]` and H `[P, P]` (undamped) in float64 and gives weights `[P, F]`. A support is said by `Amount`: a share of the
-matrix, or n of m consecutive rows.
+They are our own reading of their descriptions with their published constants; their public code was not run. Each
+takes W `[P, F]` and H `[P, P]` (undamped) in float64 and gives weights `[P, F]`. A support is said by `Amount`: a share
+of the matrix, or n of m consecutive rows.
 """
 
 from collections.abc import Callable
@@ -135,7 +135,7 @@ def awq(w: Matrix, h: Matrix, quantize: Callable[[Matrix], Matrix], *, grid: int
 
 
 def l_admm(w: Matrix, h: Matrix, amount: Amount, *, damp: float = 0.1, steps: int = 20, gradual: int = 15) -> Matrix:
-    """ADMM with rho = 1 in coordinates of unit diagonal; the mask is chosen anew at first, at a density that falls cubically.
+    """ADMM with rho = 1 in coordinates of unit diagonal; at first the mask is chosen anew, at a density that falls.
 
     Source: V. Boza, "Fast and Effective Weight Update for Pruned Large Language Models", 2024.
     """
@@ -161,8 +161,8 @@ def l_admm(w: Matrix, h: Matrix, amount: Amount, *, damp: float = 0.1, steps: in
 def alps(w: Matrix, h: Matrix, amount: Amount, *, damp: float = 0.01, steps: int = 300, refit: int = 10) -> Matrix:
     """ADMM whose rho grows by the share of the support that has changed, until none does; then conjugate gradients.
 
-    Source: X. Meng, K. Behdin, H. Wang, R. Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for
-    Large Language Models", 2024: rho 0.1, looked at every 3 iterations, times 1.3, 1.2 or 1.1.
+    Source: X. Meng, K. Behdin, H. Wang, R. Mazumder, "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning
+    for Large Language Models", 2024: rho 0.1, looked at every 3 iterations, times 1.3, 1.2 or 1.1.
     """
     hd = damped(h, damp)
     s = np.sqrt(np.diag(hd))[:, None]

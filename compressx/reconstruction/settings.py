@@ -16,7 +16,7 @@ class Settings:
       tolerance: |W - Z| / |W| at which it stops.
       damp: share of the mean diagonal of H that is added to it.
       refresh_every: iterations between two choices of a set's structure; signs are chosen anew in every one.
-      intersections: "chain", one Z projected onto the sets in turn; "each", a Z and a U for every set; "best" runs both.
+      intersections: "chain", one Z projected onto the sets in turn; "each", a Z and a U for every set; "best", both.
       refit_steps: iterations at most of the refit on the frozen set.
       sweeps: rounds of coordinate descent over levels and scale.
 
