@@ -1,1 +1,17 @@
 """Post-training reconstruction: weights of any set whose outputs on a calibration set are nearest to the dense ones."""
+
+from compressx.reconstruction.reconstruct import Layer, Report, match_statistics, reconstruct
+from compressx.reconstruction.settings import Settings
+from compressx.reconstruction.solve import Solution, TooFewRows, solve, solve_joint
+
+__all__ = [
+    "Layer",
+    "Report",
+    "Settings",
+    "Solution",
+    "TooFewRows",
+    "match_statistics",
+    "reconstruct",
+    "solve",
+    "solve_joint",
+]

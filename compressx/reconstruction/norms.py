@@ -26,7 +26,8 @@ from compressx.reconstruction.blocks import leaf_behind, makers_of
 from compressx.trace import Program
 
 RULES = ("match", "estimate", "keep")
-_FLOOR = 1e-6  # of the variance a channel had, below which it does not fall: a filter that is empty has none
+_ALIVE = 1e-6  # a channel that varies less than this share of its running variance on the examples says nothing
+_LEAST = 1e-2  # share of its variance that a channel keeps: an empty filter has none, and is not amplified for that
 
 
 class Norm(NamedTuple):
@@ -200,9 +201,9 @@ def statistics(
         new_mean, new_var = now
     else:
         held, seen = np.asarray(var, np.float64), dense[1]
-        alive = seen > _FLOOR * held
+        alive = seen > _ALIVE * held
         ratio = np.where(alive, now[1] / np.where(alive, seen, 1.0), 1.0)
-        ratio = np.maximum(ratio, _FLOOR)
+        ratio = np.maximum(ratio, _LEAST)
         new_var = held * ratio
         new_mean = now[0] - (dense[0] - np.asarray(mean, np.float64)) * np.sqrt(ratio)
     return new_mean.astype(mean.dtype), new_var.astype(var.dtype)

@@ -20,7 +20,7 @@ from compressx.axes import DEFAULTS, parse
 from compressx.capture import CaptureError, Gram, capture
 from compressx.capture.capture import axes_and_groups, leaf_of
 from compressx.reconstruction.norms import RULES as NORMS
-from compressx.reconstruction.norms import statistics
+from compressx.reconstruction.norms import Norm, statistics
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import DEFAULT, Solution, solve, solve_joint
 from compressx.reconstruction.stream import COMPRESSED, DENSE, Stream, whole
@@ -195,7 +195,7 @@ class _Run:
         self.leaves, self.treedef = jax.tree.flatten(params)
         self.structures: dict[str, tuple[Any, ...]] = {}
         self.layers: list[Layer] = []
-        self.moved: list[Any] = []
+        self.moved: list[Norm] = []
         self.biased: list[int] = []
         paths = [path for b in bound for path in b.paths]
         self.stream = Stream(model, params, examples, paths, target == "block")
@@ -257,7 +257,8 @@ class _Run:
             at.setdefault(self._scopes(b.paths[0])[0][0], []).append(b)
         for number in range(len(self.program.ops)):
             for norm in self.stream.norms.get(number, ()):
-                self._norm(norm)
+                if move_norm(self.stream, norm, self.rule):
+                    self.moved.append(norm)
             for b in at.get(number, ()):
                 self._leaf(b, number)
             self.stream.run(number)
@@ -307,9 +308,7 @@ class _Run:
         if all(gram is None for gram in grams):
             self._projected(b)
             return
-        found = solve_joint(
-            held, grams, b.constraint, axes=b.axes, settings=self.settings, names=b.paths
-        )
+        found = solve_joint(held, grams, b.constraint, axes=b.axes, settings=self.settings, names=b.paths)
         self.structures[b.name] = found.structure
         for path, w, error in zip(b.paths, found.w, found.errors, strict=True):
             self._set(b, path, w, found, error, inputs="dense" if path in self.grams else "none", started=started)
@@ -379,18 +378,6 @@ class _Run:
         self.stream.put(tail.bias, bias + jnp.asarray(lost.reshape(bias.shape), bias.dtype))
         self.biased.append(tail.bias)
 
-    def _norm(self, norm: Any) -> None:
-        if self.rule == "keep":
-            return
-        held = self.stream.moments(norm)
-        if held is None:
-            return
-        mean, var = (np.asarray(self.stream.weights[DENSE][leaf]) for leaf in (norm.mean, norm.var))
-        new = statistics(self.rule, mean, var, *held)
-        for leaf, value in zip((norm.mean, norm.var), new, strict=True):
-            self.stream.put(leaf, jnp.asarray(value))
-        self.moved.append(norm)
-
 
 def _agreement(stream: Stream) -> tuple[float | None, float]:
     """Share of equal answers, and the relative squared error of the outputs."""
@@ -405,3 +392,55 @@ def _agreement(stream: Stream) -> tuple[float | None, float]:
                 same += int((a.argmax(-1) == b.argmax(-1)).sum())
                 rows += a.size // a.shape[-1]
     return (same / rows if rows else None), (lost / size if size else 0.0)
+
+
+def match_statistics(model: Any, params: Any, compressed: Any, batches: Iterable[Any], norms: str = "match") -> Any:
+    """Compressed parameters with running statistics of batch normalisation that fit them.
+
+    Args:
+      model: as for `reconstruct`.
+      params: the dense network's parameters.
+      compressed: the same tree after any compression: projected, hardened, quantized.
+      batches: calibration inputs.
+      norms: "match" the moments of the dense network, or "estimate" them on the examples.
+
+    Returns:
+      `compressed` with new running means and variances, wherever the input of a normalisation has changed.
+
+    Raises:
+      ValueError: the trees differ, or the rule is none.
+
+    Example:
+      >>> def network(v, x):
+      ...     return (x @ v["w"] - v["mean"]) * jax.lax.rsqrt(v["var"] + 1e-5)
+      >>> dense = {"w": jnp.eye(2), "mean": jnp.zeros(2), "var": jnp.ones(2)}
+      >>> halved = {**dense, "w": jnp.eye(2) / 2}
+      >>> match_statistics(network, dense, halved, [jax.random.normal(jax.random.key(0), (64, 2))])["var"].tolist()
+      [0.25, 0.25]
+    """
+    if norms not in NORMS:
+        raise ValueError(f"norms must be one of {', '.join(NORMS)}, got {norms!r}")
+    stream = Stream(model, params, list(batches), (), False)
+    leaves, treedef = jax.tree.flatten(compressed)
+    if treedef != jax.tree.structure(params):
+        raise ValueError(f"the compressed tree is {treedef}, the dense one {jax.tree.structure(params)}")
+    for leaf, value in enumerate(leaf for leaf in leaves if hasattr(leaf, "dtype")):
+        if not np.array_equal(value, stream.weights[DENSE][leaf]):
+            stream.put(leaf, value)
+    for number in range(len(stream.network.program.ops)):
+        for norm in stream.norms.get(number, ()):
+            move_norm(stream, norm, norms)
+        stream.run(number)
+    new = iter(stream.weights[COMPRESSED])
+    return jax.tree.unflatten(treedef, [next(new) if hasattr(leaf, "dtype") else leaf for leaf in leaves])
+
+
+def move_norm(stream: Stream, norm: Norm, rule: str) -> bool:
+    """Moves the statistics of a normalisation whose input has changed; whether it has."""
+    held = stream.moments(norm) if rule != "keep" else None
+    if held is None:
+        return False
+    mean, var = (np.asarray(stream.weights[DENSE][leaf]) for leaf in (norm.mean, norm.var))
+    for leaf, value in zip((norm.mean, norm.var), statistics(rule, mean, var, *held), strict=True):
+        stream.put(leaf, jnp.asarray(value))
+    return True
