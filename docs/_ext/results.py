@@ -37,7 +37,7 @@ def _draw(app: Sphinx) -> None:
             axes.set(xscale="log", xlabel="times fewer bytes in the file (log)", ylabel="percentage points lost")
             axes.set_yscale("symlog", linthresh=1)
             axes.grid(alpha=0.5)
-            axes.legend(frameon=False, loc="upper left")
+            figure.legend(frameon=False, loc="outside right upper")
             figure.savefig(folder / f"tradeoff_{name}.svg", transparent=True, metadata={"Date": None})
             plt.close(figure)
 
