@@ -102,9 +102,9 @@ def test_lines_of_prose_are_short() -> None:
             if fence:
                 code = None if code else fence.group()
             elif not (code or line.startswith("    ") or line.lstrip().startswith(("|", "#", "!"))):
-                if len(line) > 100 and " " in line[:100].strip():
+                if len(line) > 100 and " " in line[:100].strip() and not str(path).endswith(UNDER_WORK):
                     long.append(f"{path.relative_to(ROOT)}:{number}")
-    assert not [x for x in long if not x.startswith(UNDER_WORK)], long
+    assert not long
 
 
 # Pages that other work rewrites in these days.
