@@ -3,8 +3,9 @@
     run = Step(onnx_bytes(...), x, threads)        # run() is an inference there
 
 Its last release that runs, 1.8.0, is archived and needs an older NumPy and onnx than ours, and Python 3.11 or older, so
-`make peers` puts it in an environment inside this one, of such a Python where one is found. The worker, `python deepsparse.py MODEL IMAGES OUTPUTS THREADS`, answers every line that
-it is sent by one inference; the pipe adds some 50 microseconds, which are counted as its own.
+`make peers` puts it in an environment inside this one, of such a Python where one is found. The worker, `python
+deepsparse.py MODEL IMAGES OUTPUTS THREADS`, answers every line that it is sent by one inference; the pipe adds some 50
+microseconds, which are counted as its own.
 """
 
 import contextlib
