@@ -133,7 +133,10 @@ class _Run:
         rules, structure = phase.rules, weights.structure
         if phase.kind == "retrain":
             assert rules is not None
-            weights = harden(weights, rules)
+            if phase.calibration and self.job.reconstruct is not None:
+                weights = self.job.reconstruct(mesh.host(weights), rules, phase.calibration)
+            else:
+                weights = harden(weights, rules)
             structure = weights.structure
         elif phase.kind == "gradual":
             assert rules is not None

@@ -23,7 +23,7 @@ from experiments.common.training.gradual import check_scalable
 from experiments.common.training.state import all_finite
 
 DENSE = "dense"
-ONE_SHOT, SAME_BUDGET, GRADUAL = "one_shot", "dense_same_budget", "gradual"
+ONE_SHOT, SAME_BUDGET, GRADUAL, RECONSTRUCT = "one_shot", "dense_same_budget", "gradual", "reconstruct"
 
 
 class Phase(NamedTuple):
@@ -36,6 +36,7 @@ class Phase(NamedTuple):
       fit: how long and how fast.
       rules: what it moves towards or stays inside; None for "dense".
       within: rules whose support it must not leave while it moves ("admm" of a later stage).
+      calibration: of "retrain", examples on which the weights are reconstructed in place of being projected; 0: none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Phase(NamedTuple):
     fit: Fit
     rules: tuple[tuple[str, Constraint | None], ...] | None = None
     within: tuple[tuple[str, Constraint | None], ...] | None = None
+    calibration: int = 0
 
 
 class Weights(NamedTuple):
@@ -78,7 +80,7 @@ def _lists(value: Any) -> Any:
 def plan(config: Plan) -> tuple[Phase, ...]:
     """The phases of a run, in the order in which they run."""
     phases = [Phase(DENSE, "dense", "", config.dense)]
-    phases += _method(config.method, config.stages)
+    phases += _phases(config)
     for name in config.baselines:
         if name == SAME_BUDGET and config.method == "dense" or name == config.method:
             raise ConfigError(f"baselines: {name!r} is the method itself")
@@ -88,7 +90,7 @@ def plan(config: Plan) -> tuple[Phase, ...]:
 
 def final(config: Plan) -> str:
     """The phase whose weights are the run's result."""
-    return (_method(config.method, config.stages) or [Phase(DENSE, "dense", "", config.dense)])[-1].name
+    return (_phases(config) or [Phase(DENSE, "dense", "", config.dense)])[-1].name
 
 
 def schedule(todo: Sequence[Phase], last: str) -> dict[str, Any] | None:
@@ -104,6 +106,14 @@ def schedule(todo: Sequence[Phase], last: str) -> dict[str, Any] | None:
     if fit.rho_schedule == "constant":
         found["rho"] = fit.rho
     return found | ({"every": fit.every} if fit.every else {})
+
+
+def _phases(config: Plan) -> list[Phase]:
+    """The phases of the config's own method."""
+    if config.method != RECONSTRUCT:
+        return _method(config.method, config.stages)
+    last = config.stages[-1]
+    return [Phase(RECONSTRUCT, "retrain", DENSE, last.retrain, build_rules(last.rules), calibration=config.calibration)]
 
 
 def _method(method: str, stages: tuple[Stage, ...]) -> list[Phase]:
