@@ -1,15 +1,18 @@
 """Post-training reconstruction: weights of any set whose outputs on a calibration set are nearest to the dense ones."""
 
+from compressx.reconstruction.distill import Distilled, distill
 from compressx.reconstruction.reconstruct import Layer, Report, match_statistics, reconstruct
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import Solution, TooFewRows, solve, solve_joint
 
 __all__ = [
+    "Distilled",
     "Layer",
     "Report",
     "Settings",
     "Solution",
     "TooFewRows",
+    "distill",
     "match_statistics",
     "reconstruct",
     "solve",
