@@ -1,4 +1,4 @@
-"""The layer solver beside its rivals on every convolution of a CIFAR-10 ResNet: error by layer, no training.
+"""The layer solver beside its baselines on every convolution of a CIFAR-10 ResNet: error by layer, no training.
 
     python -m benchmarks.post_training_layers [--network=resnet20] [--images=1024] [--only=70,2:4] [--held_out=0]
         [--cache=FILE] [--results=docs/results]
@@ -137,10 +137,10 @@ def grams(network: str, first: int, number: int, cache: Path | None = None) -> t
     return kernels, found
 
 
-def rivals(row: str, constraint: Any, w: Any, h: Any) -> dict[str, Any]:
+def published(row: str, constraint: Any, w: Any, h: Any) -> dict[str, Any]:
     """The weights `[P, F]` that each published method gives, by name."""
     from compressx.constraints.quantization import decode, encode, levels_of
-    from compressx.reconstruction import rivals as r
+    from compressx.reconstruction import baselines as r
 
     spec = constraint.spec
     if spec["kind"] in ("unstructured", "n_of_m"):
@@ -183,7 +183,7 @@ def measure(
         found = solve(w, f, constraint, settings=settings, name=name)
         spent = time.perf_counter() - began
         errors = {"ours": found.error, **{f"tried: {k}": v for k, v in found.tried.items()}}
-        for method, m in rivals(row, constraint, a[0], f.h[0]).items():
+        for method, m in published(row, constraint, a[0], f.h[0]).items():
             errors[method] = f.error(m[None], a)
         entry = {"layer": name, "errors": errors, "kept": found.kept, "iterations": found.iterations, "seconds": spent}
         if held:
@@ -193,7 +193,7 @@ def measure(
 
 
 def summary(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the layers, and on how many of them ours is at most as large as each rival."""
+    """Means over the layers, and on how many of them ours is at most as large as each baseline."""
     names = list(dict.fromkeys(n for e in layers for n in e["errors"]))
     mean = {n: float(np.mean([e["errors"][n] for e in layers if n in e["errors"]])) for n in names}
     ahead = {
