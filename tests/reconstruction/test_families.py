@@ -27,7 +27,7 @@ def _contract() -> ModuleType:
 
 EXAMPLES = _contract().EXAMPLES
 # one of each stage, one over several leaves; the rest compile for minutes together
-QUICK = ("n_of_m & columns", "polarize energy", "unify", "quantize codebook", "unstructured global")
+QUICK = ("n_of_m & columns", "polarize energy", "unify", "unstructured global")
 ROWS = 300
 
 
