@@ -1,4 +1,4 @@
-"""`python -m experiments.common.report.tables`: the tables of README.md and docs/results.md, from summaries.
+"""`python -m experiments.common.report.tables`: the tables of README.md and docs, from summaries.
 
 Every `docs/results/**/summary.json` is read; a row is one driver, variant and data set (and whatever else the table
 groups by), or an entry of a list in it; mean and sample standard deviation over its seeds. `docs/results/tables.toml`
@@ -21,7 +21,7 @@ from experiments.common.report import format as fmt
 from experiments.common.report.declared import Column, Goal, Table, TableError, read_tables
 from experiments.common.report.summary import SummaryError, lookup, read_summary, run_of
 
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/post_training.md")
 RESULTS = "docs/results"
 DECLARATIONS = "docs/results/tables.toml"
 
