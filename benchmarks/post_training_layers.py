@@ -1,4 +1,4 @@
-"""The layer solver beside its rivals on every convolution of a CIFAR-10 ResNet: error by layer, no training.
+"""The layer solver beside its baselines on every convolution of a CIFAR-10 ResNet: error by layer, no training.
 
     python -m benchmarks.post_training_layers [--network=resnet20] [--images=1024] [--only=70,2:4] [--held_out=0]
         [--cache=FILE] [--results=docs/results]
@@ -20,6 +20,7 @@ from benchmarks.training import table
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the published checkpoints
 BATCH = 64
+PUBLISHED = ("Wanda", "SparseGPT", "L-ADMM", "ALPS", "GPTQ", "GPTQ sorted", "AWQ")
 
 
 def rows() -> dict[str, Any]:
@@ -137,10 +138,10 @@ def grams(network: str, first: int, number: int, cache: Path | None = None) -> t
     return kernels, found
 
 
-def rivals(row: str, constraint: Any, w: Any, h: Any) -> dict[str, Any]:
+def published(row: str, constraint: Any, w: Any, h: Any) -> dict[str, Any]:
     """The weights `[P, F]` that each published method gives, by name."""
     from compressx.constraints.quantization import decode, encode, levels_of
-    from compressx.reconstruction import rivals as r
+    from compressx.reconstruction import baselines as r
 
     spec = constraint.spec
     if spec["kind"] in ("unstructured", "n_of_m"):
@@ -182,29 +183,38 @@ def measure(
         began = time.perf_counter()
         found = solve(w, f, constraint, settings=settings, name=name)
         spent = time.perf_counter() - began
-        errors = {"ours": found.error, **{f"tried: {k}": v for k, v in found.tried.items()}}
-        for method, m in rivals(row, constraint, a[0], f.h[0]).items():
+        errors = {"ours": found.error} | own(found.tried)
+        for method, m in published(row, constraint, a[0], f.h[0]).items():
             errors[method] = f.error(m[None], a)
-        entry = {"layer": name, "errors": errors, "kept": found.kept, "iterations": found.iterations, "seconds": spent}
+        entry = {"layer": name, "errors": errors, "tried": found.tried, "kept": found.kept}
+        entry |= {"iterations": found.iterations, "seconds": spent}
         if held:
             entry["held_out"] = held[name].error(np.asarray(found.w).reshape(a.shape), a)
         layers.append(entry)
     return summary(layers)
 
 
+def own(tried: dict[str, float]) -> dict[str, float]:
+    """The solver's own candidates without ADMM: projections, in both metrics, and with a refit."""
+    names = {"projection": "magnitude", "metric": "diagonal"}
+    found = {title: tried[name] for name, title in names.items() if name in tried}
+    for name, title in names.items():
+        refits = [v for k, v in tried.items() if k in (f"{name} + refit", f"{name} + descent")]
+        found |= {f"{title} refitted": v for v in refits}
+    return found
+
+
 def summary(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the layers, and on how many of them ours is at most as large as each rival."""
+    """Means over the layers, and on how many of them ours is at most as large as each published method."""
     names = list(dict.fromkeys(n for e in layers for n in e["errors"]))
     mean = {n: float(np.mean([e["errors"][n] for e in layers if n in e["errors"]])) for n in names}
-    ahead = {
-        n: sum(e["errors"]["ours"] <= e["errors"][n] for e in layers)
-        for n in names
-        if n != "ours" and not n.startswith("tried: ")
-    }
+    others = [n for n in names if n in PUBLISHED]
+    ahead = {n: sum(e["errors"]["ours"] <= e["errors"][n] for e in layers) for n in others}
     kept: dict[str, int] = {}
     for e in layers:
         kept[e["kept"]] = kept.get(e["kept"], 0) + 1
-    return {"mean": mean, "not_above": ahead, "of": len(layers), "kept": kept, "layers": layers}
+    found = {"mean": mean, "of": len(layers), "kept": kept, "layers": layers}
+    return found | ({"not_above": ahead} if ahead else {})
 
 
 def main() -> None:
@@ -239,7 +249,9 @@ def main() -> None:
         result |= {"solver_seconds": sum(solver), "settings": {k: getattr(settings, k) for k in kinds}}
         done[f"{args.network}_{row.replace(':', 'of')}"] = result
         print(table([{"set": row} | {k: f"{v:.5f}" for k, v in result["mean"].items()}]))
-        print(f"  not above, of {result['of']}: {result['not_above']}; kept: {result['kept']}; {sum(solver):.1f} s\n")
+        print(
+            f"  not above, of {result['of']}: {result.get('not_above')}; kept: {result['kept']}; {sum(solver):.1f} s\n"
+        )
         sys.stdout.flush()
         if args.results:
             record(args.results, "post_training_layers", done, about)

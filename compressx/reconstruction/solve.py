@@ -5,6 +5,7 @@ Several candidates are made and the best is kept, so that the result is never wo
     projection      nearest to the target in the Euclidean metric, then refitted
     metric          nearest in the diagonal metric of H, then refitted
     admm            scaled ADMM (`iterate`), then refitted; for an intersection with one Z, a Z for each set, or both
+    library         of pattern sets: ADMM again, with the library that a solution with free patterns uses most
     exact           whole filters alone, whose columns do not meet in the objective: those of largest w_j' H w_j stay
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from compressx.axes import Axes, guessed, over_stack, parse
 from compressx.capture.matrix import Gram
-from compressx.constraints import programs
+from compressx.constraints import from_spec, programs
 from compressx.constraints.base import LEVEL, TIE, Constraint
 from compressx.reconstruction.compiled import admm_program, levels_program, refit_program
 from compressx.reconstruction.iterate import Coordinates, Leaves
@@ -258,7 +259,7 @@ class _Run:
         self.add("projection", programs.project(self.constraint, own, euclidean), euclidean)
         s = tuple(p.s for p in self.problems)
         scaled: Leaves = jax.tree.map(jnp.multiply, self.aims, s)
-        start, first = self.chosen(scaled, given)
+        start, first = self.chosen(self.on, scaled, given)
         if not any(part.stage == TIE for part in self.sets):
             self.add("metric", self.unscaled(start, first), first)
         reached = None
@@ -267,6 +268,13 @@ class _Run:
             found = program(self.problems, scaled, start, first)
             self.add("admm each" if each else "admm", self.unscaled(found.z, found.structure), found.structure)
             reached = reached or found
+        library = self.library(scaled) if given is None else None
+        if library is not None:
+            start, _ = self.chosen(self.on, scaled, library)
+            found = admm_program(self.sets, self.layouts, self.settings, False, False)(
+                self.problems, scaled, start, library
+            )
+            self.add("library", self.unscaled(found.z, found.structure), found.structure)
         if self.constraint.spec["kind"] == "filters" and self.constraint.slice is None:
             self.add("exact", *self.filters())
         assert reached is not None
@@ -296,17 +304,33 @@ class _Run:
         matrices = [o.matrices(x) for o, x in zip(self.layouts, self.tuple_of(w), strict=True)]
         return tuple(f.error(m, a) for f, m, a in zip(self.factored, matrices, self.targets, strict=True))
 
-    def chosen(self, scaled: Leaves, given: tuple[Any, ...] | None) -> tuple[Leaves, tuple[Any, ...]]:
-        """The scaled point nearest to the target, which is nearest in the diagonal metric, and the structures."""
+    def chosen(self, on: Coordinates, scaled: Leaves, given: tuple[Any, ...] | None) -> tuple[Leaves, tuple[Any, ...]]:
+        """The scaled point of some sets nearest to the target, in the diagonal metric, and the structures."""
         s = tuple(p.s for p in self.problems)
         structure: list[Any] = []
-        for k, part in enumerate(self.sets):
+        for k, part in enumerate(on.sets):
             made = programs.programs(part)
-            w = self.on.seen(part, scaled, s)
+            w = on.seen(part, scaled, s)
             structure.append(made.init(w) if given is None else given[k])
-            out = self.on.matrices(made.project(w, structure[-1]))
+            out = on.matrices(made.project(w, structure[-1]))
             scaled = jax.tree.map(jnp.multiply, out, s) if part.stage == LEVEL else out
         return scaled, tuple(structure)
+
+    def library(self, scaled: Leaves) -> tuple[Any, ...] | None:
+        """Structures whose pattern library is the one that a solution with free patterns uses most; None without one.
+
+        The library that the dense weights use most is another: patterns are free to move only while they are chosen.
+        """
+        freed = tuple(_with_free_patterns(part) for part in self.sets)
+        if all(a is b for a, b in zip(freed, self.sets, strict=True)):
+            return None
+        s = tuple(p.s for p in self.problems)
+        start, first = self.chosen(Coordinates(freed, self.layouts), scaled, None)
+        found = admm_program(freed, self.layouts, self.settings, False, False)(self.problems, scaled, start, first)
+        return tuple(
+            held if part is other else programs.programs(part).init(self.on.seen(part, found.z, s))
+            for part, other, held in zip(self.sets, freed, found.structure, strict=True)
+        )
 
     def unscaled(self, m: Leaves, structure: tuple[Any, ...]) -> Any:
         """A scaled point as the constraint takes it, in the precision of the leaves and exactly in the set."""
@@ -349,3 +373,12 @@ class _Run:
             return
         self.tried[name] = error
         self.held.append((error, name, w, structure))
+
+
+def _with_free_patterns(part: Constraint) -> Constraint:
+    """A set of patterns without a library to choose, where it chooses one; any other set as it is."""
+    spec = part.spec
+    chooses = spec["kind"] in ("pattern", "pattern_connectivity") and spec["k"] is not None
+    if not chooses or spec["shrink"] is not None or part.slice is not None or part.made is None:
+        return part
+    return from_spec({**spec, "library": "free", "k": None})

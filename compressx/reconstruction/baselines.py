@@ -1,4 +1,4 @@
-"""Rivals: published one-shot methods on the same matrices and the same H, in NumPy, one matrix at a time.
+"""Baselines: published one-shot methods on the same matrices and the same H, in NumPy, one matrix at a time.
 
 They are our own reading of their descriptions with their published constants; their public code was not run. Each
 takes W `[P, F]` and H `[P, P]` (undamped) in float64 and gives weights `[P, F]`. A support is said by `Amount`: a share
