@@ -23,6 +23,7 @@ from benchmarks.training import table
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the checkpoints
 CONVOLUTIONS = r"params/layer.*/conv\d/kernel"
 HELD_OUT = 2000  # training images on which variants are chosen
+VARIANTS = ("block_match", "block_estimate", "dense_match", "own_match")  # target and statistics
 
 
 def cases() -> dict[str, tuple[str, Any]]:
@@ -115,12 +116,12 @@ def row(depth: int, name: str, seed: int, examples: int) -> dict[str, Any]:
     }
 
 
-def choose(name: str, seed: int, examples: int) -> Any:
+def choose(name: str, seed: int, examples: int, variants: Sequence[str]) -> Any:
     """Variants of the method on training images that calibrate nothing: the choice behind the defaults."""
     import compressx as cx
 
     task = Task(20, seed, examples)
-    for target, norms in (("block", "match"), ("block", "estimate"), ("dense", "match"), ("own", "match")):
+    for target, norms in (variant.split("_") for variant in variants):
         hard, report = cx.reconstruct(task.model, task.dense, [cases()[name]], task.batches, target=target, norms=norms)
         found = task.measure(task.held_out, {"reconstructed": hard.params})
         error = float(np.mean([layer.error for layer in report.layers]))
@@ -140,16 +141,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of their choice (default 0)")
     parser.add_argument("--only", default="", help="comma-separated cases; all where left out")
     parser.add_argument("--choose", action="store_true", help="compare variants on training images instead")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of them, comma-separated")
     parser.add_argument("--results", type=Path, help="folder for the summaries that the tables are built from")
     args = parser.parse_args(arguments)
     known = list(cases())
     chosen = args.only.split(",") if args.only else known
+    variants = args.variants.split(",")
+    if odd := [name for name in variants if name not in VARIANTS]:
+        parser.error(f"--variants: no variant {', '.join(odd)}; there are {', '.join(VARIANTS)}")
     unknown = [name for name in chosen if name not in known]
     if unknown:
         parser.error(f"--only: no case {', '.join(unknown)}; the cases are {', '.join(known)}")
     for name in chosen:
         rows = (
-            choose(name, args.seed, args.examples) if args.choose else [row(args.depth, name, args.seed, args.examples)]
+            choose(name, args.seed, args.examples, variants)
+            if args.choose
+            else [row(args.depth, name, args.seed, args.examples)]
         )
         for one in rows:
             print(table([{k: v for k, v in one.items() if k not in ("set", "kept")}]), flush=True)

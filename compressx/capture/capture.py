@@ -22,10 +22,10 @@ class CaptureError(ValueError):
 
     Example:
       >>> try:
-      ...     capture(lambda w, x: x + w["b"], {"b": jnp.ones(3)}, [jnp.ones((1, 3))], ["b"])
+      ...     capture(lambda w, x: x * w["b"], {"b": jnp.ones(())}, [jnp.ones((1, 3))], ["b"])
       ... except CaptureError as error:
       ...     print(error)
-      b (3,): no product reads it (a bias, or a scale), so it has no inputs
+      b (): no product reads it (a bias, or a scale), so it has no inputs
     """
 
 

@@ -14,7 +14,19 @@ from compressx.trace import Program
 
 
 class StateError(ValueError):
-    """A file of gathered statistics that cannot be continued; the text names the file and what differs."""
+    """A file of gathered statistics that cannot be continued; the text names the file and what differs.
+
+    Example:
+      >>> def network(w, x):
+      ...     return x @ w["a"]
+      >>> x = [jnp.ones((2, 2))]
+      >>> _ = compressx.capture.capture(network, {"a": jnp.ones((2, 3))}, x, state="state.npz")
+      >>> try:
+      ...     compressx.capture.capture(network, {"a": jnp.zeros((2, 3))}, x, state="state.npz")
+      ... except StateError as error:
+      ...     print(str(error).split(" (")[0])
+      state.npz: the state of another network
+    """
 
 
 class Saved(NamedTuple):

@@ -69,7 +69,12 @@ class Solution(NamedTuple):
 
 
 class TooFewRows(UserWarning):
-    """H comes from fewer rows than it has inputs, so that it says nothing of some directions."""
+    """H comes from fewer rows than it has inputs, so that it says nothing of some directions.
+
+    Example:
+      >>> issubclass(compressx.reconstruction.TooFewRows, UserWarning)
+      True
+    """
 
 
 def solve(

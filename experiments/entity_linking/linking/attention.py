@@ -23,7 +23,6 @@ class Coherence(NamedTuple):
     weight: Array
 
 
-
 def coherence(
     e: Array, mask: Array, pool: Array, pool_mask: Array, weights: Mapping[str, Array], keep: int, uniform: bool = False
 ) -> Coherence:
