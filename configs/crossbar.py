@@ -100,6 +100,7 @@ class Recipe:
             branch(f"full_{name}", f"signs_{name}", last, *self.steps["quantize"]),
         )
 
+
     def at_once(self, name: str, fragment: int, order: str = "W") -> Settings:
         """From the pruned network: polarized and quantized by one ADMM, in the time of the polarization."""
         last = rules(self.pruning, self.others, polarized(fragment, order), cells())

@@ -122,7 +122,9 @@ def test_verify_works_with_structures_and_joint_constraints(tmp_path: Path, caps
     assert _run(capsys, "verify", str(tmp_path / "pattern"))[0] == 0
 
 
-def test_verify_checks_the_rules_of_another_file(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_checks_the_rules_of_another_file(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rules = str(tmp_path / "rules.json")
     cx.write_rules(rules, [(".*/bias", None), ("a/.*", cx.unstructured(keep=20)), ("b/.*", cx.filters(0.5))])
     code, out, _ = _run(capsys, "verify", file, "--rules", rules)
@@ -263,6 +265,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     return str(path), lambda images: np.asarray(module.apply(hard, images))
 
 
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_export_writes_a_network_that_onnxruntime_runs(
     network: Any, compact: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -293,7 +296,9 @@ def test_export_writes_stablehlo(network: Any, tmp_path: Path, capsys: pytest.Ca
     np.testing.assert_allclose(found, network[1](images), rtol=0, atol=1e-4)
 
 
-def test_export_says_what_is_wrong(network: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_says_what_is_wrong(
+    network: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("onnx", reason="needs the extra 'export'")
     out = str(tmp_path / "out")
     for to, shape, model, options, message in (

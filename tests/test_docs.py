@@ -104,7 +104,9 @@ def _lacking() -> dict[str, set[str]]:
     return out
 
 
-@pytest.mark.parametrize(("section", "allowed"), [("Args", NO_ARGS), ("Returns", NO_RETURNS), ("Example", NO_EXAMPLE)])
+@pytest.mark.parametrize(
+    ("section", "allowed"), [("Args", NO_ARGS), ("Returns", NO_RETURNS), ("Example", NO_EXAMPLE)]
+)
 def test_public_functions_have_the_sections_of_a_docstring(section: str, allowed: set[str]) -> None:
     lacking = _lacking()[section]
     assert not lacking - allowed, f"without {section}: {sorted(lacking - allowed)}"

@@ -1,11 +1,11 @@
 """What every driver does around its own work: a finished run is left as it is, files are written, the summary last.
 
-@runner.once
-def run(config, options):
-    outcome = runner.train(config, options, job, phases)
-    stored = artifacts.save(...)
-    summary = runner.summary("mine", config, options, dataset=..., metric=..., stored=stored, block={...})
-    return runner.conclude(summary, options, layers=stored.layers, sections=[...])
+    @runner.once
+    def run(config, options):
+        outcome = runner.train(config, options, job, phases)
+        stored = artifacts.save(...)
+        summary = runner.summary("mine", config, options, dataset=..., metric=..., stored=stored, block={...})
+        return runner.conclude(summary, options, layers=stored.layers, sections=[...])
 """
 
 import dataclasses

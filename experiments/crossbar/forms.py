@@ -175,7 +175,9 @@ def _single_signed(p: Placed) -> float | None:
     return 1 - mixed / total if total else None
 
 
-def _variation(p: Placed, scene: Scene, hardware: Any, config: Any, score: network.Scorer, seed: int) -> dict[str, Any]:
+def _variation(
+    p: Placed, scene: Scene, hardware: Any, config: Any, score: network.Scorer, seed: int
+) -> dict[str, Any]:
     """Accuracy over devices: mean, spread and interval for every sigma, on the first images."""
     images, labels = cut(scene, min(config.images, len(scene.images)))
     batched = network.batches(images, labels, hardware.batch)

@@ -157,7 +157,9 @@ def _rounded(
     return out
 
 
-def _inputs_on_fewer_bits(subject: Subject, scene: Scene, hardware: Any, score: network.Scorer) -> list[dict[str, Any]]:
+def _inputs_on_fewer_bits(
+    subject: Subject, scene: Scene, hardware: Any, score: network.Scorer
+) -> list[dict[str, Any]]:
     """The main model with its activations on fewer bits, without training: they cost as much as those of weights."""
     rows = []
     for bits in INPUT_WIDTHS:

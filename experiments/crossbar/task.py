@@ -105,7 +105,9 @@ def _taken(config: Config, options: Options) -> tuple[list[Subject], Scene]:
     return [make_subject(TAKEN, weights, tuple(stored.saved.rules), {})], scene
 
 
-def _noise_aware(config: Config, options: Options, job: training.Job, scene: Scene, subjects: list[Subject]) -> Subject:
+def _noise_aware(
+    config: Config, options: Options, job: training.Job, scene: Scene, subjects: list[Subject]
+) -> Subject:
     """Retrains a polarized model through drawn devices, in a folder of its own, and gives it back as a model."""
     aware, start = config.noise_aware, next(s for s in subjects if s.name == config.noise_aware.start)
     targets = crossbar_forms.targets(start, scene, config.hardware)

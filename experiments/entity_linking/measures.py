@@ -111,7 +111,8 @@ def called(name: str) -> str:
 def table(arms: Mapping[str, Mapping[str, Any]], sets: Sequence[str]) -> html.Table:
     """A row for every arm: micro F1 on every set."""
     rows = [
-        (called(name), *(fmt.percent(row[s]["f1"]) if s in row else "–" for s in sets)) for name, row in arms.items()
+        (called(name), *(fmt.percent(row[s]["f1"]) if s in row else "–" for s in sets))
+        for name, row in arms.items()
     ]
     return html.Table(("linker", *(s.replace("_", " ") for s in sets)), rows, (False, *[True] * len(sets)))
 
@@ -178,3 +179,4 @@ def gold_context(
         choice.append(np.asarray(run(params, carried, {n: x[rows] for n, x in arrays.items()})))
     best = np.concatenate(choice)[: len(found.choice)]
     return figures(metrics.score(documents, metrics.titles(documents, found.encoded, best)))
+

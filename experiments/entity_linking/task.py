@@ -47,7 +47,9 @@ class _Arm(NamedTuple):
     phase: Phase
 
 
-def _prepare(config: Config, options: Options, corpora: Corpora, arm: Arm, rows: dict[tuple[str, str], Any]) -> _Arm:
+def _prepare(
+    config: Config, options: Options, corpora: Corpora, arm: Arm, rows: dict[tuple[str, str], Any]
+) -> _Arm:
     """An arm's job; `rows` keeps what was encoded, by split and order, for the next arm."""
     linker, learns = linker_of(config, arm)
     for split in corpora.documents:
@@ -130,11 +132,8 @@ def train_and_evaluate(config: Config, options: Options) -> dict[str, Any]:
         )
         table[each.arm.name], found[each.arm.name] = row, linked["test"]
         if each is main:
-            dense, page = (
-                mine,
-                linking_results.pages(
-                    each.linker, mine.params, mine.batch_stats, corpora.documents["test"], linked["test"], config.pages
-                ),
+            dense, page = mine, linking_results.pages(
+                each.linker, mine.params, mine.batch_stats, corpora.documents["test"], linked["test"], config.pages
             )
     squeezed = _compress(config, options, corpora, main, dense) if config.plan.stages else None
     if jax.process_index() != 0:
@@ -210,7 +209,9 @@ def _conclude(
 ) -> dict[str, Any]:
     """Writes the report and the summary; the summary last, for it says that the run is finished."""
     workdir, documents = options.workdir, corpora.documents["test"]
-    errors = {name: metrics.errors(documents, linked.encoded, linked.predictions) for name, linked in found.items()}
+    errors = {
+        name: metrics.errors(documents, linked.encoded, linked.predictions) for name, linked in found.items()
+    }
     small: dict[str, dict[str, Any]] = {}
     if squeezed is not None:
         small, errors["compressed"] = squeezed.table, squeezed.errors

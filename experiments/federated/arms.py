@@ -41,7 +41,9 @@ class Arm(NamedTuple):
 
 def dense(alg: Algorithm, value_type: str = "float32") -> Algorithm:
     """The same algorithm without sparsity: plain FedAvg."""
-    return with_sparsity(alg, value_type=value_type, sparsify="none", density=(), prune_round=0, admm_rounds=0)
+    return with_sparsity(
+        alg, value_type=value_type, sparsify="none", density=(), prune_round=0, admm_rounds=0
+    )
 
 
 def arms(config: Config) -> dict[str, Algorithm]:

@@ -262,7 +262,9 @@ def conclude(config: Config, options: Options, done: list[tuple[Run, dict[str, A
     for row in rows:
         if row["method"] == "dense":
             controls[DENSE] = row["perplexity"]
-    path = plots.metric_against_rate(workdir / "curves.png", drawn, controls=controls, name="perplexity", percent=False)
+    path = plots.metric_against_rate(
+        workdir / "curves.png", drawn, controls=controls, name="perplexity", percent=False
+    )
     text = "Mean over seeds with the sample standard deviation; every dot is a run. Same dense network, same epochs."
     (headline,) = [row for row in rows if (row["curve"], row["point"]) == (config.main, config.at)]
     equal = {c: rate_at([r for r in rows if r["curve"] == c], headline["mean"]) for c in drawn}

@@ -112,7 +112,9 @@ def _sizes(scene: Scene) -> dict[str, np.ndarray]:
         w, structure = np.asarray(b.take(leaves)), scene.result.structure[b.name][0]
         rows = w.shape[0] if spec["axis"] == "outputs" else w.shape[1]
         allowed = np.asarray(spec.get("allowed", [0]))
-        out[b.paths[0]] = np.full(rows, spec["size"]) if spec["kind"] == "block_max" else allowed[np.asarray(structure)]
+        out[b.paths[0]] = (
+            np.full(rows, spec["size"]) if spec["kind"] == "block_max" else allowed[np.asarray(structure)]
+        )
     return out
 
 

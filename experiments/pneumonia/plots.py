@@ -34,7 +34,7 @@ def boxes_on_images(path: PathLike, images: Sequence[np.ndarray], boxes: Mapping
       ValueError: no images, or kinds with another number of them.
     """
     if not images or any(len(each) != len(images) for each in boxes.values()):
-        raise ValueError(f"{path}: {len(images)} images and { ({k: len(v) for k, v in boxes.items()}) } of boxes")
+        raise ValueError(f"{path}: {len(images)} images and {({k: len(v) for k, v in boxes.items()})} of boxes")
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     colours = (style.COLOURS[2], style.COLOURS[5], style.COLOURS[4])

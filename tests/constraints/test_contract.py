@@ -114,12 +114,8 @@ def mostly_slow(quick: Collection[str], names: Collection[str] = tuple(EXAMPLES)
 
 # Sequences of projections and greedy choices: feasible, not claimed to be nearest.
 NOT_NEAREST = (
-    "filters_and_columns",
-    "network_structure",
-    "bsp",
-    "balanced_block_max",
-    "crossbar_aware",
-    "unify_and_prune",
+    "filters_and_columns", "network_structure", "bsp",
+    "balanced_block_max", "crossbar_aware", "unify_and_prune",
 )
 
 
@@ -144,9 +140,14 @@ def by_default(name: str, check: str) -> bool:
     return check in FEW or (name not in VARIANTS and (check != "eager" or name in SPREAD))
 
 
+
 @pytest.mark.parametrize(
     ("name", "check"),
-    [pytest.param(n, c, marks=[] if by_default(n, c) else pytest.mark.slow) for n in EXAMPLES for c in testing.CHECKS],
+    [
+        pytest.param(n, c, marks=[] if by_default(n, c) else pytest.mark.slow)
+        for n in EXAMPLES
+        for c in testing.CHECKS
+    ],
 )
 def test_contract(name: str, check: str) -> None:
     constraint = EXAMPLES[name][0]

@@ -225,6 +225,7 @@ def test_watched_refreshes_say_which_share_of_signs_changed() -> None:
     assert any(seen)
 
 
+
 def quadratic(target: jax.Array) -> Any:
     return lambda p: {"w": p["w"] - target}
 

@@ -141,8 +141,12 @@ SETS: dict[str, Set] = {
             _part("quantize", bits=4, grid="cells"),
         ),
     ),
-    "unify & quantize": _all(DENSE, parts=(_part("unify", block=[2, 3], fraction=0.5), _part("quantize", bits=4))),
-    "filters & unstructured": _all(CONV, parts=(_part("filters", density=0.5), _part("unstructured", density=0.1))),
+    "unify & quantize": _all(
+        DENSE, parts=(_part("unify", block=[2, 3], fraction=0.5), _part("quantize", bits=4))
+    ),
+    "filters & unstructured": _all(
+        CONV, parts=(_part("filters", density=0.5), _part("unstructured", density=0.1))
+    ),
     "unstructured global & quantize": _all(
         (12, 4),
         (3, 3, 4, 3),
@@ -173,7 +177,9 @@ SETS: dict[str, Set] = {
         parts=(_part("unstructured", density=0.3, scope="global"), _part("filters", density=0.5)),
     ),
     "n_of_m & columns": _all((8, 6), parts=(_part("n_of_m", n=2, m=4), _part("columns", density=0.5))),
-    "pattern & connectivity": _all((3, 3, 6, 8), parts=(_part("pattern", k=6), _part("connectivity", density=0.4))),
+    "pattern & connectivity": _all(
+        (3, 3, 6, 8), parts=(_part("pattern", k=6), _part("connectivity", density=0.4))
+    ),
     "unstructured & unify keep & polarize": _all(
         (8, 6),
         parts=(

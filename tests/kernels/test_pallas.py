@@ -173,7 +173,9 @@ def test_compile_runs_layers_with_enough_empty_blocks_on_pallas():
 def test_compile_takes_pallas_on_a_gpu(monkeypatch):
     variables = {"w": np.zeros((3, 3, 32, 32), np.float32)}
     variables["w"][1, 1] = 1
-    f = lambda v, x: jax.lax.conv_general_dilated(x, v["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    f = lambda v, x: jax.lax.conv_general_dilated(
+        x, v["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     x = np.zeros((1, 8, 8, 32), np.float32)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     compiled = kernels.compile(f, variables)

@@ -139,7 +139,9 @@ def check_patients(splits: Mapping[str, Sequence[str]], where: str) -> None:
             seen[patient] = split
 
 
-def arrays(images: Array, boxes: Sequence[Sequence[Sequence[float]]], patients: Sequence[int], **more: Array) -> Arrays:
+def arrays(
+    images: Array, boxes: Sequence[Sequence[Sequence[float]]], patients: Sequence[int], **more: Array
+) -> Arrays:
     """The arrays of a set with boxes, as `dataset.from_arrays` takes them.
 
     Args:
@@ -154,3 +156,5 @@ def arrays(images: Array, boxes: Sequence[Sequence[Sequence[float]]], patients: 
     rows, count = table(boxes)
     labels = {"boxes": rows, "count": count, "patient": np.asarray(patients, np.int32), **more}
     return {"inputs": images, **{f"labels/{name}": value for name, value in labels.items()}}
+
+

@@ -52,6 +52,7 @@ class GRULayer(nn.Module):
         bu = self.param("bu", nn.initializers.zeros, (self.hidden,))
         return reset_after(inputs, h, jnp.concatenate(u, axis=1), bu, mask)
 
+
     def run_with(
         self, product: Callable[[Array, str, Array], Array], x: Array, h: Array, mask: Array
     ) -> tuple[Array, dict[str, Array]]:

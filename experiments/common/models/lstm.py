@@ -223,6 +223,8 @@ class LanguageModel(nn.Module):
             x, last = LSTM(self.hidden, self.scale, name=f"lstm_{i}")(x, start[i])
             end.append(last)
             x = drop(x)
-        dense = nn.Dense(self.classes, kernel_init=_uniform(self.scale), bias_init=_uniform(self.scale), name="softmax")
+        dense = nn.Dense(
+            self.classes, kernel_init=_uniform(self.scale), bias_init=_uniform(self.scale), name="softmax"
+        )
         lanes, steps = words.shape
         return dense(_flat(x.transpose(1, 0, 2))).reshape(lanes, steps, self.classes), tuple(end)

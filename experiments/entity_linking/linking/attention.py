@@ -23,6 +23,7 @@ class Coherence(NamedTuple):
     weight: Array
 
 
+
 def coherence(
     e: Array, mask: Array, pool: Array, pool_mask: Array, weights: Mapping[str, Array], keep: int, uniform: bool = False
 ) -> Coherence:

@@ -119,7 +119,9 @@ def coreference(document: Document, is_person: Callable[[str], bool]) -> Documen
     return map_mentions(document, change)
 
 
-def with_counts(documents: Sequence[Document], training: Sequence[Document], strength: float = 3.0) -> list[Document]:
+def with_counts(
+    documents: Sequence[Document], training: Sequence[Document], strength: float = 3.0
+) -> list[Document]:
     """Priors mixed with how often the same mention meant the candidate in other training documents.
 
         p'(e|m) = (count(m, e) + strength * p(e|m)) / (count(m) + strength)

@@ -1,8 +1,8 @@
 """Everything a linker is trained on, by name: documents in splits, other sets to test on, and the knowledge base.
 
-generated    a small world of topics; needs no data
-aida_ppr     AIDA with PPRforNED's candidates, without text: vectors from its links, context from other mentions
-deep_ed      the full layout of deep-ed and DCA: CSV files, trained vectors, in-links, types
+    generated    a small world of topics; needs no data
+    aida_ppr     AIDA with PPRforNED's candidates, without text: vectors from its links, context from other mentions
+    deep_ed      the full layout of deep-ed and DCA: CSV files, trained vectors, in-links, types
 """
 
 import hashlib

@@ -55,7 +55,7 @@ class Learning:
 def multi_margin(scores: Array, gold: Array, mask: Array, margin: float) -> Array:
     """Each mention's loss, float32 `[B, T]`; 0 where gold is -1.
 
-    1/n sum over candidates i other than gold y of max(0, margin - s_y + s_i)
+        1/n sum over candidates i other than gold y of max(0, margin - s_y + s_i)
     """
     right = jnp.take_along_axis(scores, jnp.maximum(gold, 0)[..., None], axis=-1)
     others = mask & (along(jnp.arange(scores.shape[-1]), scores) != gold[..., None])

@@ -421,6 +421,8 @@ def path_scores(
             unknown = jnp.zeros((rows, 1), jnp.int32)
             pool = table[jnp.concatenate([unknown, flat], axis=1)]
             belongs = jnp.concatenate([jnp.ones((rows, slots, 1), bool), belongs], axis=2)
-            found = coherence(fixed.vectors, batch["mask"], pool, belongs, params["params"][name], *_keep(linker, few))
+            found = coherence(
+                fixed.vectors, batch["mask"], pool, belongs, params["params"][name], *_keep(linker, few)
+            )
             features[name], contexts[name] = found.score, found
     return Path(combine(linker, params, features, batch["mask"], keep), contexts, features)

@@ -17,7 +17,9 @@ class Context(NamedTuple):
     used: dict[int, list[tuple[str, float]]]
 
 
-def context_of(encoded: Encoded, choice: np.ndarray, member: np.ndarray, weight: np.ndarray, most: int = 3) -> Context:
+def context_of(
+    encoded: Encoded, choice: np.ndarray, member: np.ndarray, weight: np.ndarray, most: int = 3
+) -> Context:
     """The entities that entity coherence used: members and weights are `[R, T, K]`, member 0 is the unknown one."""
     used: dict[int, list[tuple[str, float]]] = {}
     numbers = encoded.arrays["place"]

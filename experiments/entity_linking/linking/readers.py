@@ -1,9 +1,9 @@
 """Entity-linking files, checked: every fault is one `DataFileError` that begins with the file and names the line.
 
-aida_ppr      documents of AIDA with candidates, types and links, without text (JSON lines, xz)
-deep_ed       the CSV of Ganea and Hofmann that DCA reads: context, candidates, gold
-elevant       texts with gold names (JSON lines); candidates are made by `candidates_by_name`
-emerson       three people of one name (JSON lines and a CSV)
+    aida_ppr      documents of AIDA with candidates, types and links, without text (JSON lines, xz)
+    deep_ed       the CSV of Ganea and Hofmann that DCA reads: context, candidates, gold
+    elevant       texts with gold names (JSON lines); candidates are made by `candidates_by_name`
+    emerson       three people of one name (JSON lines and a CSV)
 """
 
 import csv

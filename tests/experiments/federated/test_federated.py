@@ -66,7 +66,7 @@ def test_a_run_and_its_resumption(tmp_path, monkeypatch) -> None:
     assert block["enclave"] == "SIMULATED" and read_summary(whole.workdir / "summary.json") == summary
     page = (whole.workdir / "report.html").read_text()
     assert "SIMULATED: no SGX hardware was used" in page and page.count("data:image/png") == 5
-    assert '<h1>federated / digits_tiny, seed 0 <span class="badge">SIMULATED enclave</span></h1>' in page
+    assert "<h1>federated / digits_tiny, seed 0 <span class=\"badge\">SIMULATED enclave</span></h1>" in page
     counts = block["bytes"]
     assert counts["encrypted sparse"]["total"] < counts["plain dense"]["total"] < counts["encrypted dense"]["total"]
     assert counts["secagg dense"]["total"] > counts["plain dense"]["total"]

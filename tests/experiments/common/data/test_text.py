@@ -58,7 +58,9 @@ def test_lines_and_prose() -> None:
         "Title: X\r\n*** START OF THIS PROJECT GUTENBERG EBOOK X ***\r\n\r\nDon’t _go_, he said:\r\n1,234 men!\r\n\r\n"
         "Élan—vital\r\n\r\nEnd of the Project Gutenberg EBook of X\r\n\r\nlicence"
     ).encode()
-    assert text_reading.prose(_blob(book)) == ("don't go , he said : N men ! <eos> élan — vital <eos>".split())
+    assert text_reading.prose(_blob(book)) == (
+        "don't go , he said : N men ! <eos> élan — vital <eos>".split()
+    )
 
 
 @pytest.mark.parametrize(

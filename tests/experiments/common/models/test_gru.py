@@ -71,7 +71,9 @@ def test_the_gradient_is_that_of_a_plain_loop(reset, rng) -> None:
     args = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
     mask = jnp.asarray(rng.integers(0, 2, (n, m)) / 0.5, jnp.float32)
     weight = jnp.asarray(rng.normal(size=(t, n, m)), jnp.float32)
-    ours, plain = (gru.reset_before, gru._before) if reset == "before" else (gru.reset_after, gru._after)
+    ours, plain = (
+        (gru.reset_before, gru._before) if reset == "before" else (gru.reset_after, gru._after)
+    )
     have = jax.jit(jax.grad(lambda *a: jnp.sum(ours(*a, mask) * weight), argnums=(0, 1, 2, 3)))(*args)
     want = jax.jit(jax.grad(lambda *a: jnp.sum(plain(*a, mask)[0] * weight), argnums=(0, 1, 2, 3)))(*args)
     for a, b in zip(have, want, strict=True):

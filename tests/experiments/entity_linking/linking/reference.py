@@ -28,7 +28,9 @@ def convolve(words, weights):
         return np.zeros(weights["bias"].shape)
     d = words.shape[1]
     padded = np.concatenate([np.zeros((1, d)), words, np.zeros((1, d))])
-    out = [sum(padded[t + i] @ weights["kernel"][i] for i in range(3)) + weights["bias"] for t in range(len(words))]
+    out = [
+        sum(padded[t + i] @ weights["kernel"][i] for i in range(3)) + weights["bias"] for t in range(len(words))
+    ]
     return np.max(out, axis=0)
 
 

@@ -104,7 +104,9 @@ def test_work_counts_what_is_stored(stored) -> None:
     done = streaming.work(packed)
     assert done.multiply_adds == sum(k.weights for k in keep.values()) + 16 * 4
     assert done.weight_bytes == sum(formats.nbytes(p) for p in packed.values())
-    assert streaming.energy_uj(done) == pytest.approx((4.6 * done.multiply_adds + 160 * done.weight_bytes) * 1e-6)
+    assert streaming.energy_uj(done) == pytest.approx(
+        (4.6 * done.multiply_adds + 160 * done.weight_bytes) * 1e-6
+    )
     assert streaming.energy_uj(done, "sram") < streaming.energy_uj(done)
     with pytest.raises(ValueError, match="memory='hbm'"):
         streaming.energy_uj(done, "hbm")
