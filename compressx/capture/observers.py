@@ -76,8 +76,8 @@ class Ranges(NamedTuple):
       (array([-5.], dtype=float32), array([1.], dtype=float32))
     """
 
-    low: np.ndarray
-    high: np.ndarray
+    low: Any
+    high: Any
 
 
 def _ranges_init(groups: int, rows: int) -> Ranges:

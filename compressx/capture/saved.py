@@ -78,12 +78,9 @@ def save(path: str | os.PathLike[str], saved: Saved) -> None:
     about = {"fingerprints": saved.fingerprints, "group": saved.group, "done": saved.done, "data": saved.data}
     header = json.dumps(about | {"sizes": sizes})
     flat = [np.asarray(jax.device_get(a)) for group in saved.states for a in group]
+    named: dict[str, Any] = {f"array{k}": a for k, a in enumerate(flat)}
     with open(beside, "wb") as file:
-        np.savez(
-            file,
-            header=np.frombuffer(header.encode(), np.uint8),
-            **{f"array{k}": a for k, a in enumerate(flat)},
-        )
+        np.savez(file, header=np.frombuffer(header.encode(), np.uint8), **named)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, target)

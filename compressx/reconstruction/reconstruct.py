@@ -364,7 +364,8 @@ class _Run:
         right = c @ own + ridge[:, None, None] * own
         if corrected is not None:
             right = right + corrected[0]
-        return gram, np.linalg.solve(h + ridge[:, None, None] * np.eye(h.shape[1]), right), corrected
+        aim = np.linalg.solve(h + ridge[:, None, None] * np.eye(h.shape[1]), right)
+        return gram, np.asarray(aim, np.float64), corrected
 
     def _takes_mean(self, leaf: int) -> bool:
         """Whether a bias of its own, and no batch normalisation, follows a leaf that is one matrix."""
@@ -436,8 +437,9 @@ def match_statistics(model: Any, params: Any, compressed: Any, batches: Iterable
         raise ValueError(f"norms must be one of {', '.join(NORMS)}, got {norms!r}")
     stream = Stream(model, params, list(batches), (), False)
     leaves, treedef = jax.tree.flatten(compressed)
-    if treedef != jax.tree.structure(params):
-        raise ValueError(f"the compressed tree is {treedef}, the dense one {jax.tree.structure(params)}")
+    trees: list[Any] = [treedef, jax.tree.structure(params)]
+    if trees[0] != trees[1]:
+        raise ValueError(f"the compressed tree is {trees[0]}, the dense one {trees[1]}")
     for leaf, value in enumerate(leaf for leaf in leaves if hasattr(leaf, "dtype")):
         if not np.array_equal(value, stream.weights[DENSE][leaf]):
             stream.put(leaf, value)

@@ -9,20 +9,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "compressx"
 MODULES = (
-    *(
-        "constraints",
-        "schedules",
-        "views",
-        "formats",
-        "kernels",
-        "compaction",
-        "crossbar",
-        "budget",
-        "capture",
-        "reconstruction",
-        "export",
-    ),
-    *("testing", "federated"),
+    *("constraints", "schedules", "views", "formats", "kernels", "compaction", "crossbar", "budget", "export"),
+    *("capture", "reconstruction", "testing", "federated"),
 )
 
 
