@@ -224,6 +224,18 @@ def test_recurrent_gates_and_stacked_layers() -> None:
     assert report.output_error < relative(Net().apply(projected, x), Net().apply(v, x))
 
 
+def test_depthwise_convolutions() -> None:
+    """A matrix of nine inputs for each channel."""
+    conv = nn.Conv(4, (3, 3), strides=2, padding="VALID", feature_group_count=4)
+    x = correlated(30, 7, 7, 4)
+    v = conv.init(KEY, x)
+    rules = [("params/kernel", SPARSE)]
+    hard, report = cx.reconstruct(conv, v, rules, [x[:10], x[10:20], x[20:]])
+    assert report.layers[0].weights == (14, 36) and report.biases == ()
+    projected = cx.harden(v, rules, fresh=True).params
+    assert report.output_error < relative(conv.apply(projected, x), conv.apply(v, x))
+
+
 def test_joint_rules_shared_leaves_and_tables() -> None:
     def network(v: Any, x: Any) -> Any:
         h = v["table"][x].sum(1)
