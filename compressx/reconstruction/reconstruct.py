@@ -6,6 +6,7 @@ in its set whose outputs, for the inputs that the *compressed* network gives it,
 *dense* network; then both networks run on to the next.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from compressx.capture import CaptureError, Gram, capture
 from compressx.capture.capture import axes_and_groups, leaf_of
 from compressx.reconstruction.norms import RULES as NORMS
 from compressx.reconstruction.norms import Norm, statistics
+from compressx.reconstruction.resume import Done, Journal
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import DEFAULT, Solution, solve, solve_joint
 from compressx.reconstruction.stream import COMPRESSED, DENSE, Stream, whole
@@ -120,6 +122,8 @@ def reconstruct(
     norms: str = "match",
     settings: Settings = DEFAULT,
     project_rest: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    save_every: float = 10.0,
     progress: Progress | None = None,
 ) -> tuple[Hardened, Report]:
     """Compresses a trained network after training, with a few hundred of its inputs and no labels.
@@ -137,6 +141,9 @@ def reconstruct(
         behind them have their mean output restored by the bias, unless it is "keep".
       settings: of the layer solver.
       project_rest: project constrained leaves that no product reads (a table, a bias), instead of refusing them.
+      state: a file into which the leaves that are done are written on the way. A further call with the same network,
+        rules, settings and batches continues behind them and ends with the same bits; the file stays.
+      save_every: seconds between two writes.
       progress: called behind every leaf with its number, how many there are, and its `Layer`.
 
     Returns:
@@ -146,6 +153,7 @@ def reconstruct(
     Raises:
       CaptureError: no product reads a constrained leaf, or not in a way that can be reconstructed; an input of a layer
         is not finite.
+      StateError: the file is of another network, other batches, or other rules or settings.
       ValueError: a weight is not finite; the rules do not fit; a rule reads the axes of a leaf otherwise than the
         network does.
 
@@ -179,6 +187,8 @@ def reconstruct(
     if not examples:
         raise CaptureError("there is no batch of calibration inputs")
     run = _Run(model, params, bound, examples, target, norms, settings, project_rest, progress)
+    task = f"{[(b.name, str(b.constraint), str(b.axes)) for b in bound]} {target} {norms} {settings}"
+    run.journal = Journal(state, run.program, run.stream.weights[DENSE], task, examples, save_every)
     hard = run.all()
     check(hard, rules)
     agreement, output_error = _agreement(run.stream)
@@ -227,6 +237,7 @@ class _Run:
         wanted = [p for b in joint for p in b.paths if self._read(p)] + [b.paths[0] for b in static]
         self.grams: dict[str, Gram] = capture(model, params, examples, wanted) if wanted else {}
         self.joint = joint
+        self.journal: Journal
 
     def _scopes(self, path: str) -> list[tuple[int, ...]]:
         return self.uses.scopes(self.program.paths.index(path))
@@ -332,6 +343,10 @@ class _Run:
         path = b.paths[0]
         leaf = self.program.paths.index(path)
         w0 = self.leaves[b.indices[0]]
+        known = self.journal.known(b, b.take(self.leaves))
+        if known is not None:
+            self._restore(b, leaf, known)
+            return
         inputs, aim, corrected, stats = "dense", None, None, None
         if path in self.grams:
             gram = self.grams[path]
@@ -345,8 +360,23 @@ class _Run:
         self.structures[b.name] = found.structure
         about = {"inputs": inputs, "shortcut": corrected is not None, "started": started}
         self._set(b, path, found.w, found, found.error, **about)
+        bias = None
         if self.rule != "keep" and self._takes_mean(leaf):
-            self._bias(leaf, w0, found.w, stats or self.stream.both(leaf, number), corrected)
+            bias = self._bias(leaf, w0, found.w, stats or self.stream.both(leaf, number), corrected)
+        self.journal.add(Done(self.layers[-1]._asdict(), found.w, found.structure, bias))
+
+    def _restore(self, b: Bound, leaf: int, known: Done) -> None:
+        """Puts a leaf in its place that an earlier call has done."""
+        self.structures[b.name] = known.structure
+        self.stream.put(leaf, known.w)
+        if known.bias is not None:
+            bias = self.stream.tails[leaf].bias
+            assert bias is not None
+            self.stream.put(bias, jnp.asarray(known.bias))
+            self.biased.append(bias)
+        self.layers.append(Layer(**{**known.about, "weights": tuple(known.about["weights"])}))
+        if self.progress is not None:
+            self.progress(len(self.layers), self.total, self.layers[-1])
 
     def _problem(
         self, leaf: int, w0: Any, stats: dict[str, NDArray[np.float64]]
@@ -377,8 +407,8 @@ class _Run:
         constrained = any(self.program.paths[tail.bias] in b.paths for b in self.bound)
         return not (normed & set(tail.values) or shared > 1 or constrained)
 
-    def _bias(self, leaf: int, w0: Any, w: Any, stats: dict[str, NDArray[np.float64]], corrected: Any) -> None:
-        """The bias of a layer without batch normalisation takes what the mean of its outputs has lost."""
+    def _bias(self, leaf: int, w0: Any, w: Any, stats: dict[str, NDArray[np.float64]], corrected: Any) -> Any:
+        """The bias of a layer without batch normalisation takes what its mean output has lost; it is returned."""
         tail = self.stream.tails[leaf]
         assert tail.bias is not None
         view = self.uses.views[leaf]
@@ -389,9 +419,11 @@ class _Run:
             lost += corrected[1]
         bias = self.stream.weights[COMPRESSED][tail.bias]
         if bias.size != lost.size:
-            return
-        self.stream.put(tail.bias, bias + jnp.asarray(lost.reshape(bias.shape), bias.dtype))
+            return None
+        new = bias + jnp.asarray(lost.reshape(bias.shape), bias.dtype)
+        self.stream.put(tail.bias, new)
         self.biased.append(tail.bias)
+        return new
 
 
 def _agreement(stream: Stream) -> tuple[float | None, float]:
