@@ -69,7 +69,17 @@ class Solution(NamedTuple):
 
 
 class TooFewRows(UserWarning):
-    """H comes from fewer rows than it has inputs, so that it says nothing of some directions."""
+    """H comes from fewer rows than it has inputs, so that it says nothing of some directions.
+
+    Example:
+      >>> import warnings
+      >>> gram = Gram(np.eye(3)[None], 2, np.zeros((1, 3)))
+      >>> with warnings.catch_warnings(record=True) as said:
+      ...     warnings.simplefilter("always")
+      ...     found = solve(jnp.ones((3, 1)), gram, compressx.unstructured(keep=2), name="dense")
+      >>> str(said[0].message)[:42], said[0].category is TooFewRows
+      ('dense: H of 3 inputs comes from 2 rows, so', True)
+    """
 
 
 def solve(
