@@ -288,6 +288,8 @@ class _Run:
         if self.constraint.spec["kind"] == "filters" and self.constraint.slice is None:
             self.add("exact", *self.filters())
         assert reached is not None
+        if not self.held:
+            raise ValueError(f"no projection onto {self.constraint} lies in it, so nothing can be reconstructed")
         error, kept, w, structure = min(self.held, key=lambda h: h[0])
         stored = [o.axes.back(x, o.shape) if o.said else x for o, x in zip(self.layouts, self.tuple_of(w), strict=True)]
         return Solution(
