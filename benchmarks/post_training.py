@@ -23,6 +23,7 @@ from benchmarks.training import table
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the checkpoints
 CONVOLUTIONS = r"params/layer.*/conv\d/kernel"
 HELD_OUT = 2000  # training images on which variants are chosen
+VARIANTS = ("block_match", "block_estimate", "dense_match", "own_match")  # target and statistics
 
 
 def cases() -> dict[str, tuple[str, Any]]:
@@ -88,10 +89,22 @@ class Task:
         return found
 
 
-def row(depth: int, name: str, seed: int, examples: int) -> dict[str, Any]:
-    """One case: accuracy of bare projection, of projection with matched statistics, and of the reconstruction."""
+def flipped(key: Any, x: Any) -> Any:
+    """Every second image mirrored, at random."""
+    import jax
+    import jax.numpy as jnp
+
+    chosen = jax.random.bernoulli(key, shape=(x.shape[0], 1, 1, 1))
+    return jnp.where(chosen, x[:, :, ::-1], x)
+
+
+def row(depth: int, name: str, seed: int, examples: int, steps: int = 0) -> dict[str, Any]:
+    """One case: accuracy of bare projection, of projection with matched statistics, and of the reconstruction.
+
+    With `steps` also after so many steps of distillation on the calibration images and their mirror images.
+    """
     import compressx as cx
-    from compressx.reconstruction import match_statistics
+    from compressx.reconstruction import distill, match_statistics
 
     task = Task(depth, seed, examples)
     rules = [cases()[name]]
@@ -101,8 +114,15 @@ def row(depth: int, name: str, seed: int, examples: int) -> dict[str, Any]:
     hard, report = cx.reconstruct(task.model, task.dense, rules, task.batches)
     seconds, processor = time.perf_counter() - started, time.process_time() - worked
     networks = {"projection": projected, "projection_matched": matched, "reconstructed": hard.params}
+    about: dict[str, Any] = {}
+    if steps:
+        started = time.perf_counter()
+        trained, found = distill(task.model, task.dense, hard, rules, task.batches, steps=steps, augment=flipped)
+        networks["distilled"] = trained.params
+        about = {"steps": steps, "distill_seconds": time.perf_counter() - started, "divergence": list(found[:2])}
     return {
-        "case": f"resnet{depth}_{name}" + (f"_seed{seed}" if seed else ""),
+        "case": f"resnet{depth}_{name}" + (f"_seed{seed}" if seed else "") + ("_distilled" if steps else ""),
+        **about,
         "network": f"ResNet-{depth}",
         "set": str(rules[0][1]),
         "seed": seed,
@@ -115,12 +135,12 @@ def row(depth: int, name: str, seed: int, examples: int) -> dict[str, Any]:
     }
 
 
-def choose(name: str, seed: int, examples: int) -> Any:
+def choose(name: str, seed: int, examples: int, variants: Sequence[str]) -> Any:
     """Variants of the method on training images that calibrate nothing: the choice behind the defaults."""
     import compressx as cx
 
     task = Task(20, seed, examples)
-    for target, norms in (("block", "match"), ("block", "estimate"), ("dense", "match"), ("own", "match")):
+    for target, norms in (variant.split("_") for variant in variants):
         hard, report = cx.reconstruct(task.model, task.dense, [cases()[name]], task.batches, target=target, norms=norms)
         found = task.measure(task.held_out, {"reconstructed": hard.params})
         error = float(np.mean([layer.error for layer in report.layers]))
@@ -139,17 +159,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=512, help="calibration images (default 512)")
     parser.add_argument("--seed", type=int, default=0, help="of their choice (default 0)")
     parser.add_argument("--only", default="", help="comma-separated cases; all where left out")
+    parser.add_argument("--distill", type=int, default=0, help="steps of distillation behind it (default none)")
     parser.add_argument("--choose", action="store_true", help="compare variants on training images instead")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of them, comma-separated")
     parser.add_argument("--results", type=Path, help="folder for the summaries that the tables are built from")
     args = parser.parse_args(arguments)
     known = list(cases())
     chosen = args.only.split(",") if args.only else known
+    variants = args.variants.split(",")
+    if odd := [name for name in variants if name not in VARIANTS]:
+        parser.error(f"--variants: no variant {', '.join(odd)}; there are {', '.join(VARIANTS)}")
     unknown = [name for name in chosen if name not in known]
     if unknown:
         parser.error(f"--only: no case {', '.join(unknown)}; the cases are {', '.join(known)}")
     for name in chosen:
         rows = (
-            choose(name, args.seed, args.examples) if args.choose else [row(args.depth, name, args.seed, args.examples)]
+            choose(name, args.seed, args.examples, variants)
+            if args.choose
+            else [row(args.depth, name, args.seed, args.examples, args.distill)]
         )
         for one in rows:
             print(table([{k: v for k, v in one.items() if k not in ("set", "kept")}]), flush=True)

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from compressx.formats import load_model, read_rules, save_model, write_rules
     from compressx.kernels import Compiled, compile
     from compressx.native.memory import keep_memory
-    from compressx.reconstruction import reconstruct
+    from compressx.reconstruction.reconstruct import reconstruct
     from compressx.rules import Bound, resolve
 
 _MODULES = (

@@ -22,10 +22,10 @@ class CaptureError(ValueError):
 
     Example:
       >>> try:
-      ...     capture(lambda w, x: x + w["b"], {"b": jnp.ones(3)}, [jnp.ones((1, 3))], ["b"])
+      ...     capture(lambda w, x: x * w["b"], {"b": jnp.ones(())}, [jnp.ones((1, 3))], ["b"])
       ... except CaptureError as error:
       ...     print(error)
-      b (3,): no product reads it (a bias, or a scale), so it has no inputs
+      b (): no product reads it (a bias, or a scale), so it has no inputs
     """
 
 
@@ -165,7 +165,8 @@ class _Batches:
     """Batches that may be read several times, and the network as it is traced for inputs of each shape."""
 
     def __init__(self, model: Any, params: Any, batches: Iterable[Any], first: Any, rest: Iterator[Any]) -> None:
-        self.model, self.params, self.batches, self.begun = model, params, batches, (first, rest)
+        self.model, self.params, self.batches = model, params, batches
+        self.begun: tuple[Any, Iterator[Any]] | None = (first, rest)
         self.known: dict[Any, Network] = {}
 
     def network(self, x: Any) -> Network:
@@ -177,7 +178,7 @@ class _Batches:
 
     def once(self) -> Iterator[Any]:
         if self.begun:
-            (first, rest), self.begun = self.begun, ()
+            (first, rest), self.begun = self.begun, None
             return itertools.chain([first], rest)
         return iter(self.batches)
 

@@ -25,7 +25,8 @@ class Observer(NamedTuple):
       >>> def more(most, xs):
       ...     return jnp.maximum(most, jnp.abs(xs[0]).max((1, 2)))
       >>> largest = Observer(lambda groups, rows: np.zeros(groups, np.float32), more, np.asarray)
-      >>> capture(lambda w, x: x @ w["a"], {"a": jnp.ones((2, 3))}, [jnp.asarray([[1.0, -5.0]])], observer=largest)
+      >>> w, x = {"a": jnp.ones((2, 3))}, [jnp.asarray([[1.0, -5.0]])]
+      >>> compressx.capture.capture(lambda w, x: x @ w["a"], w, x, observer=largest)
       {'a': array([5.], dtype=float32)}
     """
 
@@ -66,10 +67,17 @@ GRAM = Observer(_gram_init, _gram_update, gram_of)
 
 
 class Ranges(NamedTuple):
-    """The smallest and the largest input of each matrix of a leaf, `[G]`; the zeros of padding count."""
+    """The smallest and the largest input of each matrix of a leaf, `[G]`; the zeros of padding count.
 
-    low: np.ndarray
-    high: np.ndarray
+    Example:
+      >>> w, x = {"a": jnp.ones((2, 3))}, [jnp.asarray([[1.0, -5.0]])]
+      >>> found = compressx.capture.capture(lambda w, x: x @ w["a"], w, x, observer=compressx.capture.RANGES)
+      >>> found["a"].low, found["a"].high
+      (array([-5.], dtype=float32), array([1.], dtype=float32))
+    """
+
+    low: Any
+    high: Any
 
 
 def _ranges_init(groups: int, rows: int) -> Ranges:

@@ -14,7 +14,19 @@ from compressx.trace import Program
 
 
 class StateError(ValueError):
-    """A file of gathered statistics that cannot be continued; the text names the file and what differs."""
+    """A file of gathered statistics that cannot be continued; the text names the file and what differs.
+
+    Example:
+      >>> def network(w, x):
+      ...     return x @ w["a"]
+      >>> x = [jnp.ones((2, 2))]
+      >>> _ = compressx.capture.capture(network, {"a": jnp.ones((2, 3))}, x, state="state.npz")
+      >>> try:
+      ...     compressx.capture.capture(network, {"a": jnp.zeros((2, 3))}, x, state="state.npz")
+      ... except StateError as error:
+      ...     print(str(error).split(" (")[0])
+      state.npz: the state of another network
+    """
 
 
 class Saved(NamedTuple):
@@ -66,12 +78,9 @@ def save(path: str | os.PathLike[str], saved: Saved) -> None:
     about = {"fingerprints": saved.fingerprints, "group": saved.group, "done": saved.done, "data": saved.data}
     header = json.dumps(about | {"sizes": sizes})
     flat = [np.asarray(jax.device_get(a)) for group in saved.states for a in group]
+    named: dict[str, Any] = {f"array{k}": a for k, a in enumerate(flat)}
     with open(beside, "wb") as file:
-        np.savez(
-            file,
-            header=np.frombuffer(header.encode(), np.uint8),
-            **{f"array{k}": a for k, a in enumerate(flat)},
-        )
+        np.savez(file, header=np.frombuffer(header.encode(), np.uint8), **named)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, target)

@@ -103,7 +103,7 @@ def shortcuts(program: Program, found: Uses, leaves: Sequence[int]) -> dict[int,
 
 
 def in_order(program: Program, found: Uses, tails: Mapping[int, Tail]) -> Program:
-    """The program with its operations in an order in which every shortcut is known before the layer that corrects it."""
+    """The program in an order of operations in which every shortcut is known before the layer that corrects it."""
     makers = makers_of(program)
     before: dict[int, list[int]] = {}
     for leaf, tail in tails.items():

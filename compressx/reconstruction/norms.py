@@ -94,7 +94,7 @@ def _roots(program: Program, data: frozenset[int]) -> dict[int, frozenset[int]]:
 
 def _variances(program: Program, makers: dict[int, int], roots: dict[int, frozenset[int]]) -> frozenset[int]:
     """The leaves that go, with a constant added, into a square root."""
-    found = set()
+    found = set[int]()
     for op in program.ops:
         if op.primitive.name in ("rsqrt", "sqrt") and op.outputs[0] in roots:
             value = op.inputs[0]
@@ -112,14 +112,14 @@ def _mean_within(
     gain: int,
     var: frozenset[int],
 ) -> int | None:
-    """The leaf m in x * gain + (b - m * gain): it is multiplied by what depends on the variance, and the gain is not it."""
+    """The leaf m in x * gain + (b - m * gain): it is multiplied by what depends on the variance, not in the gain itself."""
     if len(readers) != 1 or readers[0][0] < 0:
         return None
     op, operand = program.ops[readers[0][0]], readers[0][1]
     if op.primitive.name not in ("add", "sub"):
         return None
     offset = op.inputs[1 - operand]
-    waiting, seen, found = [offset], set(), set()
+    waiting, seen, found = [offset], set[int](), set[int]()
     while waiting:
         value = waiting.pop()
         if value in seen or value not in makers or value not in roots:

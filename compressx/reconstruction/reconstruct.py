@@ -46,6 +46,13 @@ class Layer(NamedTuple):
       residual: |W - Z| / |W| at its end.
       weights: weights that are not zero, and all.
       seconds: for statistics and solver.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+      >>> rules = [("w", compressx.unstructured(keep=3))]
+      >>> _, report = compressx.reconstruct(lambda v, x: x @ v["w"], {"w": jnp.ones((4, 2))}, rules, [x])
+      >>> report.layers[0].path, report.layers[0].weights
+      ('w', (3, 8))
     """
 
     path: str
@@ -72,6 +79,13 @@ class Report(NamedTuple):
         the network's output is not one array of more than one number an example.
       output_error: |compressed - dense|^2 / |dense|^2 of the outputs.
       seconds: in all.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+      >>> rules = [("w", compressx.unstructured(keep=3))]
+      >>> _, report = compressx.reconstruct(lambda v, x: x @ v["w"], {"w": jnp.ones((4, 2))}, rules, [x])
+      >>> report.table().splitlines()[0].split()
+      ['leaf', 'error', 'kept', 'steps', 'non-zero', 'seconds']
     """
 
     layers: tuple[Layer, ...]
@@ -265,7 +279,7 @@ class _Run:
         return Hardened(jax.tree.unflatten(self.treedef, self._whole()), self.structures)
 
     def _whole(self) -> list[Any]:
-        """The leaves of the tree, with those of the compressed network in their places."""
+        """The leaves of the tree, with those of the compressed network in their positions."""
         new = iter(self.stream.weights[COMPRESSED])
         return [next(new) if hasattr(leaf, "dtype") else leaf for leaf in self.leaves]
 
@@ -350,7 +364,8 @@ class _Run:
         right = c @ own + ridge[:, None, None] * own
         if corrected is not None:
             right = right + corrected[0]
-        return gram, np.linalg.solve(h + ridge[:, None, None] * np.eye(h.shape[1]), right), corrected
+        aim = np.linalg.solve(h + ridge[:, None, None] * np.eye(h.shape[1]), right)
+        return gram, np.asarray(aim, np.float64), corrected
 
     def _takes_mean(self, leaf: int) -> bool:
         """Whether a bias of its own, and no batch normalisation, follows a leaf that is one matrix."""
@@ -412,7 +427,7 @@ def match_statistics(model: Any, params: Any, compressed: Any, batches: Iterable
 
     Example:
       >>> def network(v, x):
-      ...     return (x @ v["w"] - v["mean"]) * jax.lax.rsqrt(v["var"] + 1e-5)
+      ...     return (x @ v["w"] - v["mean"][None]) * jax.lax.rsqrt(v["var"] + 1e-5)[None]
       >>> dense = {"w": jnp.eye(2), "mean": jnp.zeros(2), "var": jnp.ones(2)}
       >>> halved = {**dense, "w": jnp.eye(2) / 2}
       >>> match_statistics(network, dense, halved, [jax.random.normal(jax.random.key(0), (64, 2))])["var"].tolist()
@@ -422,8 +437,9 @@ def match_statistics(model: Any, params: Any, compressed: Any, batches: Iterable
         raise ValueError(f"norms must be one of {', '.join(NORMS)}, got {norms!r}")
     stream = Stream(model, params, list(batches), (), False)
     leaves, treedef = jax.tree.flatten(compressed)
-    if treedef != jax.tree.structure(params):
-        raise ValueError(f"the compressed tree is {treedef}, the dense one {jax.tree.structure(params)}")
+    trees: list[Any] = [treedef, jax.tree.structure(params)]
+    if trees[0] != trees[1]:
+        raise ValueError(f"the compressed tree is {trees[0]}, the dense one {trees[1]}")
     for leaf, value in enumerate(leaf for leaf in leaves if hasattr(leaf, "dtype")):
         if not np.array_equal(value, stream.weights[DENSE][leaf]):
             stream.put(leaf, value)

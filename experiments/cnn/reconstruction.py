@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import compressx
@@ -29,7 +30,7 @@ def of_images(
     def run(weights: Weights, rules: Rules, examples: int) -> Weights:
         chosen = np.random.default_rng(seed).permutation(len(images))[:examples]
         parts = [chosen[k : k + BATCH] for k in range(0, len(chosen), BATCH)]
-        batches = [data.augment.normalise(images[part], mean, std) for part in parts]
+        batches = [data.augment.normalise(jnp.asarray(images[part]), mean, std) for part in parts]
         # running statistics take part, and no rule of the plan is meant for them
         free = [(f"({'|'.join(weights.batch_stats)})/.*", None)] if weights.batch_stats else []
         both = {**weights.params, **weights.batch_stats}

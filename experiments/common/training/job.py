@@ -37,8 +37,8 @@ class Job:
       chunk: steps between looks at the clock.
       save_steps: steps between checkpoints; 0 is only by time.
       save_seconds: seconds between checkpoints; 0 is only by steps. The ends of phases are always saved.
-      reconstruct: `reconstruct(weights, rules, examples)`: the weights in their sets, with their structure, reached on so
-        many training examples without training; None: the driver has no such method.
+      reconstruct: `reconstruct(weights, rules, examples)`: the weights in their sets, with their structure, reached on
+        so many training examples without training; None: the driver has no such method.
       order: `order(seed, epoch) -> int32 [n // batch, batch]`, the examples of every batch of an epoch, where not every
         shuffle will do (buckets of like lengths); None shuffles all.
       select: figure of the validation set, such as `validation_accuracy`, whose best epoch (its start among them, the
