@@ -217,6 +217,12 @@ def summary(layers: list[dict[str, Any]]) -> dict[str, Any]:
     return found | ({"not_above": ahead} if ahead else {})
 
 
+def command(network: str, images: int, row: str, settings: str = "") -> str:
+    """What makes one row again."""
+    said = f"python -m benchmarks.post_training_layers --network={network} --images={images} --only={row}"
+    return said + (f" --settings={settings}" if settings else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet20")
@@ -240,21 +246,20 @@ def main() -> None:
     if args.held_out:
         held = {n: Factored(g) for n, g in grams(args.network, args.images, args.held_out)[1].items()}
     about, chosen = environment(("jax", "numpy")), args.only.split(",") if args.only else list(rows())
-    done = {}
     for row in chosen:
         began = time.perf_counter()
         result = measure(row, rows()[row], kernels, factored, held, settings)
         result |= {"seconds": time.perf_counter() - began, "network": args.network, "images": args.images}
         solver = [e["seconds"] for e in result["layers"]]
         result |= {"solver_seconds": sum(solver), "settings": {k: getattr(settings, k) for k in kinds}}
-        done[f"{args.network}_{row.replace(':', 'of')}"] = result
         print(table([{"set": row} | {k: f"{v:.5f}" for k, v in result["mean"].items()}]))
         print(
             f"  not above, of {result['of']}: {result.get('not_above')}; kept: {result['kept']}; {sum(solver):.1f} s\n"
         )
         sys.stdout.flush()
         if args.results:
-            record(args.results, "post_training_layers", done, about)
+            about["command"] = command(args.network, args.images, row, args.settings)
+            record(args.results, "post_training_layers", {f"{args.network}_{row.replace(':', 'of')}": result}, about)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Post-training reconstruction: weights of any set whose outputs on a calibration set are nearest to the dense ones."""
 
 from compressx.reconstruction.distill import Distilled, distill
+from compressx.reconstruction.metric import project_in_metric
 from compressx.reconstruction.reconstruct import Layer, Report, match_statistics, reconstruct
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import Solution, TooFewRows, solve, solve_joint
@@ -14,6 +15,7 @@ __all__ = [
     "TooFewRows",
     "distill",
     "match_statistics",
+    "project_in_metric",
     "reconstruct",
     "solve",
     "solve_joint",

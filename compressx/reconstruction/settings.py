@@ -16,7 +16,8 @@ class Settings:
       tolerance: |W - Z| / |W| at which it stops.
       damp: share of the mean diagonal of H that is added to it.
       refresh_every: iterations between two choices of a set's structure; signs are chosen anew in every one.
-      intersections: "chain", one Z projected onto the sets in turn; "each", a Z and a U for every set; "best", both.
+      intersections: "chain", one Z projected onto the sets in turn; "each", a Z and a U for every set; "best" tries
+        both, where no set is one of levels, which a Z for each set serves badly.
       refit_steps: iterations at most of the refit on the frozen set.
       sweeps: rounds of coordinate descent over levels and scale.
 
@@ -31,7 +32,7 @@ class Settings:
     tolerance: float = 1e-3
     damp: float = 0.01
     refresh_every: int = 5
-    intersections: str = "chain"
+    intersections: str = "best"
     refit_steps: int = 100
     sweeps: int = 3
 

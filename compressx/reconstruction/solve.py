@@ -46,7 +46,7 @@ class Solution(NamedTuple):
       structure: of each of `constraint.sets`, as in `Hardened`.
       error: tr (W - A)' H (W - A) / tr A' H A, H undamped; of a joint set the mean over the leaves.
       errors: of every leaf.
-      iterations: of ADMM.
+      iterations: of ADMM; of the run that is kept, or of the first where none is.
       residual: |W - Z| / |W| at its end.
       kept: which candidate it is.
       tried: the error of every candidate, by name.
@@ -72,8 +72,13 @@ class TooFewRows(UserWarning):
     """H comes from fewer rows than it has inputs, so that it says nothing of some directions.
 
     Example:
-      >>> issubclass(compressx.reconstruction.TooFewRows, UserWarning)
-      True
+      >>> import warnings
+      >>> gram = Gram(np.eye(3)[None], 2, np.zeros((1, 3)))
+      >>> with warnings.catch_warnings(record=True) as said:
+      ...     warnings.simplefilter("always")
+      ...     found = solve(jnp.ones((3, 1)), gram, compressx.unstructured(keep=2), name="dense")
+      >>> str(said[0].message)[:42], said[0].category is TooFewRows
+      ('dense: H of 3 inputs comes from 2 rows, so', True)
     """
 
 
@@ -247,6 +252,7 @@ class _Run:
         self.problems: tuple[Scaled, ...] = tuple(f.uniform if tied else f.row_scaled for f in factored)
         self.aims: Leaves = tuple(jnp.asarray(a, jnp.float32) for a in targets)
         self.tried: dict[str, float] = {}
+        self.ends: dict[str, tuple[int, float]] = {}
         self.held: list[tuple[float, str, Any, tuple[Any, ...]]] = []
         for f, layout, name in zip(factored, layouts, names, strict=True):
             if f.rows < layout.view.rows:
@@ -267,22 +273,16 @@ class _Run:
         start, first = self.chosen(self.on, scaled, given)
         if not any(part.stage == TIE for part in self.sets):
             self.add("metric", self.unscaled(start, first), first)
-        reached = None
         for each in self.ways():
-            program = admm_program(self.sets, self.layouts, self.settings, each, given is not None)
-            found = program(self.problems, scaled, start, first)
-            self.add("admm each" if each else "admm", self.unscaled(found.z, found.structure), found.structure)
-            reached = reached or found
+            self.iterate("admm each" if each else "admm", scaled, start, first, each=each, chosen=given is not None)
         library = self.library(scaled) if given is None else None
         if library is not None:
             start, _ = self.chosen(self.on, scaled, library)
-            found = admm_program(self.sets, self.layouts, self.settings, False, False)(
-                self.problems, scaled, start, library
-            )
-            self.add("library", self.unscaled(found.z, found.structure), found.structure)
+            self.iterate("library", scaled, start, library, each=False, chosen=False)
         if self.constraint.spec["kind"] == "filters" and self.constraint.slice is None:
             self.add("exact", *self.filters())
-        assert reached is not None
+        if not self.held:
+            raise ValueError(f"no projection onto {self.constraint} lies in it, so nothing can be reconstructed")
         error, kept, w, structure = min(self.held, key=lambda h: h[0])
         stored = [o.axes.back(x, o.shape) if o.said else x for o, x in zip(self.layouts, self.tuple_of(w), strict=True)]
         return Solution(
@@ -290,17 +290,24 @@ class _Run:
             structure,
             error,
             self.errors(w),
-            int(reached.iterations),
-            float(reached.residual),
+            *self.ends.get(kept.split(" + ")[0], next(iter(self.ends.values()))),
             kept,
             dict(self.tried),
         )
+
+    def iterate(self, name: str, scaled: Leaves, start: Leaves, structure: Any, *, each: bool, chosen: bool) -> None:
+        """A run of ADMM from a point of the sets, and what the refit makes of its end."""
+        program = admm_program(self.sets, self.layouts, self.settings, each, chosen)
+        found = program(self.problems, scaled, start, structure)
+        self.ends[name] = int(found.iterations), float(found.residual)
+        self.add(name, self.unscaled(found.z, found.structure), found.structure)
 
     def ways(self) -> tuple[bool, ...]:
         """Whether each run of ADMM has a Z for every set."""
         if len(self.sets) == 1:
             return (False,)
-        return {"chain": (False,), "each": (True,), "best": (False, True)}[self.settings.intersections]
+        best = (False,) if self.levels else (False, True)
+        return {"chain": (False,), "each": (True,), "best": best}[self.settings.intersections]
 
     def tuple_of(self, w: Any) -> tuple[Any, ...]:
         return tuple(w) if self.constraint.joint else (w,)

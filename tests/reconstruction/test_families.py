@@ -86,6 +86,6 @@ def test_one_z_and_a_z_for_each_set_are_both_tried() -> None:
     rng = np.random.default_rng(1)
     w, g = jnp.asarray(rng.standard_normal((8, 6)), jnp.float32), gram(rng, 8)
     constraint = cx.n_of_m(2, 4) & cx.columns(0.5)
-    found = solve(w, g, constraint, settings=Settings(intersections="best"))
+    found = solve(w, g, constraint, settings=Settings())
     assert {"admm", "admm each"} <= set(found.tried)
     cx.check(cx.Hardened({"w": found.w}, {"w": found.structure}), [("w", constraint)])
