@@ -204,6 +204,14 @@ def by_sensitivity(rows: Sequence[Row], cost: Callable[[Row], float], budget: fl
 
     Raises:
       ValueError: no rows, a cost or change that is not a number, or a budget below the cheapest choice.
+
+    Example:
+      >>> from compressx.budget.allocate import by_sensitivity, bytes_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> rows = [Row("a", 1.0, 8, 8, 8, 0.1, 0.0), Row("a", 0.5, 4, 8, 4, 0.2, 0.1)]
+      >>> rows += [Row("b", 1.0, 8, 8, 8, 0.1, 0.0), Row("b", 0.5, 4, 8, 4, 0.6, 0.5)]  # b suffers more
+      >>> [(r.path, r.density) for r in by_sensitivity(rows, bytes_cost(), budget=48)]
+      [('a', 0.5), ('b', 1.0)]
     """
     options: dict[str, list[tuple[float, float, Row]]] = {}
     for row in rows:
@@ -232,12 +240,39 @@ def by_sensitivity(rows: Sequence[Row], cost: Callable[[Row], float], budget: fl
 
 
 def bytes_cost(value_bytes: int = 4, index_bits: float = 0.0) -> Callable[[Row], float]:
-    """Bytes of a row: `weights * value_bytes + groups * index_bits / 8` (index_bits = 1: a bitmask over the groups)."""
+    """Bytes of a row: `weights * value_bytes + groups * index_bits / 8` (index_bits = 1: a bitmask over the groups).
+
+    Args:
+      value_bytes: of a weight.
+      index_bits: of a group; 1 is a bitmask, 0 a structure that costs nothing.
+
+    Returns:
+      What `by_sensitivity` takes as `cost`.
+
+    Example:
+      >>> from compressx.budget.allocate import bytes_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> bytes_cost(index_bits=1.0)(Row("a", 0.5, 8, 16, 8, 0.2, 0.1))  # 8 floats and 16 bits
+      34
+    """
     return lambda row: row.weights * value_bytes + math.ceil(row.groups * index_bits / 8)
 
 
 def flops_cost(positions: Mapping[str, int]) -> Callable[[Row], float]:
-    """Multiply-adds of a row: `weights * positions[path]`, positions as in `by_flops`."""
+    """Multiply-adds of a row: `weights * positions[path]`, positions as in `by_flops`.
+
+    Args:
+      positions: path -> how often each weight is used in one inference.
+
+    Returns:
+      What `by_sensitivity` takes as `cost`; it raises a `ValueError` for a path without positions.
+
+    Example:
+      >>> from compressx.budget.allocate import flops_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> flops_cost({"conv": 64})(Row("conv", 0.5, 8, 16, 8, 0.2, 0.1))
+      512.0
+    """
 
     def cost(row: Row) -> float:
         if row.path not in positions:
@@ -248,7 +283,20 @@ def flops_cost(positions: Mapping[str, int]) -> Callable[[Row], float]:
 
 
 def table_cost(table: Mapping[tuple[str, int], float]) -> Callable[[Row], float]:
-    """Cost by measurement: `table[path, kept]`, such as the milliseconds of that layer with so many groups."""
+    """Cost by measurement: `table[path, kept]`, such as the milliseconds of that layer with so many groups.
+
+    Args:
+      table: (path, groups kept) -> cost, in any unit.
+
+    Returns:
+      What `by_sensitivity` takes as `cost`; it raises a `ValueError` for a row that was not measured.
+
+    Example:
+      >>> from compressx.budget.allocate import table_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> table_cost({("conv", 8): 0.25})(Row("conv", 0.5, 8, 16, 8, 0.2, 0.1))
+      0.25
+    """
 
     def cost(row: Row) -> float:
         if (row.path, row.kept) not in table:

@@ -27,6 +27,12 @@ class Target(NamedTuple):
       design: the engine.
       scale: step of the weights, `[]`; input_scale: of the inputs.
       rows: order of the rows where signs are polarized (`program.rows_of`); None: all, in order.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> target = crossbar.Target(crossbar.isaac(), scale=0.01, input_scale=0.05)
+      >>> target.design.name, target.rows
+      ('ISAAC', None)
     """
 
     design: Design
@@ -44,6 +50,22 @@ def training_hardware(
       targets: by module path, as for `layers.hardware`.
       key: of this step; a layer folds its path's checksum in.
       variation: what is drawn; None: ideal devices, so that only the converters' errors are trained for.
+
+    Returns:
+      A context manager: calls of the model's `apply` inside it compute the named layers on the simulated engine.
+
+    Raises:
+      ValueError: inside the context, where a target names a recurrent layer, a grouped convolution or anything but a
+        Dense or Conv layer.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from compressx import crossbar
+      >>> design = crossbar.Design(rows=2, active_rows=2, weight_bits=4, input_bits=2, signs="polarized")
+      >>> params = {"kernel": jnp.full((2, 1), 1.6), "bias": jnp.zeros(1)}
+      >>> with crossbar.training_hardware({"": crossbar.Target(design, 0.5, 1.0)}, jax.random.key(0)):
+      ...     print(nn.Dense(1).apply({"params": params}, jnp.ones((1, 2))))  # 1.6 is stored as 3 steps of 0.5
+      [[3.]]
     """
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -93,9 +115,24 @@ def train_matmul(
     need weights that are single-signed already, rows in order.
 
     Args:
-      x: `[n, P]`; w: `[P, F]`; scale, input_scale: steps of both.
+      x: float32 `[n, P]`, inputs.
+      w: float32 `[P, F]`, weights.
+      scale, input_scale: float32 `[]`, steps of the weights and of the inputs.
       design: the engine.
       key, variation: draw of devices; None: ideal ones.
+
+    Returns:
+      float32 `[n, F]`; its gradient is that of the plain product of the rounded inputs with `w`.
+
+    Raises:
+      ValueError: a variation is given without a key.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> design = crossbar.Design(rows=2, active_rows=2, weight_bits=4, input_bits=2, signs="polarized")
+      >>> x, w, one = jnp.array([[1.0, 2.0]]), jnp.array([[3.2], [1.0]]), jnp.float32(1.0)
+      >>> float(crossbar.train_matmul(x, w, one, one, design)[0, 0])  # 3.2 is stored as 3
+      5.0
     """
     low, high = design.weight_range
     whole = jnp.clip(jnp.round(w / scale), low, high).astype(jnp.int32)

@@ -38,8 +38,19 @@ def and_popcount_matmul(
       x_bits, w_bits: 1..8 each; with a sign the top plane counts negative (one signed bit: 0 and -1).
       x_signed, w_signed: two's complement or unsigned.
 
+    Returns:
+      int32 `[n, F]`.
+
     Raises:
       ValueError: widths are out of range, shapes do not fit, or k is so long that int32 could overflow.
+
+    Source: products by AND and count of bit planes as in S. Zhou et al., "DoReFa-Net", 2016, equation 3; that SOT-MRAM
+    senses the AND of two rows: S. Angizi et al., ISVLSI 2019.
+
+    Example:
+      >>> x, w = jnp.array([[5, 3]], jnp.int32), jnp.array([[2], [-1]], jnp.int32)
+      >>> compressx.crossbar.and_popcount_matmul(x, w, x_bits=4, w_bits=3).tolist()
+      [[7]]
     """
     for name, bits in (("x_bits", x_bits), ("w_bits", w_bits)):
         if not 1 <= bits <= 8:
@@ -119,17 +130,33 @@ class Planes:
 
 @dataclass(frozen=True)
 class Engine:
-    """A memory that computes. Every time is of one operation on `width` bits, every energy likewise.
+    """A memory that computes: its size, and time and energy of each operation on `width` bits.
 
     Attributes:
-      rows, cols: of a sub-array; width: bits of an operation, cols x the sub-arrays that work together.
-      read_ns, write_ns, read_nj, write_nj: of a row.
-      and_nj: of sensing two rows together; and_ns: its time (None: that of a read, since both sense once).
+      rows, cols: of a sub-array.
+      width: bits of an operation, cols x the sub-arrays that work together.
+      read_ns, write_ns: nanoseconds of a row.
+      read_nj, write_nj: nanojoules of a row.
+      and_nj: of sensing two rows together.
+      and_ns: its time; None: that of a read, since both sense once.
       count_ns, count_nj: of counting, shifting and adding one result. The table has no such entry: 0 hides the count
         behind the next AND and leaves its energy out; set them if you know them.
-      leakage_mw: of the whole memory, as long as an inference takes.
+      leakage_mw: milliwatts of the whole memory, as long as an inference takes.
       parallel: groups of sub-arrays (`width` bits each) that work together.
       source: of the numbers.
+
+    Raises:
+      ValueError: a size is below 1, a time or energy below 0, or the width is no multiple of the columns.
+
+    Source: numbers of S. Angizi et al., ISVLSI 2019, table of 45 nm memories.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar import sot_mram
+      >>> layer = crossbar.dense_layer("w", np.ones((512, 10)))
+      >>> work = sot_mram.layer_work(layer, crossbar.Engine(), x_bits=8, w_bits=8)
+      >>> work.ands, work.writes, round(work.ns)  # 10 filters x 8 x 8 planes; 8 planes of inputs; nanoseconds
+      (640, 8, 1845)
     """
 
     rows: int = 256

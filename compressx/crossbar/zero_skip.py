@@ -35,6 +35,19 @@ def effective_cycles(x: Array, design: Design, all_zero: int = 0) -> Array:
       x: non-negative int32 inputs in the order of the rows in use; the last fragment may be short.
       design: active rows, DAC and input bits.
       all_zero: cycles of a fragment without a bit, 0 or 1.
+
+    Returns:
+      int32 `[..., ceil(k / active_rows)]`, 0 to `design.cycles`.
+
+    Raises:
+      ValueError: the design's inputs are two's complement, or `all_zero` is neither 0 nor 1.
+
+    Source: G. Yuan et al., "FORMS", 2021, section IV (effective input cycles).
+
+    Example:
+      >>> x = jnp.array([[1, 4, 0, 0, 0, 0, 0, 0]], jnp.int32)  # two fragments of four
+      >>> compressx.crossbar.effective_cycles(x, compressx.crossbar.forms(4)).tolist()
+      [[3, 0]]
     """
     if design.inputs == "twos_complement":
         raise ValueError("two's complement inputs have no leading zeros to skip; use unsigned inputs or sign planes")
@@ -59,6 +72,15 @@ class Skipping:
         run side by side and wait for each other.
       full_sweep: the same without skipping.
       inputs: how many inputs were measured.
+
+    Source: G. Yuan et al., "FORMS", 2021, section IV.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar import zero_skip
+      >>> found = zero_skip.measure(jnp.array([[1, 4, 0, 0, 0, 0, 0, 0]], jnp.int32), crossbar.forms(4))
+      >>> found.mean, found.full, found.all_zero_share
+      (1.5, 16, 0.5)
     """
 
     name: str
