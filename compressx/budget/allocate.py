@@ -21,6 +21,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 def shapes(params: Any, pattern: str = ".*kernel") -> dict[str, tuple[int, ...]]:
     """`path -> shape` of the leaves whose whole path matches.
 
+    Args:
+      params: pytree of arrays or shapes.
+      pattern: regular expression for the slash-joined path.
+
+    Returns:
+      `path -> shape`, in leaf order.
+
     Raises:
       ValueError: the pattern matches no leaf.
 
@@ -86,6 +93,13 @@ def _share(sizes: Mapping[str, int], weight: Mapping[str, float], budget: int) -
 def uniform(leaf_shapes: Shapes, density: float) -> dict[str, int]:
     """Every leaf keeps the same share: floor(density * n + 1/2) of its n weights.
 
+    Args:
+      leaf_shapes: path -> shape.
+      density: share kept, in (0, 1].
+
+    Returns:
+      path -> weights to keep.
+
     Raises:
       ValueError: the density is not in (0, 1], or keeps no weight of some leaf.
 
@@ -110,6 +124,16 @@ def erk(leaf_shapes: Shapes, density: float) -> dict[str, int]:
     Small leaves stay denser; leaves that would pass density 1 stay whole and the others share what is left. The total
     is floor(density * all + 1/2), exactly.
 
+    Args:
+      leaf_shapes: path -> shape.
+      density: share of all weights kept, in (0, 1].
+
+    Returns:
+      path -> weights to keep, at least one each.
+
+    Raises:
+      ValueError: the density is not in (0, 1], or keeps fewer weights than there are leaves.
+
     Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020.
 
     Example:
@@ -126,6 +150,15 @@ def by_bytes(leaf_shapes: Shapes, budget: int, value_bytes: int = 4, index_bits:
     """ERK shares of the number of weights that fit a byte budget.
 
         bytes = kept * value_bytes + all * index_bits / 8     (index_bits = 1: a bitmask; 0: free structure)
+
+    Args:
+      leaf_shapes: path -> shape.
+      budget: bytes of all leaves together.
+      value_bytes: of a kept weight.
+      index_bits: of each weight, kept or not.
+
+    Returns:
+      path -> weights to keep, at least one each.
 
     Raises:
       ValueError: the budget does not even hold the indices and one weight a leaf.
@@ -155,6 +188,9 @@ def by_flops(leaf_shapes: Shapes, positions: Mapping[str, int], budget: int) -> 
       leaf_shapes: path -> shape.
       positions: path -> how often each weight is used in one inference (output height * width; 1 for a dense layer).
       budget: multiply-adds of one inference.
+
+    Returns:
+      path -> weights to keep, at least one each.
 
     Raises:
       ValueError: a leaf has no entry in `positions`, or the budget is below one weight a leaf.

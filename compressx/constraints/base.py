@@ -389,7 +389,7 @@ def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
       structure: that of the set, as `Constraint.each` takes it.
 
     Returns:
-      int32 [].
+      int32 `[]`.
 
     Example:
       >>> int(compressx.violations(compressx.unstructured(keep=1), jnp.asarray([[1.0, 2.0, 3.0]]), ()))

@@ -25,7 +25,8 @@ class Target(NamedTuple):
 
     Attributes:
       design: the engine.
-      scale: step of the weights, `[]`; input_scale: of the inputs.
+      scale: step of the weights, `[]`.
+      input_scale: step of the inputs, `[]`.
       rows: order of the rows where signs are polarized (`program.rows_of`); None: all, in order.
 
     Example:

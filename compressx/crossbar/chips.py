@@ -46,7 +46,9 @@ class Chip:
         activation, pooling, output registers).
       cycle_ns: nanoseconds of one input cycle of one group of active rows: all columns of an array converted once.
       link_mw, link_mm2: of the chip's links (HyperTransport).
-      mcus: per tile; tiles: per chip; arrays: per MCU.
+      mcus: of a tile.
+      tiles: of the chip.
+      arrays: of an MCU.
       overhead_stages: pipeline stages besides the input cycles; ISAAC's 22 stages are 16 input cycles and 6 others.
       pooling_stages: further stages where a layer pools (FORMS: 26 in all).
       notes: what was assumed.

@@ -34,7 +34,8 @@ class Variation:
       kind: "lognormal" (a factor exp(N(0, sigma^2)); FORMS: sigma 0.1) or "gaussian" (added, in shares of the range).
       sigma: its standard deviation, at least 0.
       read_noise: standard deviation of a column's sum at each conversion, in cell units.
-      drift_time: t / t0, at least 1; drift_mean, drift_spread: of the exponent nu.
+      drift_time: t / t0, at least 1.
+      drift_mean, drift_spread: of the exponent nu.
       stuck_on, stuck_off: shares of cells.
       on_off: r_on/off, above 1; None is infinite.
       adc_gain, adc_offset: standard deviations of each column's ADC: of the gain around 1, and of the offset in cell

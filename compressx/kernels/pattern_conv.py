@@ -450,6 +450,9 @@ def prepare(
       path: "xla", "native", "pallas", or None for the native one where it runs, else Pallas on a GPU or TPU that
         supports the layer and has half of its blocks or more to skip, else XLA. "pallas" on a CPU interprets.
 
+    Returns:
+      A `Convolution`, called with images of that shape.
+
     Raises:
       ValueError: shapes that do not fit each other, or a path that does not run here.
       CompressedFileError: packed arrays that are damaged.

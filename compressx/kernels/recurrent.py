@@ -475,6 +475,12 @@ def prepare_product(w: Packed | np.ndarray, *, threads: int = 0, path: str | Non
       threads: for the rows of a batch.
       path: "native", "xla", or None for the native one where it runs.
 
+    Returns:
+      A `Product`, called with float32 `[n, in]`.
+
+    Raises:
+      ValueError: w is no matrix, or the path is unknown or does not run here.
+
     Example:
       >>> product = compressx.kernels.prepare_product(np.eye(3, dtype=np.float32), path="xla")
       >>> print(product(jnp.asarray([[1.0, 2.0, 3.0]])))
