@@ -187,7 +187,7 @@ def make_scorer(apply: Callable[..., Any], prepare: Callable[[Array], Array] = l
     def score(deployed: Any, variables: Any, images: Array, labels: Array) -> Array:
         with layer_calls.hardware(deployed):
             logits = apply(variables, prepare(images), train=False)
-        return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+        return jnp.sum(jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels, dtype=jnp.int32)
 
     return score
 
@@ -204,9 +204,18 @@ def batches(images: np.ndarray, labels: np.ndarray, batch: int) -> list[tuple[Ar
     return [(jnp.asarray(images[i : i + batch]), jnp.asarray(labels[i : i + batch])) for i in cut]
 
 
+def read_again(deployed: Mapping[str, Deployed], number: int | Array) -> dict[str, Deployed]:
+    """The same devices, read anew: the read noise of batch `number`; layers without any are as they were."""
+    out = dict(deployed)
+    for path, layer in deployed.items():
+        if layer.key is not None:
+            out[path] = replace(layer, key=jax.random.fold_in(layer.key, number))
+    return out
+
+
 def accuracy(score: Scorer, deployed: Any, variables: Any, batched: list[tuple[Array, Array]]) -> float:
-    """Share of correct predictions over all batches."""
-    correct = sum(int(score(deployed, variables, x, y)) for x, y in batched)
+    """Share of correct predictions over all batches, each with read noise of its own."""
+    correct = sum(int(score(read_again(deployed, n), variables, x, y)) for n, (x, y) in enumerate(batched))
     return correct / sum(int(np.sum(np.asarray(y) >= 0)) for _, y in batched)
 
 
@@ -229,7 +238,9 @@ def noisy_accuracy(
 
     def metric(key: Array) -> Array:
         drawn = perturb_network(key, deployed, v)
-        correct = jax.lax.map(lambda lot: score(drawn, variables, *lot), (images, labels))
+        numbers = jnp.arange(len(images), dtype=jnp.int32)
+        step = lambda lot: score(read_again(drawn, lot[0]), variables, *lot[1:])
+        correct = jax.lax.map(step, (numbers, images, labels))
         return jnp.sum(correct).astype(jnp.float32) / count
 
     return metric

@@ -67,7 +67,7 @@ def and_popcount_matmul(
     def word(total: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
         a, b = step  # [B_a, n], [B_w, F]
         ones = lax.population_count(a[:, None, :, None] & b[None, :, None, :]).astype(jnp.int32)
-        return total + jnp.sum(ones * weights, axis=(0, 1)), None
+        return total + jnp.sum(ones * weights, axis=(0, 1), dtype=jnp.int32), None
 
     start = jnp.zeros((x.shape[0], w.shape[1]), jnp.int32)
     return lax.scan(word, start, (planes_x.swapaxes(0, 1), planes_w.swapaxes(0, 1)))[0]
