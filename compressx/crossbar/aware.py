@@ -146,6 +146,10 @@ def train_matmul(
     Raises:
       ValueError: a variation is given without a key.
 
+    Source: noise on the weights in the forward pass: V. Joshi et al., "Accurate Deep Neural Network Inference using
+    Computational Phase-change Memory", 2020; the gradient through the drawn cell is that of reparameterisation, D.
+    P. Kingma, M. Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4.
+
     Example:
       >>> from compressx import crossbar
       >>> design = crossbar.Design(rows=2, active_rows=2, weight_bits=4, input_bits=2, signs="polarized")

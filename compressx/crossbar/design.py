@@ -127,6 +127,9 @@ class Design:
     Raises:
       ValueError: a field is out of range, or fields exclude each other; the message names design and field.
 
+    Source: the scheme "offset" and the sliced weights: A. Shafiee et al., "ISAAC", 2016; "polarized": G. Yuan et
+    al., "FORMS", 2021, section IV; pairs of arrays: P. Chi et al., "PRIME", 2016.
+
     Example:
       >>> from compressx import crossbar
       >>> design = crossbar.Design(rows=64, cols=64, active_rows=8, weight_bits=4, signs="polarized")

@@ -252,6 +252,8 @@ def map_layer(layer: Layer, design: Design, squeeze: bool = True) -> Mapped:
     Returns:
       `Mapped`: arrays with and without compaction, and how full they are.
 
+    Source: rows and columns compacted as in G. Yuan et al., "FORMS", 2021, section III.
+
     Example:
       >>> from compressx import crossbar
       >>> w = np.ones((256, 32))

@@ -130,6 +130,9 @@ def perturb(key: Array, programmed: Programmed, variation: Variation) -> Program
     Raises:
       ValueError: columns of `programmed` are proven, so that their cells were not kept.
 
+    Source: log-normal variation: G. Yuan et al., "FORMS", 2021; drift (t / t0)^-nu of phase-change memory as in V.
+    Joshi et al., 2020.
+
     Example:
       >>> from compressx import crossbar
       >>> from compressx.crossbar.program import program

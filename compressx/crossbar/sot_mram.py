@@ -44,7 +44,7 @@ def and_popcount_matmul(
     Raises:
       ValueError: widths are out of range, shapes do not fit, or k is so long that int32 could overflow.
 
-    Source: products by AND and count of bit planes as in S. Zhou et al., "DoReFa-Net", 2016, equation 3; that SOT-MRAM
+    Source: products by AND and count of bit planes as in S. Zhou et al., "DoReFa-Net", 2016, section 2.1; that SOT-MRAM
     senses the AND of two rows: S. Angizi et al., ISVLSI 2019.
 
     Example:

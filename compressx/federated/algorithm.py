@@ -61,6 +61,9 @@ class Algorithm:
     Raises:
       ValueError: a setting is impossible, or settings exclude each other; the message names it.
 
+    Source: S. Lin et al., "ESMFL: Efficient and Secure Models for Federated Learning", 2020 (sparse models and an
+    enclave; its exact schedule is not published); H. B. McMahan et al., 2017 (FedAvg); T. Li et al., 2020 (`mu`).
+
     Example:
       >>> from compressx.federated.algorithm import Algorithm
       >>> alg = Algorithm(rounds=10, sparsify="common", density=((".*kernel", 0.1),), prune_round=6, admm_rounds=4)

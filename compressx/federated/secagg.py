@@ -47,6 +47,8 @@ def to_field(x: NpArray, weight: float) -> NpArray:
     Returns:
       uint32 of x's shape.
 
+    Source: sums of integers modulo 2^32 as in K. Bonawitz et al., 2017; the fixed point is our own.
+
     Example:
       >>> from compressx.federated.secagg import from_field, to_field
       >>> total = to_field(np.array([1.0, -2.0]), 0.25) + to_field(np.array([3.0, 2.0]), 0.75)

@@ -295,8 +295,7 @@ class Convolution:
       path: `native/<instruction set>`, `pallas/<gpu, tpu or interpret>` or `xla`.
       plan: how it is run natively, or None.
 
-    Source: orders of execution, filter kernel reorder and load redundancy elimination: W. Niu et al., "PatDNN", 2020,
-    section 5.
+    Source: W. Niu et al., "PatDNN", 2020 (filter kernel reorder, load redundancy elimination).
 
     Example:
       >>> w = np.zeros((3, 3, 1, 2), np.float32)
@@ -456,6 +455,8 @@ def prepare(
     Raises:
       ValueError: shapes that do not fit each other, or a path that does not run here.
       CompressedFileError: packed arrays that are damaged.
+
+    Source: W. Niu et al., "PatDNN", 2020 (filter kernel reorder, load redundancy elimination, tuning).
 
     Example:
       >>> conv = compressx.kernels.prepare(np.ones((3, 3, 1, 2), np.float32), (1, 4, 4, 1), path="xla")

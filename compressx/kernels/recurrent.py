@@ -389,8 +389,7 @@ class Recurrent:
     Attributes:
       path: `native/<instruction set>` or `xla`.
 
-    Source: blocks that share their inputs, reordered rows: P. Dong et al., "RTMobile", 2020, section on compiler
-    optimisation.
+    Source: P. Dong et al., "RTMobile", 2020 (matrix reorder, load elimination).
 
     Example:
       >>> cell = compressx.kernels.prepare_recurrent("lstm", [np.zeros((2, 8), np.float32)], path="xla")
@@ -505,6 +504,8 @@ def prepare_recurrent(
 
     Raises:
       ValueError: unknown cell or path, or matrices that do not fit.
+
+    Source: P. Dong et al., "RTMobile", 2020 (matrix reorder, load elimination, BSPC).
 
     Example:
       >>> cell = compressx.kernels.prepare_recurrent("gru_after", [np.zeros((2, 6), np.float32)], path="xla")
