@@ -26,6 +26,7 @@ from compressx.crossbar.layers import Deployed, deploy
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.mvm import saturation
 from compressx.crossbar.noise import Variation, perturb
+from compressx.crossbar.products import dynamic_products, traced
 from compressx.crossbar.recurrent import is_recurrent, path_of, plain
 from compressx.crossbar.sot_mram import Operands, Planes
 from compressx.crossbar.zero_skip import Skipping, measure, merge
@@ -46,7 +47,8 @@ def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs:
     Nothing is computed: shapes alone are traced. A layer that is called several times is used as often; a matrix of a
     recurrent layer (`recurrent.Recurrent`: GRU, LSTM) as often as there are steps. Calls inside `nn.scan` or `nn.RNN`
     are traced once and count once (`mapping.recurrent_layers` takes the steps). Tables that are only looked up
-    (`nn.Embed`) are no layers.
+    (`nn.Embed`) are no layers. Products of two activations (attention) follow as layers that are `dynamic`: they are
+    counted, and no array holds them.
 
     Args:
       apply: `model.apply`.
@@ -80,7 +82,7 @@ def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs:
         return y
 
     with nn.intercept_methods(intercept):
-        jax.eval_shape(lambda *a: apply(*a, **kwargs), variables, *args)
+        program, given = traced(apply, variables, *args, **kwargs)
     held = {*uses, *(f"{path}/kernel" for path in uses)}
     held |= {f"{path}/embedding" for path, looked_up in tables.items() if looked_up}
     params = variables["params"]
@@ -90,7 +92,8 @@ def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs:
             f"{', '.join(lost)}: no Dense, Conv or recurrent layer that was called holds these weights, so an engine "
             "would leave them out; build the network from such layers, or give theirs `run_with` (recurrent.Recurrent)"
         )
-    return [_layer(path, kernel(variables, path), groups[path], n) for path, n in uses.items()]
+    layers = [_layer(path, kernel(variables, path), groups[path], n) for path, n in uses.items()]
+    return layers + dynamic_products(program, given)
 
 
 def _layer(path: str, weight: Any, groups: int, uses: int) -> Layer:
