@@ -76,8 +76,6 @@ def of_steps(schedule: Callable[[Array], Any], every: int) -> RhoSchedule:
 def staged(rho: float, factor: float = 10.0, every: int = 4, maximum: float | None = None) -> RhoSchedule:
     """rho is multiplied by `factor` after every `every` updates, up to `maximum`.
 
-    The recipe of the FORMS and PatDNN groups' public code: 1e-4, then x10 at each of four stages.
-
     Args:
       rho: its first value, above 0.
       factor: of each stage, above 0.
@@ -87,8 +85,8 @@ def staged(rho: float, factor: float = 10.0, every: int = 4, maximum: float | No
     Raises:
       ValueError: rho, factor or every is not positive.
 
-    Source: the training code that the groups of PatDNN (W. Niu et al., 2020) and FORMS (G. Yuan et al., 2021)
-    published uses 1e-4, then x10 at each of four stages.
+    Source: public training code of the groups of W. Niu et al., "PatDNN", 2020, and G. Yuan et al., "FORMS", 2021:
+    1e-4, then x10 at each of four stages.
 
     Example:
       >>> schedule = compressx.schedules.staged(0.5, factor=4, every=2)
