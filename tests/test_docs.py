@@ -140,6 +140,12 @@ def test_public_records_describe_their_fields(module: str) -> None:
             assert _described(_text(node), "Attributes") == fields, f"{name}: Attributes are not {sorted(fields)}"
 
 
+def test_every_set_names_its_source() -> None:
+    found = _definitions("compressx")
+    lacking = [k for k in compressx.constraints.KINDS if not re.search("^Source", _text(found[f"compressx.{k}"]), re.M)]
+    assert not lacking, f"say whose set it is, or that it is our own: {lacking}"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_the_first_line_of_a_docstring_is_one_sentence(module: str) -> None:
     for name, node in _definitions(module).items():

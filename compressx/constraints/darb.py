@@ -172,6 +172,9 @@ def balanced_block_max(density: float, *, size: int = 8, axis: str = "outputs", 
       size: length of a block.
       axis, scope: as in `block_max`.
 
+    Source: one weight a block as in A. Ren et al., "DARB", 2020; that every position within a block is used equally
+    often is our own.
+
     Example:
       >>> w = jnp.asarray([[4.0, 1.0, 3.0, 2.0]])
       >>> print(compressx.balanced_block_max(0.5, size=2).project(w, ()))  # one at each position within a block
