@@ -143,6 +143,9 @@ class Engine:
         behind the next AND and leaves its energy out; set them if you know them.
       leakage_mw: milliwatts of the whole memory, as long as an inference takes.
       parallel: groups of sub-arrays (`width` bits each) that work together.
+      pack: filters whose planes are short lie side by side in one row, as many as `width` holds, each over a copy of
+        the input planes; the counter then counts each filter's columns apart. Without it a dot product of 25 takes an
+        AND of the whole width.
       source: of the numbers.
 
     Raises:
@@ -172,6 +175,7 @@ class Engine:
     count_nj: float = 0.0
     leakage_mw: float = 550.0
     parallel: int = 1
+    pack: bool = False
     source: str = _TABLE
 
     def __post_init__(self) -> None:
@@ -194,6 +198,7 @@ class Work:
       subarrays: whole sub-arrays that hold its planes.
       ands: operations AND + count; writes: rows of inputs written; programmed: rows of weights, written once.
       ns: time; dynamic_nj: energy without leakage; leakage_nj.
+      utilisation: share of the bits of all ANDs that belong to a weight.
     """
 
     name: str
@@ -205,6 +210,7 @@ class Work:
     ns: float
     dynamic_nj: float
     leakage_nj: float
+    utilisation: float
 
     def row(self) -> dict[str, Any]:
         """The layer as a row of a table."""
@@ -213,6 +219,7 @@ class Work:
             "weights": self.weights,
             "sub-arrays": self.subarrays,
             "AND + count": self.ands,
+            "width used": self.utilisation,
             "rows written": self.writes,
             "us": self.ns / 1e3,
             "uJ": (self.dynamic_nj + self.leakage_nj) / 1e3,
@@ -248,6 +255,11 @@ class Report:
         return self.dynamic_uj + sum(layer.leakage_nj for layer in self.layers) / 1e3
 
     @property
+    def utilisation(self) -> float:
+        """Share of the bits of all ANDs that belong to a weight."""
+        return sum(w.utilisation * w.ands for w in self.layers) / self.ands if self.ands else 0.0
+
+    @property
     def subarrays(self) -> int:
         """Sub-arrays of all layers."""
         return sum(layer.subarrays for layer in self.layers)
@@ -266,13 +278,13 @@ class Report:
 def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
     """Counts operations, time and energy of a layer.
 
-        AND operations = uses * F * B_a * B_w * ceil(L / width)        L kept rows, F kept columns of each group
-        rows of weights = F * B_w * ceil(L / width);  a stack of sub-arrays holds rows - B_a of them
-        rows written a use = B_a * (stacks)
+        AND operations = uses * ceil(F / k) * B_a * B_w * ceil(L / width)    L kept rows, F kept columns of each group
+        rows of weights = ceil(F / k) * B_w * ceil(L / width);  a stack of sub-arrays holds rows - B_a of them
+        rows written a use = B_a * (stacks);   k = max(1, floor(width / L)) with `engine.pack`, else 1
 
     Every stack keeps its own copy of the input planes of its slice of L. Operations of `parallel` stacks overlap.
     """
-    subarrays = ands = writes = programmed = weights = 0
+    subarrays = ands = writes = programmed = weights = used = 0
     room = engine.rows - x_bits
     if room < 1:
         raise ValueError(f"sub-arrays of {engine.rows} rows have no room for weights beside {x_bits} input planes")
@@ -281,11 +293,13 @@ def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
         if length == 0:
             continue
         pieces = ceil(length / engine.width)
-        stacks = pieces * ceil(filters * w_bits / room)
+        lines = ceil(filters / max(1, engine.width // length)) if engine.pack else filters
+        stacks = pieces * ceil(lines * w_bits / room)
         weights += length * filters
         subarrays += stacks * (engine.width // engine.cols)
-        programmed += pieces * filters * w_bits
-        ands += layer.uses * pieces * filters * x_bits * w_bits
+        programmed += pieces * lines * w_bits
+        ands += layer.uses * pieces * lines * x_bits * w_bits
+        used += layer.uses * length * filters * x_bits * w_bits
         writes += layer.uses * x_bits * stacks
     and_ns = engine.read_ns if engine.and_ns is None else engine.and_ns
     ns = (ands * (and_ns + engine.count_ns) + writes * engine.write_ns) / min(
@@ -301,6 +315,7 @@ def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
         ns=ns,
         dynamic_nj=ands * (engine.and_nj + engine.count_nj) + writes * engine.write_nj,
         leakage_nj=engine.leakage_mw * ns * 1e-3,
+        utilisation=used / (ands * engine.width) if ands else 0.0,
     )
 
 
@@ -327,6 +342,9 @@ def assumptions(engine: Engine) -> tuple[str, ...]:
         f"counting, shifting and adding: {engine.count_ns} ns and {engine.count_nj} nJ beyond the AND (no source)",
         "inputs are written for every use, into every stack of sub-arrays that needs them; weights stay",
         f"{engine.parallel} stack(s) of sub-arrays work together; layers run one after another",
+        "short filters lie side by side, each counted apart"
+        if engine.pack
+        else "a filter has rows of its own, however short (pack=True lays them side by side)",
         f"leakage of {engine.leakage_mw} mW, the whole 32 Mb memory, for the whole inference",
         "write time and energy are parameters: sources disagree on whether SOT-MRAM writes are slow",
     )
