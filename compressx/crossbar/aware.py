@@ -34,7 +34,7 @@ class Target(NamedTuple):
       design: the engine.
       scale: step of the weights, `[]`.
       input_scale: step of the inputs, `[]`.
-      rows: order of the rows where signs are polarized (`program.rows_of`); None: all, in order.
+      rows: order of the rows where signs are polarized (`rows_of`); None: all, in order.
 
     Example:
       >>> from compressx import crossbar

@@ -70,7 +70,7 @@ def deploy(
       scale: a number, or one for each of the last axis.
       design: the engine.
       input_scale: step of the inputs (`calibrate`).
-      rows: order of the rows (`program.rows_of`), where signs are polarized.
+      rows: order of the rows (`rows_of`), where signs are polarized.
       groups: `feature_group_count`; `rows` then holds for every group.
       name: of the weights, for messages.
       options: of `program` (path, prove).

@@ -283,6 +283,22 @@ def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
         rows written a use = B_a * (stacks);   k = max(1, floor(width / L)) with `engine.pack`, else 1
 
     Every stack keeps its own copy of the input planes of its slice of L. Operations of `parallel` stacks overlap.
+
+    Args:
+      layer: what is stored, and how often it is used.
+      engine: the memory.
+      x_bits, w_bits: of inputs and weights.
+
+    Returns:
+      `Work` of one inference.
+
+    Raises:
+      ValueError: a sub-array has no row left for weights.
+
+    Example:
+      >>> from compressx.crossbar import Engine, dense_layer, sot_mram
+      >>> sot_mram.layer_work(dense_layer("w", np.ones((512, 10))), Engine(), x_bits=4, w_bits=4).ands  # 10 x 4 x 4
+      160
     """
     subarrays = ands = writes = programmed = weights = used = 0
     room = engine.rows - x_bits
@@ -325,7 +341,22 @@ def network(
     x_bits: int | Mapping[str, int] = 8,
     w_bits: int | Mapping[str, int] = 8,
 ) -> Report:
-    """All layers; bits as one number, or by layer name."""
+    """Counts the work of all layers; they run one after another.
+
+    Args:
+      layers: of the network.
+      engine: the memory; None: the default one.
+      x_bits, w_bits: of inputs and weights, one number or by layer name.
+
+    Returns:
+      `Report`: latency, energy and sub-arrays.
+
+    Example:
+      >>> from compressx.crossbar import dense_layer, sot_mram
+      >>> report = sot_mram.network([dense_layer("a", np.ones((512, 10))), dense_layer("b", np.ones((10, 10)))])
+      >>> report.ands, round(report.uj, 2)  # microjoules, leakage included
+      (1280, 2.86)
+    """
     engine = engine or Engine()
     of = lambda bits, name: bits if isinstance(bits, int) else bits[name]
     work = tuple(layer_work(layer, engine, of(x_bits, layer.name), of(w_bits, layer.name)) for layer in layers)
