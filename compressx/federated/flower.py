@@ -70,11 +70,10 @@ class FederatedServer(flwr.server.Server):
 
     Example:
       >>> from types import SimpleNamespace
-      >>> from compressx.federated.algorithm import Algorithm
-      >>> from compressx.federated.flower import FederatedServer
+      >>> from compressx.federated import flower
       >>> finished = SimpleNamespace(status=lambda: (3, ()))  # an enclave that has closed three rounds
-      >>> plan = SimpleNamespace(rounds=3, roster={0: ("", 1)})
-      >>> server = FederatedServer(finished, plan, Algorithm(rounds=3), seed=0)
+      >>> plan = flower.Plan((flower.messages.Layer("w", 2, 2),), {0: ("", 1)}, rounds=3)
+      >>> server = flower.FederatedServer(finished, plan, flower.Algorithm(rounds=3), seed=0)
       >>> history, seconds = server.fit(num_rounds=3, timeout=None)  # Flower calls it; nothing is left to do
       >>> server.traffic.total
       0
@@ -222,12 +221,11 @@ def message_bytes(plan: Plan) -> int:
       plan: whose layers are sent.
 
     Returns:
-      Bytes, the spare ones for frames, keys and quotes among them.
+      Bytes, `SPARE` for Flower's own among them.
 
     Example:
-      >>> from types import SimpleNamespace
       >>> from compressx.federated import flower
-      >>> plan = SimpleNamespace(layers=(flower.messages.Layer("w", 1000, 100),))
+      >>> plan = flower.Plan((flower.messages.Layer("w", 1000, 100),), {0: ("", 1)}, rounds=1)
       >>> flower.message_bytes(plan) > 4000  # a thousand floats
       True
     """
@@ -247,7 +245,7 @@ def serve(server: FederatedServer, address: str, certificates: Certificates) -> 
       >>> from types import SimpleNamespace
       >>> from compressx.federated import flower, tls
       >>> finished = SimpleNamespace(status=lambda: (1, ()))  # an enclave that has closed the only round
-      >>> plan = SimpleNamespace(rounds=1, roster={0: ("", 1)})
+      >>> plan = flower.Plan((flower.messages.Layer("w", 2, 2),), {0: ("", 1)}, rounds=1)
       >>> server = flower.FederatedServer(finished, plan, flower.Algorithm(rounds=1), seed=0)
       >>> with socket.create_server(("localhost", 0)) as free:
       ...     address = f"localhost:{free.getsockname()[1]}"
@@ -313,7 +311,8 @@ def join(client: Client, address: str, authority: bytes, patience: float = 600.0
     Example:
       >>> from types import SimpleNamespace
       >>> from compressx.federated import flower, tls
-      >>> client = SimpleNamespace(hello=lambda: b"hello")
+      >>> plan = flower.Plan((flower.messages.Layer("w", 2, 2),), {0: ("", 1)}, rounds=1)
+      >>> client = SimpleNamespace(hello=lambda: b"hello", plan=plan)  # a `Client` in earnest
       >>> try:
       ...     flower.join(client, "localhost:1", tls.make().authority, patience=0.0)
       ... except ConnectionError as error:
