@@ -52,7 +52,7 @@ from compressx.federated.trusted.rounds import Plan
 log = logging.getLogger("compressx.federated")
 
 GREETING = 15.0  # seconds within which a connection has to say hello
-FAREWELL = 10.0  # seconds in which all clients are told that it is over
+FAREWELL = 10.0  # seconds in which all clients hear that it is over
 SPARE = 2**20  # bytes of Flower's own in a message
 
 
