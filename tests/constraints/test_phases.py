@@ -73,6 +73,8 @@ QUICK = (
         "few patterns & unstructured", "darb inverse", "darb uniform", "quantize 8", "quantize 12 a channel",
         "patterns & polarize & quantize", "quantize 16", "darb permuted", "darb & unstructured",
         "patterns & connectivity", "sparse & polarize energy", "unified, kept zeros, quantized",
+        "patterns & unstructured", "aligned patterns", "aligned patterns, a short group", "columns, then rows",
+        "aligned patterns & unstructured", "unstructured & polarize", "levels with zero",
     }),
 )  # fmt: skip
 

@@ -46,9 +46,13 @@ def _config(variant="digits_tiny", **changes):
 
 
 def _short():
-    """The tiny run with a model for each kind of engine, no more: every model is a few programs to compile."""
+    """The tiny run with a model for each kind of engine, no more: every model is a few programs to compile.
+
+    Its last model is polarized and quantized by one ADMM; by one after the other, in the slow tests.
+    """
     settings = configs.get_config("digits_tiny").unlock()
-    settings.branches = tuple(b for b in settings.branches if b["name"] != "polarized")
+    last = configs.tiny({**settings.to_dict(), "branches": [configs.DIGITS.at_once("full_8", 8)]})["branches"][0]
+    settings.branches = (*(b for b in settings.branches if b["name"] == "pruned"), last)
     settings.variation.update({"models": ("full_8",), "sweep": ()})
     settings.noise_aware.start = ""
     settings.one_shot = False
@@ -74,10 +78,9 @@ def test_models_lie_in_their_sets_and_on_the_engine_as_on_paper(done):
     _, s = done
     assert s["violations"] == 0
     found = s["crossbar"]["models"]
-    assert set(found) == {"dense", "pruned", "signs_8", "full_8"}
+    assert set(found) == {"dense", "pruned", "full_8"}
     assert s["metric"]["compressed"] == found["full_8"]["hardware"]
-    for name in ("signs_8", "full_8"):
-        assert found[name]["single_signed"] == 1.0 and found[name]["signs"] == "polarized"
+    assert found["full_8"]["single_signed"] == 1.0 and found["full_8"]["signs"] == "polarized"
     for name in ("dense", "pruned"):
         assert found[name]["signs"] == "differential_digital"
     assert all(m["proven_share"] == 1.0 for m in found.values())  # flipped columns never clip
@@ -183,9 +186,9 @@ def test_sign_changes_of_each_refresh_are_recorded_and_drawn(done):
     folder, _ = done
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {r["phase"]: r["changed"] for r in records if "changed" in r}
-    assert set(found) == {"admm_signs_8"}  # the only phase that chooses signs anew
-    assert set(found["admm_signs_8"]) == {f"params/{n}/kernel" for n in ("c1", "c2", "f1", "f2")}
-    assert all(0 <= v <= 1 for v in found["admm_signs_8"].values())
+    assert set(found) == {"admm_full_8"}  # the only phase that chooses signs anew
+    assert set(found["admm_full_8"]) == {f"params/{n}/kernel" for n in ("c1", "c2", "f1", "f2")}
+    assert all(0 <= v <= 1 for v in found["admm_full_8"].values())
     assert (folder / "sign_changes.png").exists() and "Sign changes" in (folder / "report.html").read_text()
 
 
