@@ -305,6 +305,7 @@ def test_signs_follow_the_weights_only_at_refreshes() -> None:
         assert bool(jnp.all(find_state(state).structure["w"][0].negative)) == negative
 
 
+@pytest.mark.slow  # by default the contract shows it, of another order
 def test_jit_and_vmap_agree_with_eager() -> None:
     c = cx.polarize(4, order="H")
     ws = jnp.stack([normal((3, 3, 2, 5), s).at[s].set(0) for s in range(3)])

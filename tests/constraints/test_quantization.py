@@ -26,11 +26,11 @@ from compressx.constraints.quantization import (
     levels_of,
     quantize_activations,
 )
+from tests.thinning import some
 
 CASES = [("uniform", 2), ("uniform", 4), ("uniform", 8), ("power_of_two", 4), ("cells", 4), ("codebook", 3)]
 CASES += [("float8_e4m3", 8), ("float8_e5m2", 8)]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-grids = pytest.mark.parametrize(("grid", "bits"), CASES)
 WIDE = [("uniform", 4), ("power_of_two", 4), ("codebook", 3), ("float8_e4m3", 8)]  # one of each way to round
 
 
@@ -122,7 +122,7 @@ def test_what_shares_a_scale_is_checked() -> None:
         cx.unify((2, 2), 0.5) & cx.quantize(4, per=32)
 
 
-@grids
+@pytest.mark.parametrize(("grid", "bits"), some(WIDE, CASES))
 def test_a_tie_goes_to_the_smaller_magnitude(grid: str, bits: int) -> None:
     levels = Levels(bits, grid)
     structure = jnp.asarray([0.5, 1.0, 3.0]) if grid == "codebook" else jnp.asarray(0.25)
@@ -135,7 +135,7 @@ def test_a_tie_goes_to_the_smaller_magnitude(grid: str, bits: int) -> None:
     np.testing.assert_array_equal(decode(encode(above, structure, levels), structure, levels), magnitudes[1:])
 
 
-@grids
+@pytest.mark.parametrize(("grid", "bits"), some(WIDE, CASES))
 def test_all_levels_survive_encode_and_decode(grid: str, bits: int) -> None:
     levels = Levels(bits, grid)
     structure = fit(normal((40, 5)), levels)
@@ -301,7 +301,7 @@ def test_retraction_is_the_nearest_point_of_the_piece(grid: str) -> None:
 
 
 def test_extreme_magnitudes_neither_vanish_nor_overflow() -> None:
-    for factor in (1e-34, 1e-20, 1e20, 1e37):
+    for factor in (1e-34, 1e37):
         for grid, bits in CASES:
             c = cx.quantize(bits, grid=grid)
             w = normal((5, 6)) * np.float32(factor)
