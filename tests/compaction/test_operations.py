@@ -15,7 +15,7 @@ from compressx.tree import paths
 from tests.compaction import networks
 
 pytestmark = pytest.mark.filterwarnings("ignore::compressx.compaction.NothingRemoved")  # told in test_transformers
-FEW = settings(max_examples=max(10, settings.default.max_examples // 4))
+FEW = settings(max_examples=max(6, settings.default.max_examples // 4))
 SEEDS = st.integers(0, 2**32 - 1)
 
 

@@ -16,7 +16,7 @@ from experiments.common import models
 from tests.kernels.networks import network
 from tests.thinning import some
 
-FEW = settings(max_examples=max(8, settings.default.max_examples // 5))
+FEW = settings(max_examples=max(5, settings.default.max_examples // 5))
 
 
 def leaves_of(lines):
