@@ -141,10 +141,12 @@ class _Run:
         steps = phase.fit.epochs * self.per_epoch
         tx = optimizers.of_phase(self.job.optimizer, phase, steps, self.per_epoch, structure or None, self.job.clip)
         params = self.place.put(weights.params)
+        # gradual pruning starts outside the sets that it ends in, which `retrain` refuses where it can see the weights
+        init = jax.jit(tx.init) if phase.kind == "gradual" else set_by_set(tx.init)
         state = TrainState(
             params=params,
             batch_stats=self.place.put(weights.batch_stats),
-            opt_state=set_by_set(tx.init)(params),
+            opt_state=init(params),
             step=jnp.zeros((), jnp.int32),
             key=phase_key(phase, self.job.seed),
             sums=Sums.zero(),
