@@ -9,6 +9,7 @@ import pytest
 
 import compressx as cx
 from compressx.capture.matrix import Gram
+from compressx.reconstruction import baselines
 from compressx.reconstruction.problem import Factored
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import TooFewRows, solve, solve_joint
@@ -75,6 +76,22 @@ def test_near_the_best_of_all_levels() -> None:
         baseline.append(float(np.einsum("pf,pf->", d, h @ d)) / whole / best)
     assert np.median(ratios) < 1.1
     assert np.mean(ratios) < 0.7 * np.mean(baseline)
+
+
+def test_levels_are_never_above_gptq_with_the_same_scale() -> None:
+    rng, constraint = np.random.default_rng(12), cx.quantize(3)
+    g, w = gram(rng, 8), weights(rng, 8, 4)
+    a, h, scale = np.asarray(w, np.float64), g.h[0], float(constraint.init(w))
+
+    def nearest(values: np.ndarray, _: int) -> np.ndarray:
+        magnitude = np.clip(np.ceil(np.abs(values) / scale - 0.5), 1, 3)
+        return np.where(values < 0, -magnitude, magnitude) * scale
+
+    d = baselines.gptq(a, h, nearest) - a
+    wanted = float(np.einsum("pf,pf->", d, h @ d) / np.einsum("pf,pf->", a, h @ a))
+    found = solve(w, g, constraint)
+    assert found.tried["rounding"] == pytest.approx(wanted, rel=1e-4)
+    assert found.error <= wanted
 
 
 def test_filters_are_chosen_exactly() -> None:
