@@ -2,9 +2,11 @@
 
 from compressx.reconstruction.distill import Distilled, distill
 from compressx.reconstruction.metric import project_in_metric
-from compressx.reconstruction.reconstruct import Layer, Report, match_statistics, reconstruct
+from compressx.reconstruction.reconstruct import reconstruct
+from compressx.reconstruction.report import Layer, Report
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import Solution, TooFewRows, solve, solve_joint
+from compressx.reconstruction.statistics import match_statistics
 
 __all__ = [
     "Distilled",

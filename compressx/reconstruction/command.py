@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from compressx import formats
 from compressx.formats import SavedModel
-from compressx.reconstruction.reconstruct import Layer, reconstruct
+from compressx.reconstruction.reconstruct import reconstruct
+from compressx.reconstruction.report import Layer
 from compressx.rules import Rules
 
 

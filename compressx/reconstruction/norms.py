@@ -112,7 +112,7 @@ def _mean_within(
     gain: int,
     var: frozenset[int],
 ) -> int | None:
-    """The leaf m in x * gain + (b - m * gain): it is multiplied by what depends on the variance, not in the gain itself."""
+    """The leaf m in x * gain + (b - m * gain): multiplied by what depends on the variance, and not in the gain."""
     if len(readers) != 1 or readers[0][0] < 0:
         return None
     op, operand = program.ops[readers[0][0]], readers[0][1]

@@ -6,9 +6,10 @@ in its set whose outputs, for the inputs that the *compressed* network gives it,
 *dense* network; then both networks run on to the next.
 """
 
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,94 +21,17 @@ from compressx.axes import DEFAULTS, parse
 from compressx.capture import CaptureError, Gram, capture
 from compressx.capture.capture import axes_and_groups, leaf_of
 from compressx.reconstruction.norms import RULES as NORMS
-from compressx.reconstruction.norms import Norm, statistics
+from compressx.reconstruction.norms import Norm
+from compressx.reconstruction.report import Layer, Progress, Report, agreement
+from compressx.reconstruction.resume import Done, Journal
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import DEFAULT, Solution, solve, solve_joint
+from compressx.reconstruction.statistics import move_norm
 from compressx.reconstruction.stream import COMPRESSED, DENSE, Stream, whole
 from compressx.rules import Bound, Rules, pairs, resolve
 from compressx.tree import check_finite
 
 TARGETS = ("block", "dense", "own")
-
-
-class Layer(NamedTuple):
-    """What became of one constrained leaf.
-
-    Attributes:
-      path: of the leaf.
-      constraint: the set, in words.
-      inputs: "compressed", those of the compressed network so far; "dense", those of the dense one (a leaf that several
-        products read, or of a joint rule); "none", projected only, as no product reads it.
-      shortcut: whether the error of a shortcut was corrected with it.
-      error: tr (W - A)' H (W - A) / tr A' H A, A being what the leaf aims at.
-      kept: which candidate of the solver it is.
-      tried: the error of each.
-      iterations: of ADMM.
-      residual: |W - Z| / |W| at its end.
-      weights: weights that are not zero, and all.
-      seconds: for statistics and solver.
-
-    Example:
-      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
-      >>> rules = [("w", compressx.unstructured(keep=3))]
-      >>> _, report = compressx.reconstruct(lambda v, x: x @ v["w"], {"w": jnp.ones((4, 2))}, rules, [x])
-      >>> report.layers[0].path, report.layers[0].weights
-      ('w', (3, 8))
-    """
-
-    path: str
-    constraint: str
-    inputs: str
-    shortcut: bool
-    error: float
-    kept: str
-    tried: dict[str, float]
-    iterations: int
-    residual: float
-    weights: tuple[int, int]
-    seconds: float
-
-
-class Report(NamedTuple):
-    """What `reconstruct` did.
-
-    Attributes:
-      layers: in the order in which they were taken.
-      norms: paths of the running means whose statistics moved.
-      biases: paths of the biases that took a mean.
-      agreement: share of the calibration examples on which the largest output of both networks is the same; None where
-        the network's output is not one array of more than one number an example.
-      output_error: |compressed - dense|^2 / |dense|^2 of the outputs.
-      seconds: in all.
-
-    Example:
-      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
-      >>> rules = [("w", compressx.unstructured(keep=3))]
-      >>> _, report = compressx.reconstruct(lambda v, x: x @ v["w"], {"w": jnp.ones((4, 2))}, rules, [x])
-      >>> report.table().splitlines()[0].split()
-      ['leaf', 'error', 'kept', 'steps', 'non-zero', 'seconds']
-    """
-
-    layers: tuple[Layer, ...]
-    norms: tuple[str, ...]
-    biases: tuple[str, ...]
-    agreement: float | None
-    output_error: float
-    seconds: float
-
-    def table(self) -> str:
-        """The layers as lines of text."""
-        rows = [("leaf", "error", "kept", "steps", "non-zero", "seconds")]
-        for layer in self.layers:
-            held = f"{layer.weights[0]}/{layer.weights[1]}"
-            rows.append(
-                (layer.path, f"{layer.error:.4f}", layer.kept, str(layer.iterations), held, f"{layer.seconds:.2f}")
-            )
-        wide = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        return "\n".join("  ".join(c.ljust(n) for c, n in zip(row, wide, strict=True)).rstrip() for row in rows)
-
-
-Progress = Callable[[int, int, Layer], None]
 
 
 def reconstruct(
@@ -120,6 +44,8 @@ def reconstruct(
     norms: str = "match",
     settings: Settings = DEFAULT,
     project_rest: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    save_every: float = 10.0,
     progress: Progress | None = None,
 ) -> tuple[Hardened, Report]:
     """Compresses a trained network after training, with a few hundred of its inputs and no labels.
@@ -137,6 +63,9 @@ def reconstruct(
         behind them have their mean output restored by the bias, unless it is "keep".
       settings: of the layer solver.
       project_rest: project constrained leaves that no product reads (a table, a bias), instead of refusing them.
+      state: a file into which the leaves that are done are written on the way. A further call with the same network,
+        rules, settings and batches continues behind them and ends with the same bits; the file stays.
+      save_every: seconds between two writes.
       progress: called behind every leaf with its number, how many there are, and its `Layer`.
 
     Returns:
@@ -146,6 +75,7 @@ def reconstruct(
     Raises:
       CaptureError: no product reads a constrained leaf, or not in a way that can be reconstructed; an input of a layer
         is not finite.
+      StateError: the file is of another network, other batches, or other rules or settings.
       ValueError: a weight is not finite; the rules do not fit; a rule reads the axes of a leaf otherwise than the
         network does.
 
@@ -179,14 +109,16 @@ def reconstruct(
     if not examples:
         raise CaptureError("there is no batch of calibration inputs")
     run = _Run(model, params, bound, examples, target, norms, settings, project_rest, progress)
+    task = f"{[(b.name, str(b.constraint), str(b.axes)) for b in bound]} {target} {norms} {settings}"
+    run.journal = Journal(state, run.program, run.stream.weights[DENSE], task, examples, save_every)
     hard = run.all()
     check(hard, rules)
-    agreement, output_error = _agreement(run.stream)
+    same, output_error = agreement(run.stream)
     names = run.program.paths
     moved = tuple(names[norm.mean] for norm in run.moved)
     biases = tuple(names[leaf] for leaf in run.biased)
     seconds = time.perf_counter() - started
-    return hard, Report(tuple(run.layers), moved, biases, agreement, output_error, seconds)
+    return hard, Report(tuple(run.layers), moved, biases, same, output_error, seconds)
 
 
 class _Run:
@@ -227,6 +159,7 @@ class _Run:
         wanted = [p for b in joint for p in b.paths if self._read(p)] + [b.paths[0] for b in static]
         self.grams: dict[str, Gram] = capture(model, params, examples, wanted) if wanted else {}
         self.joint = joint
+        self.journal: Journal
 
     def _scopes(self, path: str) -> list[tuple[int, ...]]:
         return self.uses.scopes(self.program.paths.index(path))
@@ -332,6 +265,10 @@ class _Run:
         path = b.paths[0]
         leaf = self.program.paths.index(path)
         w0 = self.leaves[b.indices[0]]
+        known = self.journal.known(b, b.take(self.leaves))
+        if known is not None:
+            self._restore(b, leaf, known)
+            return
         inputs, aim, corrected, stats = "dense", None, None, None
         if path in self.grams:
             gram = self.grams[path]
@@ -345,8 +282,23 @@ class _Run:
         self.structures[b.name] = found.structure
         about = {"inputs": inputs, "shortcut": corrected is not None, "started": started}
         self._set(b, path, found.w, found, found.error, **about)
+        bias = None
         if self.rule != "keep" and self._takes_mean(leaf):
-            self._bias(leaf, w0, found.w, stats or self.stream.both(leaf, number), corrected)
+            bias = self._bias(leaf, w0, found.w, stats or self.stream.both(leaf, number), corrected)
+        self.journal.add(Done(self.layers[-1]._asdict(), found.w, found.structure, bias))
+
+    def _restore(self, b: Bound, leaf: int, known: Done) -> None:
+        """Puts a leaf in its place that an earlier call has done."""
+        self.structures[b.name] = known.structure
+        self.stream.put(leaf, known.w)
+        if known.bias is not None:
+            bias = self.stream.tails[leaf].bias
+            assert bias is not None
+            self.stream.put(bias, jnp.asarray(known.bias))
+            self.biased.append(bias)
+        self.layers.append(Layer(**{**known.about, "weights": tuple(known.about["weights"])}))
+        if self.progress is not None:
+            self.progress(len(self.layers), self.total, self.layers[-1])
 
     def _problem(
         self, leaf: int, w0: Any, stats: dict[str, NDArray[np.float64]]
@@ -377,8 +329,8 @@ class _Run:
         constrained = any(self.program.paths[tail.bias] in b.paths for b in self.bound)
         return not (normed & set(tail.values) or shared > 1 or constrained)
 
-    def _bias(self, leaf: int, w0: Any, w: Any, stats: dict[str, NDArray[np.float64]], corrected: Any) -> None:
-        """The bias of a layer without batch normalisation takes what the mean of its outputs has lost."""
+    def _bias(self, leaf: int, w0: Any, w: Any, stats: dict[str, NDArray[np.float64]], corrected: Any) -> Any:
+        """The bias of a layer without batch normalisation takes what its mean output has lost; it is returned."""
         tail = self.stream.tails[leaf]
         assert tail.bias is not None
         view = self.uses.views[leaf]
@@ -389,74 +341,8 @@ class _Run:
             lost += corrected[1]
         bias = self.stream.weights[COMPRESSED][tail.bias]
         if bias.size != lost.size:
-            return
-        self.stream.put(tail.bias, bias + jnp.asarray(lost.reshape(bias.shape), bias.dtype))
+            return None
+        new = bias + jnp.asarray(lost.reshape(bias.shape), bias.dtype)
+        self.stream.put(tail.bias, new)
         self.biased.append(tail.bias)
-
-
-def _agreement(stream: Stream) -> tuple[float | None, float]:
-    """Share of equal answers, and the relative squared error of the outputs."""
-    same = rows = 0
-    lost = size = 0.0
-    single = all(len(outputs) == 1 for outputs in stream.outputs())
-    for outputs in stream.outputs():
-        for compressed, dense in outputs:
-            a, b = (np.asarray(x, np.float64) for x in (compressed, dense))
-            lost, size = lost + float(np.sum((a - b) ** 2)), size + float(np.sum(b**2))
-            if single and a.ndim and a.shape[-1] > 1:
-                same += int((a.argmax(-1) == b.argmax(-1)).sum())
-                rows += a.size // a.shape[-1]
-    return (same / rows if rows else None), (lost / size if size else 0.0)
-
-
-def match_statistics(model: Any, params: Any, compressed: Any, batches: Iterable[Any], norms: str = "match") -> Any:
-    """Compressed parameters with running statistics of batch normalisation that fit them.
-
-    Args:
-      model: as for `reconstruct`.
-      params: the dense network's parameters.
-      compressed: the same tree after any compression: projected, hardened, quantized.
-      batches: calibration inputs.
-      norms: "match" the moments of the dense network, or "estimate" them on the examples.
-
-    Returns:
-      `compressed` with new running means and variances, wherever the input of a normalisation has changed.
-
-    Raises:
-      ValueError: the trees differ, or the rule is none.
-
-    Example:
-      >>> def network(v, x):
-      ...     return (x @ v["w"] - v["mean"][None]) * jax.lax.rsqrt(v["var"] + 1e-5)[None]
-      >>> dense = {"w": jnp.eye(2), "mean": jnp.zeros(2), "var": jnp.ones(2)}
-      >>> halved = {**dense, "w": jnp.eye(2) / 2}
-      >>> match_statistics(network, dense, halved, [jax.random.normal(jax.random.key(0), (64, 2))])["var"].tolist()
-      [0.25, 0.25]
-    """
-    if norms not in NORMS:
-        raise ValueError(f"norms must be one of {', '.join(NORMS)}, got {norms!r}")
-    stream = Stream(model, params, list(batches), (), False)
-    leaves, treedef = jax.tree.flatten(compressed)
-    trees: list[Any] = [treedef, jax.tree.structure(params)]
-    if trees[0] != trees[1]:
-        raise ValueError(f"the compressed tree is {trees[0]}, the dense one {trees[1]}")
-    for leaf, value in enumerate(leaf for leaf in leaves if hasattr(leaf, "dtype")):
-        if not np.array_equal(value, stream.weights[DENSE][leaf]):
-            stream.put(leaf, value)
-    for number in range(len(stream.network.program.ops)):
-        for norm in stream.norms.get(number, ()):
-            move_norm(stream, norm, norms)
-        stream.run(number)
-    new = iter(stream.weights[COMPRESSED])
-    return jax.tree.unflatten(treedef, [next(new) if hasattr(leaf, "dtype") else leaf for leaf in leaves])
-
-
-def move_norm(stream: Stream, norm: Norm, rule: str) -> bool:
-    """Moves the statistics of a normalisation whose input has changed; whether it has."""
-    held = stream.moments(norm) if rule != "keep" else None
-    if held is None:
-        return False
-    mean, var = (np.asarray(stream.weights[DENSE][leaf]) for leaf in (norm.mean, norm.var))
-    for leaf, value in zip((norm.mean, norm.var), statistics(rule, mean, var, *held), strict=True):
-        stream.put(leaf, jnp.asarray(value))
-    return True
+        return new

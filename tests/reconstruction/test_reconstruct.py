@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import compressx as cx
-from compressx.capture import CaptureError
+from compressx.capture import CaptureError, StateError
 from compressx.reconstruction import match_statistics
 from experiments.common.models.layers import BatchNorm
 from experiments.common.models.resnet import BasicBlock
@@ -224,6 +224,18 @@ def test_recurrent_gates_and_stacked_layers() -> None:
     assert report.output_error < relative(Net().apply(projected, x), Net().apply(v, x))
 
 
+def test_depthwise_convolutions() -> None:
+    """A matrix of nine inputs for each channel."""
+    conv = nn.Conv(4, (3, 3), strides=2, padding="VALID", feature_group_count=4)
+    x = correlated(30, 7, 7, 4)
+    v = conv.init(KEY, x)
+    rules = [("params/kernel", SPARSE)]
+    hard, report = cx.reconstruct(conv, v, rules, [x[:10], x[10:20], x[20:]])
+    assert report.layers[0].weights == (14, 36) and report.biases == ()
+    projected = cx.harden(v, rules, fresh=True).params
+    assert report.output_error < relative(conv.apply(projected, x), conv.apply(v, x))
+
+
 def test_joint_rules_shared_leaves_and_tables() -> None:
     def network(v: Any, x: Any) -> Any:
         h = v["table"][x].sum(1)
@@ -282,6 +294,44 @@ def test_same_bits_and_progress() -> None:
     jax.tree.map(np.testing.assert_array_equal, one, two)
     assert [(k, n, layer.path) for k, n, layer in seen] == [(1, 2, "a"), (2, 2, "b")]
     assert report.table().splitlines()[1].startswith("a ")
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_call_that_was_killed_continues_with_the_same_bits(tmp_path: Any) -> None:
+    network = lambda v, x: jnp.tanh(x @ v["a"] + v["c"][None]) @ v["b"]
+    v, x = {"a": drawn(6, 6), "b": drawn(6, 6, seed=1), "c": drawn(6)}, correlated(50, 6)
+    rules, file = [("[ab]", SPARSE)], tmp_path / "state.npz"
+    whole, report = cx.reconstruct(network, v, rules, [x])
+    assert report.biases == ("c",)
+
+    def killed(*about: Any) -> None:
+        if about[0] == 2:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        cx.reconstruct(network, v, rules, [x], state=file, save_every=0.0, progress=killed)
+    times: list[float] = []
+    resumed, again = cx.reconstruct(
+        network, v, rules, [x], state=file, save_every=0.0, progress=lambda k, n, layer: times.append(layer.seconds)
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert [layer._replace(seconds=0) for layer in again.layers] == [
+        layer._replace(seconds=0) for layer in report.layers
+    ]
+    assert again.biases == ("c",) and len(times) == 2
+    third, _ = cx.reconstruct(network, v, rules, [x], state=file)  # all of it is in the file
+    jax.tree.map(np.testing.assert_array_equal, whole, third)
+    for other, given, text in (
+        ({**v, "a": v["a"] + 1}, {}, "another network"),
+        (v, {"target": "own"}, "another task"),
+    ):
+        with pytest.raises(StateError, match=text):
+            cx.reconstruct(network, other, rules, [x], state=file, **given)
+    with pytest.raises(StateError, match="another calibration"):
+        cx.reconstruct(network, v, rules, [x + 1], state=file)
 
 
 def test_bad_input_is_named() -> None:

@@ -24,7 +24,7 @@ from compressx.federated.trusted.attest import Attester
 from compressx.federated.trusted.messages import Message
 from compressx.federated.trusted.refused import Refused
 from compressx.federated.trusted.rounds import Array, Closed, Plan, State
-from compressx.federated.trusted.sealing import Counter, Sealer, write_durably
+from compressx.federated.trusted.sealing import NOTHING, Counter, Sealer, write_durably
 from compressx.federated.trusted.sessions import NEVER, Offer, Session
 
 
@@ -43,6 +43,7 @@ class Aggregator:
         self._knows_masks: set[int] = set()
         self._nonces: set[bytes] = set()
         self._lock = threading.RLock()
+        self._stands: tuple[int, bytes] = NOTHING
         self._state = self._restore(layers)
         self._accepted: dict[int, Message] = self._journal()
 

@@ -115,7 +115,7 @@ class FileCounter:
             if here != old:
                 raise Refused(
                     "rollback", f"the counter is at {here[0]} ({here[1].hex()[:16]}), not at {old[0]} "
-                    f"({old[1].hex()[:16]}): another aggregator has gone on from a copy of this state"
+                    f"({old[1].hex()[:16]}): another aggregator continues from a copy of this state"
                 )  # fmt: skip
             write_durably(self._path, f"{new[0]} {new[1].hex()}".encode())
 
