@@ -188,6 +188,17 @@ def test_a_joint_set_shares_one_budget() -> None:
     assert scaled.error == pytest.approx(found.error, rel=1e-3)
 
 
+def test_a_leaf_in_no_product_keeps_its_values_where_its_channel_stays() -> None:
+    rng = np.random.default_rng(13)
+    kernel, bias = weights(rng, 6, 4), weights(rng, 4)
+    constraint = cx.coupled_filters([(1, [(0, 4)]), (0, [(0, 4)])], keep=2)
+    found = solve_joint((kernel, bias), (gram(rng, 6), None), constraint)
+    kept = np.asarray(found.w[0]).any(0)
+    assert kept.sum() == 2
+    np.testing.assert_allclose(found.w[1], np.where(kept, bias, 0.0), rtol=1e-3)
+    np.testing.assert_allclose(found.error, found.errors[0])  # the leaf without statistics is not counted
+
+
 @functools.cache
 def two() -> tuple[Gram, jnp.ndarray]:
     rng = np.random.default_rng(11)
