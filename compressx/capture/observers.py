@@ -69,6 +69,10 @@ GRAM = Observer(_gram_init, _gram_update, gram_of)
 class Ranges(NamedTuple):
     """The smallest and the largest input of each matrix of a leaf, `[G]`; the zeros of padding count.
 
+    Attributes:
+      low: the smallest, float32 `[G]`.
+      high: the largest, float32 `[G]`.
+
     Example:
       >>> w, x = {"a": jnp.ones((2, 3))}, [jnp.asarray([[1.0, -5.0]])]
       >>> found = compressx.capture.capture(lambda w, x: x @ w["a"], w, x, observer=compressx.capture.RANGES)
