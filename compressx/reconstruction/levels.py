@@ -17,8 +17,9 @@ from jax import Array, lax
 
 from compressx.constraints.base import LEVEL, SIGN, TIE, Constraint
 from compressx.constraints.quantization import Levels, columns, from_columns, levels_of, magnitudes
+from compressx.reconstruction.baselines import gptq
 from compressx.reconstruction.iterate import Coordinates, Leaves
-from compressx.reconstruction.problem import Layout
+from compressx.reconstruction.problem import Layout, Matrices
 
 _SCALE_STEPS = 20  # of conjugate gradients on the scales
 _LEAST = 0.1  # a scale keeps at least this share of itself in one round, so that none changes its sign
@@ -52,6 +53,48 @@ def units(shape: tuple[int, ...], levels: Levels) -> np.ndarray:
     width = columns(jnp.zeros(shape), levels).shape
     each = jnp.broadcast_to(jnp.arange(width[1], dtype=jnp.int32), width)
     return np.asarray(from_columns(each, shape, levels))
+
+
+def in_turn(part: Constraint, layout: Layout, h: Matrices, a: Matrices, w: Matrices, structure: Any) -> Matrices:
+    """The target rounded row by row, the error of each made up for by the rows after it, those of large H_ii first.
+
+    A start for the descent that serves badly conditioned H better than the nearest levels do. Where w is 0 it stays 0.
+
+    Args:
+      part: a set of levels over one plain leaf.
+      layout: of the leaf.
+      h: damped H, `[G, P, P]`.
+      a: target, `[G, P, F]`.
+      w: a feasible point, alike.
+      structure: the scale or codebook.
+
+    Returns:
+      `[G, P, F]`, on the levels of the structure up to rounding.
+
+    Source: E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ", 2022.
+    """
+    levels = levels_in(part)
+    shape = jax.eval_shape(layout.leaf, jax.ShapeDtypeStruct(_extent(layout), jnp.float32)).shape
+    ids = np.asarray(layout.matrices(jnp.asarray(units(shape, levels))))
+    held = np.asarray(structure, np.float64)
+    if levels.grid == "codebook":
+        book = np.moveaxis(held, 0, -1).reshape(-1, levels.top)
+    else:
+        book = held.reshape(-1, 1) * table(levels)[None]
+    out = np.empty_like(a)
+    for g in range(len(a)):
+
+        def nearest(values: Matrices, row: int, g: int = g) -> Matrices:
+            own = book[ids[g, row]]
+            k = (np.abs(values)[:, None] > (own[:, :-1] + own[:, 1:]) / 2).sum(1)
+            level = own[np.arange(len(values)), k]
+            if levels.zero_level:
+                level = np.where(np.abs(values) * 2 > own[:, 0], level, 0.0)
+            zero = (w[g, row] == 0) & ~(levels.zero_level & (a[g, row] != 0))
+            return np.where(zero, 0.0, np.where(values < 0, -level, level))
+
+        out[g] = gptq(a[g], h[g], nearest, damp=0.0)
+    return out
 
 
 def descend(

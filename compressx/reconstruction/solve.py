@@ -5,6 +5,7 @@ Several candidates are made and the best is kept, so that the result is never wo
     projection      nearest to the target in the Euclidean metric, then refitted
     metric          nearest in the diagonal metric of H, then refitted
     admm            scaled ADMM (`iterate`), then refitted; for an intersection with one Z, a Z for each set, or both
+    rounding        of levels: row by row, the error made up for by later rows, then coordinate descent
     library         of pattern sets: ADMM again, with the library that a solution with free patterns uses most
     exact           whole filters alone, whose columns do not meet in the objective: those of largest w_j' H w_j stay
 """
@@ -20,9 +21,10 @@ import numpy as np
 from compressx.axes import Axes, guessed, over_stack, parse
 from compressx.capture.matrix import Gram
 from compressx.constraints import from_spec, programs
-from compressx.constraints.base import LEVEL, TIE, Constraint
+from compressx.constraints.base import LEVEL, SUPPORT, TIE, Constraint
 from compressx.reconstruction.compiled import admm_program, levels_program, refit_program
 from compressx.reconstruction.iterate import Coordinates, Leaves
+from compressx.reconstruction.levels import in_turn, levels_in
 from compressx.reconstruction.problem import (
     Factored,
     Layout,
@@ -34,6 +36,7 @@ from compressx.reconstruction.problem import (
 )
 from compressx.reconstruction.settings import Settings
 
+_MOST_LEVELS = 255  # magnitudes that rounding row by row compares with each weight
 _OUTSIDE = 1e-6  # weight of a leaf without statistics, as a share of the error of one with them
 DEFAULT = Settings()
 
@@ -275,6 +278,8 @@ class _Run:
             self.add("metric", self.unscaled(start, first), first)
         for each in self.ways():
             self.iterate("admm each" if each else "admm", scaled, start, first, each=each, chosen=given is not None)
+        if self.levels:
+            self.in_turn({"rounding": euclidean, "rounding again": min(self.held, key=lambda h: h[0])[3]})
         library = self.library(scaled) if given is None else None
         if library is not None:
             start, _ = self.chosen(self.on, scaled, library)
@@ -294,6 +299,20 @@ class _Run:
             kept,
             dict(self.tried),
         )
+
+    def in_turn(self, structures: dict[str, tuple[Any, ...]]) -> None:
+        """Rounding row by row on the support of the best point so far, with the levels of some structures."""
+        part, (*others,) = self.sets[-1], self.sets[:-1]
+        plain = not self.constraint.joint and part.slice is None and all(p.stage == SUPPORT for p in others)
+        if not plain or levels_in(part).top > _MOST_LEVELS:
+            return
+        best = min(self.held, key=lambda h: h[0])
+        w = np.asarray(self.on.matrices(best[2])[0], np.float64)
+        for name, structure in structures.items():
+            own = (*best[3][:-1], structure[-1])
+            found = in_turn(part, self.layouts[0], self.factored[0].damped, self.targets[0], w, own[-1])
+            leaf = self.on.leaves([jnp.asarray(found, jnp.float32)], dtypes=True)
+            self.add(name, programs.project(self.constraint, leaf, own), own)
 
     def iterate(self, name: str, scaled: Leaves, start: Leaves, structure: Any, *, each: bool, chosen: bool) -> None:
         """A run of ADMM from a point of the sets, and what the refit makes of its end."""

@@ -9,6 +9,7 @@ import pytest
 
 import compressx as cx
 from compressx.capture.matrix import Gram
+from compressx.reconstruction import baselines
 from compressx.reconstruction.problem import Factored
 from compressx.reconstruction.settings import Settings
 from compressx.reconstruction.solve import TooFewRows, solve, solve_joint
@@ -75,6 +76,22 @@ def test_near_the_best_of_all_levels() -> None:
         baseline.append(float(np.einsum("pf,pf->", d, h @ d)) / whole / best)
     assert np.median(ratios) < 1.1
     assert np.mean(ratios) < 0.7 * np.mean(baseline)
+
+
+def test_levels_are_never_above_gptq_with_the_same_scale() -> None:
+    rng, constraint = np.random.default_rng(12), cx.quantize(3)
+    g, w = gram(rng, 8), weights(rng, 8, 4)
+    a, h, scale = np.asarray(w, np.float64), g.h[0], float(constraint.init(w))
+
+    def nearest(values: np.ndarray, _: int) -> np.ndarray:
+        magnitude = np.clip(np.ceil(np.abs(values) / scale - 0.5), 1, 3)
+        return np.where(values < 0, -magnitude, magnitude) * scale
+
+    d = baselines.gptq(a, h, nearest) - a
+    wanted = float(np.einsum("pf,pf->", d, h @ d) / np.einsum("pf,pf->", a, h @ a))
+    found = solve(w, g, constraint)
+    assert found.tried["rounding"] == pytest.approx(wanted, rel=1e-4)
+    assert found.error <= wanted
 
 
 def test_filters_are_chosen_exactly() -> None:
@@ -169,6 +186,17 @@ def test_a_joint_set_shares_one_budget() -> None:
     # scaling one layer's inputs changes neither: relative errors are compared
     scaled = solve_joint(ws, (grams[0]._replace(h=100 * grams[0].h), grams[1]), constraint)
     assert scaled.error == pytest.approx(found.error, rel=1e-3)
+
+
+def test_a_leaf_in_no_product_keeps_its_values_where_its_channel_stays() -> None:
+    rng = np.random.default_rng(13)
+    kernel, bias = weights(rng, 6, 4), weights(rng, 4)
+    constraint = cx.coupled_filters([(1, [(0, 4)]), (0, [(0, 4)])], keep=2)
+    found = solve_joint((kernel, bias), (gram(rng, 6), None), constraint)
+    kept = np.asarray(found.w[0]).any(0)
+    assert kept.sum() == 2
+    np.testing.assert_allclose(found.w[1], np.where(kept, bias, 0.0), rtol=1e-3)
+    np.testing.assert_allclose(found.error, found.errors[0])  # the leaf without statistics is not counted
 
 
 @functools.cache
