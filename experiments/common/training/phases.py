@@ -7,10 +7,11 @@ the set they landed in.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from compressx import constraints
 from compressx._harden import check, count_violations, project, structures
@@ -157,16 +158,26 @@ def harden(weights: Weights, rules: Rules) -> Weights:
     if not all_finite(weights.params):
         check_finite(weights.params)  # raises, naming the leaf
 
-    @jax.jit
     def run(params: Any, structure: Any) -> Any:
         structure = structure or structures(params, rules)
         hard = project(params, rules, structure)
         return hard, structure, count_violations(hard, rules, structure)
 
-    params, structure, outside = run(weights.params, weights.structure)
+    params, structure, outside = set_by_set(run)(weights.params, weights.structure)
     if any(jax.device_get(outside).values()):
         check(params, rules, structure)  # raises, naming the leaves
     return Weights(params, weights.batch_stats, structure)
+
+
+def set_by_set(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of whole trees that runs the library's programs, which are kept for each set and shape.
+
+    Jitted as a whole it would be compiled anew for every phase. Of several processes each holds a part of the arrays,
+    and what stands between the programs needs one program too.
+    """
+    if jax.process_count() > 1:
+        return jax.jit(run)
+    return lambda *trees: run(*jax.tree.map(jnp.asarray, trees))
 
 
 def settle(weights: Weights, rules: Rules, active: RetrainState) -> Weights:
@@ -176,12 +187,11 @@ def settle(weights: Weights, rules: Rules, active: RetrainState) -> Weights:
       ConstraintViolation: a leaf lies outside one of its sets.
     """
 
-    @jax.jit
     def run(params: Any, active: RetrainState) -> Any:
         hard = retract(params, rules, active)
         return hard, count_violations(hard.params, rules, hard.structures)
 
-    hard, outside = run(weights.params, active)
+    hard, outside = set_by_set(run)(weights.params, active)
     if any(jax.device_get(outside).values()):
         check(hard, rules)  # raises, naming the leaves
     return weights._replace(params=hard.params, structure=hard.structures)
