@@ -59,7 +59,7 @@ def test_inspect_counts_what_is_there(file: str, hard: dict[str, Any], capsys: p
     assert a["constraint"] == "unstructured(keep=12, scope=leaf)" and a["bytes_dense"] == 480
     w = np.asarray(hard["a"]["kernel"])
     fit = [f for f in formats.FORMATS.values() if f.supports(w, RULES[0][1]) is True]
-    sizes = [formats.nbytes(f.pack(w, RULES[0][1], ())) for f in fit]
+    sizes = [formats.nbytes(formats.pack(w, RULES[0][1], (), f.name)) for f in fit]
     assert a["bytes_packed"] == min(sizes)
     assert layers["b/kernel"]["kept"] == 9 * 2 and layers["b/kernel"]["rate"] == 4.0
     assert layers["a/bias"]["constraint"] is None and layers["a/bias"]["bytes_packed"] == 48

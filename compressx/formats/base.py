@@ -7,10 +7,13 @@ every check here raises `CompressedFileError`. Everything runs on the host, in N
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
+
+if TYPE_CHECKING:
+    from compressx.formats.weight import Bytes, Weight
 
 MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
 PIECE = 1 << 16  # entries that are decoded together; a multiple of 8, so that pieces of bits begin with a byte
@@ -71,8 +74,10 @@ class Format(NamedTuple):
       name: its name, as in `Packed.format`.
       supports: `supports(w, constraint)` is True, or the reason (a str) why not; a look at shape, dtype and constraint,
         cheap. The constraint may be None.
-      pack: `pack(w, constraint, structure) -> Packed`; ValueError where the values of w are not exactly representable
-        (a weight off its levels, a block that is not unified): it never rounds.
+      size: `size(weight) -> Bytes`, what `pack` of a `Weight` will take, to the byte, by counting alone; ValueError
+        where it is seen that `pack` cannot hold it.
+      pack: `pack(weight) -> Packed`; ValueError where the values of w are not exactly representable (a weight off its
+        levels, a block that is not unified): it never rounds.
       unpack: `unpack(packed) -> w`, the exact inverse, bit for bit and in dtype. It checks everything it reads and
         raises `CompressedFileError`; `formats.unpack` has bounded the product of the shape before.
       workspace: bytes that `unpack` takes on the way at most, beside the arrays, the weight and some pieces of a fixed
@@ -86,7 +91,8 @@ class Format(NamedTuple):
 
     name: str
     supports: Callable[[np.ndarray, Any], bool | str]
-    pack: Callable[[np.ndarray, Any, Any], Packed]
+    size: Callable[["Weight"], "Bytes"]
+    pack: Callable[["Weight"], Packed]
     unpack: Callable[[Packed], np.ndarray]
     workspace: Callable[[Packed], int] = on_the_way
 
@@ -218,7 +224,12 @@ def nonzero(w: np.ndarray) -> np.ndarray:
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal in shape, dtype and every bit (NaN payloads and signs of zero included)."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    flat = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b)]
+    if not flat[0].size % 8:
+        flat = [x.view(np.uint64) for x in flat]
+    return all(np.array_equal(flat[0][here], flat[1][here]) for here in pieces(flat[0].size))
 
 
 def filters_first(w: np.ndarray) -> np.ndarray:

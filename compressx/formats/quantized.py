@@ -30,7 +30,8 @@ from compressx.formats.base import (
     same,
     take,
 )
-from compressx.formats.parts import check_shape, clean, count_flags, fits, part, read_flags
+from compressx.formats.parts import check_shape, clean, count_flags, fits, pack_codes, part, read_codes, read_flags
+from compressx.formats.weight import Bytes, Support, Weight
 
 _GRIDS = ("uniform", "power_of_two", "cells", "codebook", *FLOAT8)
 
@@ -39,7 +40,7 @@ class Coded(NamedTuple):
     """A weight on levels.
 
     Attributes:
-      codes: signed indices, int32 of the weight's shape.
+      codes: signed indices, in the smallest signed dtype, of the weight's shape.
       structure: scale `[]` or `[cout]`, or codebook `[top]` or `[top, cout]`.
       levels: which levels.
     """
@@ -64,13 +65,24 @@ def coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
     spec, scale = found
     levels = levels_of(spec)
     scale = fit(jnp.asarray(w), levels) if scale is None else jnp.asarray(scale)
-    codes = np.asarray(encode(jnp.asarray(w), scale, levels))
+    codes = np.asarray(encode(jnp.asarray(w), scale, levels)).astype(code_dtype(levels))
     out = Coded(codes, np.asarray(scale), levels)
     back = weights(out, w.dtype)
     if not same(back, np.ascontiguousarray(w)):
         off = int(np.sum(back != w))
         raise ValueError(f"{off} of {w.size} weights are not on the levels of quantize(bits={levels.bits}, ...)")
     return out
+
+
+def codes_of(weight: Weight) -> Coded:
+    """`coded`, of a `Weight`; the formats for levels ask for it together."""
+    return coded(weight.w, weight.constraint, weight.structure)
+
+
+def code_support(weight: Weight) -> Support:
+    """Where the codes of a weight on levels are not zero: as a rule where it is not zero itself."""
+    mask = weight.once(codes_of).codes != 0
+    return weight.support if np.array_equal(mask, weight.support.mask) else Support(mask)
 
 
 def weights(c: Coded, dtype: np.dtype[Any]) -> np.ndarray:
@@ -171,34 +183,25 @@ def _sharing(packed: Packed) -> tuple[str | int, int]:
     return per, outputs if per == "channel" else rows if per == "row" else -(-rows // int(per)) * outputs
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Integers in 0 .. 2**bits - 1 as one string of bits, each highest bit first: uint8."""
-    flat = codes.reshape(-1)
-    digits = np.empty((flat.size, bits), np.uint8)
-    for i in range(bits):
-        digits[:, i] = flat >> (bits - 1 - i) & 1
-    return np.packbits(digits.reshape(-1))
-
-
 def check_codes(entry: str, stored: np.ndarray, bits: int) -> None:
     """Refuses a string of codes with bits set after the last one."""
     if not clean(stored, bits):
         fail(entry, "bits after the last code are set")
 
 
-def read_codes(stored: np.ndarray, here: slice, bits: int) -> np.ndarray:
-    """A piece of the codes, int32; inverse of `pack_codes`."""
-    digits = read_flags(stored, slice(bits * here.start, bits * here.stop)).view(np.uint8).reshape(-1, bits)
-    codes = np.zeros(len(digits), np.int32)
-    for digit in digits.T:
-        codes += codes
-        codes += digit
-    return codes
-
-
 def to_unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
     """Signed indices as a sign bit above the magnitude."""
-    return np.abs(codes) | (codes < 0).astype(np.int32) << (bits - 1)
+    unsigned: np.ndarray = np.abs(codes).astype(np.uint32) | (codes < 0).astype(np.uint32) << np.uint32(bits - 1)
+    return unsigned
+
+
+def pack_signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Signed indices as one string of bits, a sign bit above the magnitude of each: uint8."""
+    flat = codes.reshape(-1)
+    stored = np.empty(-(-flat.size * bits // 8), np.uint8)
+    for here in pieces(flat.size):
+        stored[here.start * bits // 8 : -(-here.stop * bits // 8)] = pack_codes(to_unsigned(flat[here], bits), bits)
+    return stored
 
 
 def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray:
@@ -212,15 +215,30 @@ def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray
     return np.where(negative, -k, k).astype(np.int32)
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    c = coded(w, constraint, structure)
+def levels_bytes(weight: Weight) -> int:
+    """What the scales or the codebook of a weight on levels take."""
+    return int(weight.once(codes_of).structure.nbytes)
+
+
+def _layout(weight: Weight) -> tuple[bool, int]:
+    """Whether zeros are told by a mask, and the bytes of the codes and the mask."""
+    n, b = weight.w.size, width(weight.once(codes_of).levels)
+    kept = weight.once(code_support).count
+    masked, plain = -(-kept * b // 8) + -(-n // 8), -(-n * b // 8)
+    return masked < plain, min(masked, plain)
+
+
+def _size(weight: Weight) -> Bytes:
+    return Bytes(levels_bytes(weight) + _layout(weight)[1], 0)
+
+
+def _pack(weight: Weight) -> Packed:
+    w, c = weight.w, weight.once(codes_of)
     b = width(c.levels)
-    flat = c.codes.reshape(-1)
-    mask = flat != 0
-    kept = int(mask.sum())
+    flat, mask = c.codes.reshape(-1), weight.once(code_support).mask.reshape(-1)
     arrays, meta = write_levels(c)
-    masked = -(-kept * b // 8) + -(-flat.size // 8) < -(-flat.size * b // 8)
-    arrays["codes"] = pack_codes(to_unsigned(flat[mask] if masked else flat, b), b)
+    masked = _layout(weight)[0]
+    arrays["codes"] = pack_signed(flat[mask] if masked else flat, b)
     if masked:
         arrays["mask"] = np.packbits(mask)
     return Packed("quantized", w.shape, w.dtype.name, arrays, meta | {"masked": masked})
@@ -251,4 +269,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return w.reshape(packed.shape)
 
 
-QUANTIZED = Format("quantized", supports, _pack, _unpack)
+QUANTIZED = Format("quantized", supports, _size, _pack, _unpack)
