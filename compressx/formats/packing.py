@@ -105,6 +105,7 @@ def _smallest(weight: Weight) -> Packed:
 def _proved(weight: Weight, packed: Packed) -> Packed:
     """The packed weight, after what its bits unpack to was compared with the weight, bit by bit."""
     shape = weight.w.shape
+    weight.forget()  # what was counted takes memory that unpacking needs
     if not same(FORMATS[packed.format].unpack(packed), weight.w):
         raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {shape}: a bug of the format")
     return packed

@@ -96,3 +96,8 @@ class Weight:
             raise error
         result: T = found
         return result
+
+    def forget(self) -> None:
+        """Drops all that was found, to free its memory."""
+        self._found.clear()
+        self.__dict__.pop("support", None)
