@@ -80,6 +80,8 @@ class Format(NamedTuple):
         levels, a block that is not unified): it never rounds.
       unpack: `unpack(packed) -> w`, the exact inverse, bit for bit and in dtype. It checks everything it reads and
         raises `CompressedFileError`; `formats.unpack` has bounded the product of the shape before.
+      least: where counting takes long, what `size` returns at least, index and values both; a format that cannot be the
+        smallest is then not counted.
       workspace: bytes that `unpack` takes on the way at most, beside the arrays, the weight and some pieces of a fixed
         size; `formats.unpack` has bounded it before.
 
@@ -95,6 +97,7 @@ class Format(NamedTuple):
     pack: Callable[["Weight"], Packed]
     unpack: Callable[[Packed], np.ndarray]
     workspace: Callable[[Packed], int] = on_the_way
+    least: Callable[["Weight"], "Bytes"] | None = None
 
 
 # The dtypes a weight and a packed array may have; those that safetensors stores and NumPy computes with.

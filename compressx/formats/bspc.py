@@ -121,6 +121,29 @@ def _size(weight: Weight) -> Bytes:
     return Bytes(8 * (outputs.size + 1) + ids, int((outputs * inputs).sum()))
 
 
+def _least(weight: Weight) -> Bytes:
+    """Outputs whose first inputs differ are in different groups: of these there are so many at least."""
+    support = weight.support
+    if _strips(weight) is not None:
+        return _size(weight)
+    return support.once(_least_of_groups)
+
+
+def _least_of_groups(support: Support) -> Bytes:
+    positions, filters = support.matrix.shape
+    some = np.zeros((filters, 8), np.uint8)
+    few = np.packbits(support.matrix[:64], axis=0).T
+    some[:, : few.shape[1]] = few
+    _, member = np.unique(some.view(np.uint64).reshape(-1), return_inverse=True)
+    inputs = np.count_nonzero(support.matrix, axis=0)
+    longest = np.zeros(int(member.max(initial=0)) + 1, np.int64)
+    np.maximum.at(longest, member.reshape(-1), inputs)
+    alive = int(np.count_nonzero(inputs))
+    groups = int(np.count_nonzero(longest))
+    ids = int(longest.sum()) * index_dtype(positions).itemsize + alive * index_dtype(filters).itemsize
+    return Bytes(8 * (groups + 1) + ids, support.count)
+
+
 def _blocks(weight: Weight, mask: np.ndarray) -> list[Block]:
     if not mask.any():
         return []
@@ -208,4 +231,4 @@ def _check_ids(name: str, ids: np.ndarray, ends: np.ndarray, extent: int) -> Non
             fail(f"bspc/{name}", "the ids of a block do not increase strictly")
 
 
-BSPC = Format("bspc", lambda w, constraint: fits(w, 2), _size, _pack, _unpack)
+BSPC = Format("bspc", lambda w, constraint: fits(w, 2), _size, _pack, _unpack, least=_least)

@@ -12,6 +12,7 @@ of the value array are `meta["values"]`. A scale a channel needs no more: codes 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,13 @@ def on_levels(inner: Format, name: str) -> Format:
         return inner.supports(w, constraint) if reason is True else reason
 
     def size(weight: Weight) -> Bytes:
-        index, values = inner.size(weight.once(_as_codes))
+        return coded_bytes(weight, inner.size)
+
+    def least(weight: Weight) -> Bytes:
+        return coded_bytes(weight, inner.least or inner.size)
+
+    def coded_bytes(weight: Weight, count: Callable[[Weight], Bytes]) -> Bytes:
+        index, values = count(weight.once(_as_codes))
         b = width(weight.once(codes_of).levels)
         return Bytes(index + -(-values * b // 8) + levels_bytes(weight), 0)
 
@@ -75,7 +82,10 @@ def on_levels(inner: Format, name: str) -> Format:
         check_shape(packed, 1)
         return extent(packed) * (2 * code_dtype(read_levels(packed)[0]).itemsize + 1) + nbytes(packed)
 
-    return Format(inner.name + SUFFIX, fits, size, pack, lambda packed: _unpack(packed, inner, name), workspace)
+    def unpack(packed: Packed) -> np.ndarray:
+        return _unpack(packed, inner, name)
+
+    return Format(inner.name + SUFFIX, fits, size, pack, unpack, workspace, least if inner.least else None)
 
 
 def _as_codes(weight: Weight) -> Weight:

@@ -1,5 +1,6 @@
 """All storage formats by name; packing a weight into the smallest one, or into one that is asked for."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from compressx.formats.on_levels import ON_LEVELS
 from compressx.formats.quantized import QUANTIZED
 from compressx.formats.sparse import BITMASK, COO_DELTA, csr
 from compressx.formats.unified import UNIFIED
-from compressx.formats.weight import Weight
+from compressx.formats.weight import Bytes, Weight
 
 # name -> format; where two take the same bytes, the first one here is chosen
 FORMATS: dict[str, Format] = {
@@ -73,16 +74,24 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
 
 
 def sizes(weight: Weight) -> dict[str, int]:
-    """Bytes that each format would take, by name, of those that may hold the weight; nothing is packed for it."""
-    out = {}
-    for name, f in FORMATS.items():
-        if f.supports(weight.w, weight.constraint) is True:
-            try:
-                index, values = f.size(weight)
-            except ValueError:  # the values do not lie where the format can write them
+    """Bytes that each format would take, by name, of those that may be the smallest; nothing is packed for it.
+
+    A format that can only be larger than another, by what it takes at least, is left out without being counted.
+    """
+    counted: dict[str, int] = {}
+    mine = [f for f in FORMATS.values() if f.supports(weight.w, weight.constraint) is True]
+    for f in sorted(mine, key=lambda f: f.least is not None):
+        try:
+            if f.least is not None and _total(weight, f.least(weight)) > min(counted.values(), default=math.inf):
                 continue
-            out[name] = index + values * weight.w.dtype.itemsize
-    return out
+            counted[f.name] = _total(weight, f.size(weight))
+        except ValueError:  # the values do not lie where the format can write them
+            continue
+    return {name: counted[name] for name in FORMATS if name in counted}
+
+
+def _total(weight: Weight, size: Bytes) -> int:
+    return size.index + size.values * weight.w.dtype.itemsize
 
 
 def _smallest(weight: Weight) -> Packed:

@@ -9,6 +9,7 @@ magnitude). Of a weight of n entries, nnz of them non-zero, the smaller of two l
 and `levels`: the scale, 4 bytes (8 for float64 weights), or the codebook in the weight's dtype; one, or one a channel.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from compressx.formats.base import (
 from compressx.formats.parts import check_shape, clean, count_flags, fits, pack_codes, part, read_codes, read_flags
 from compressx.formats.weight import Bytes, Support, Weight
 
+_NO_CODE = np.iinfo(np.int32).min
+_TABLE = 256  # levels of each sign up to which codes are looked up in a table of all
 _GRIDS = ("uniform", "power_of_two", "cells", "codebook", *FLOAT8)
 
 
@@ -108,6 +111,19 @@ def decoded(
     codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any], outputs: int
 ) -> np.ndarray:
     """`weights` of a piece of the codes in stored order, which begins at weight `start` of a leaf `[..., outputs]`."""
+    if levels.top <= _TABLE and codes.size > 2 * _TABLE:
+        signed = np.arange(-levels.top, levels.top + 1)
+        if levels.per == "tensor":
+            table = decoded(signed, 0, structure, levels, dtype, outputs)
+            return table[codes.astype(np.intp) + levels.top]
+        whole = levels.per == "channel" and not start % outputs and not codes.size % outputs
+        if whole and levels.grid != "codebook" and not np.signbit(structure).any():
+            one = np.ones((), structure.dtype)
+            table = decoded(signed, 0, one, dataclasses.replace(levels, per="tensor"), structure.dtype, 1)
+            rows = table[codes.astype(np.intp) + levels.top].reshape(-1, outputs)
+            with np.errstate(over="ignore"):
+                rows *= structure
+                return rows.astype(dtype).reshape(-1)
     signed = codes.astype(np.int32)
     k = np.abs(signed)
     if levels.per != "tensor":
@@ -206,6 +222,14 @@ def pack_signed(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray:
     """Inverse of `to_unsigned`; a negative zero is no code."""
+    if bits <= 8 and stored.size > 1 << bits:
+        table = np.arange(1 << bits, dtype=np.int32)
+        magnitude = table & ((1 << (bits - 1)) - 1)
+        table = np.where(table >> (bits - 1) > 0, -magnitude, magnitude)
+        table[(magnitude > top) | ((table == 0) & (np.arange(1 << bits) > 0))] = _NO_CODE
+        signed = table[stored]
+        if int(signed.min()) != _NO_CODE:
+            return signed
     k = stored & ((1 << (bits - 1)) - 1)
     negative = stored >> (bits - 1) > 0
     if (negative & (k == 0)).any():
