@@ -6,8 +6,9 @@
 A model has so many square leaves, all under one set. Every set runs in a process of its own. `copy` is
 `safetensors.numpy.save_file` of the dense weights, synchronized with the disk as `save_model` does; `pack` is
 `formats.pack` of all leaves, one after the other, without a file. Memory is what the process holds at most beyond the
-tree and the compiled programs, without pages of files (`RssAnon`, sampled every 10 ms). With --coding also saved are the
-weights entropy-coded: what that saves in bytes and costs in seconds.
+tree and the compiled programs, without pages of files (`RssAnon`, sampled every 10 ms). Seconds of the processor stand
+beside elapsed ones, which other programs lengthen. With --coding the weights are also saved entropy-coded: what that
+saves in bytes and costs in seconds.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,13 @@ def _held() -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 
 
-def measured(run: Callable[[], Any]) -> tuple[Any, float, int]:
-    """What a function returns, its seconds, and its peak of memory in bytes."""
+def measured(run: Callable[[], Any]) -> tuple[Any, float, float, int]:
+    """What a function returns, its elapsed seconds, those of the processor, and its peak of memory in bytes."""
     with Memory() as memory:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         result = run()
-        seconds = time.perf_counter() - start
-    return result, seconds, memory.peak
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    return result, seconds, processor, memory.peak
 
 
 def one(name: str, leaves: int, side: int, dtype: str, coding: str | None, folder: Path) -> dict[str, Any]:
@@ -84,10 +86,9 @@ def one(name: str, leaves: int, side: int, dtype: str, coding: str | None, folde
     import io
 
     import jax
-    import safetensors.numpy
 
     import compressx as cx
-    from compressx import cli, formats
+    from compressx import cli
 
     rules = [(".*", sets()[name])]
     keys = jax.random.split(jax.random.key(0), leaves)
@@ -97,39 +98,49 @@ def one(name: str, leaves: int, side: int, dtype: str, coding: str | None, folde
     row: dict[str, Any] = {"set": str(rules[0][1]), "weights": leaves * side * side, "dtype": dtype, "bytes": size}
 
     def keep(step: str, run: Callable[[], Any]) -> Any:
-        result, seconds, peak = measured(run)
-        row[f"{step}_seconds"], row[f"{step}_peak"] = seconds, peak
+        result, seconds, processor, peak = measured(run)
+        row[f"{step}_seconds"], row[f"{step}_processor"], row[f"{step}_peak"] = seconds, processor, peak
         return result
 
     cx.harden({"leaf": dense["leaf000"]}, rules, fresh=True)  # compiles
-    hard = keep("harden", lambda: jax.block_until_ready(cx.harden(dense, rules, fresh=True)))
+    hard = keep("harden", partial(cx.harden, dense, rules, fresh=True))
     del dense
-    keep("check", lambda: cx.check(hard, rules))
+    keep("check", partial(cx.check, hard, rules))
     path = folder / "model.safetensors"
-
-    def copy() -> None:
-        safetensors.numpy.save_file({k: jax.device_get(x) for k, x in hard.params.items()}, folder / "copy")
-        with open(folder / "copy", "rb") as f:
-            os.fsync(f.fileno())
-
-    keep("copy", copy)
-    (folder / "copy").unlink()
-    keep("pack", lambda: [formats.pack(x, rules[0][1], hard.structures[k]) for k, x in hard.params.items()] and None)
-    sizes = keep("save", lambda: cx.save_model(path, hard, rules))
+    keep("copy", partial(_copy, hard.params, folder / "copy"))
+    keep("pack", partial(_pack, hard, rules[0][1]))
+    sizes = keep("save", partial(cx.save_model, path, hard, rules))
     row["packed_bytes"], row["file_bytes"] = sizes.packed, sizes.file
     if coding:
-        coded = keep("coding", lambda: cx.save_model(folder / "coded", hard, rules, coding=coding))
+        coded = keep("coding", partial(cx.save_model, folder / "coded", hard, rules, coding=coding))
         row["coding"], row["coded_bytes"] = coding, coded.stored
     del hard
-    saved = keep("load", lambda: cx.load_model(path))
+    saved = keep("load", partial(cx.load_model, path))
     row["format"] = "/".join(sorted({p.format for p in saved.packed.values()}))
     del saved
     with contextlib.redirect_stdout(io.StringIO()):
-        code = keep("verify", lambda: cli.main(["verify", str(path)]))
+        code = keep("verify", partial(cli.main, ["verify", str(path)]))
     assert code == 0, "the saved model violates its rules"
     row["save_mb_a_second"] = size / 1e6 / row["save_seconds"]
     row["save_peak_ratio"] = row["save_peak"] / size
     return row
+
+
+def _copy(params: Any, path: Path) -> None:
+    import jax
+    import safetensors.numpy
+
+    safetensors.numpy.save_file({k: jax.device_get(x) for k, x in params.items()}, path)
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+    path.unlink()
+
+
+def _pack(hard: Any, constraint: Any) -> None:
+    from compressx import formats
+
+    for name, x in hard.params.items():
+        formats.pack(x, constraint, hard.structures[name])
 
 
 def main() -> None:
@@ -164,15 +175,14 @@ def main() -> None:
         print(json.dumps({case: row}), file=sys.stderr, flush=True)
         if given.results:
             record(given.results, "files", {case: row}, about)
+    print(table([_line(case, row) for case, row in rows.items()]))
+
+
+def _line(case: str, row: dict[str, Any]) -> dict[str, Any]:
     steps = ("harden", "check", "copy", "pack", "save", "load", "verify")
-    head = ["set", "format", *(f"{s} s" for s in steps), "save MB/s", "save peak", "file MB"]
-    print(table(head, [_line(case, row, steps) for case, row in rows.items()]))
-
-
-def _line(case: str, row: dict[str, Any], steps: tuple[str, ...]) -> list[str]:
-    times = [f"{row[f'{s}_seconds']:.2f}" for s in steps]
-    memory = f"{row['save_peak_ratio']:.2f} x"
-    return [case, row["format"], *times, f"{row['save_mb_a_second']:.0f}", memory, f"{row['file_bytes'] / 1e6:.1f}"]
+    times = {f"{s} s": f"{row[f'{s}_seconds']:.2f} ({row[f'{s}_processor']:.2f})" for s in steps}
+    memory = {"save MB/s": f"{row['save_mb_a_second']:.0f}", "save peak": f"{row['save_peak_ratio']:.2f} x"}
+    return {"set": case, "format": row["format"], **times, **memory, "file MB": f"{row['file_bytes'] / 1e6:.1f}"}
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def load_model(path: str | os.PathLike[str], max_bytes: int | None = None, *, li
         raise CompressedFileError(f"{target}: {error}") from None
     dense = sum(x.nbytes for x in jax.tree.leaves(params))
     sizes = Sizes(dense, sum(map(nbytes, packed.values())), stored, size)
-    rules = _rules(bound)
+    rules = rules_of(bound)
     if like is not None:
         params, bound = in_the_form_of(like, params, rules, bound, target)
     return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
@@ -87,6 +87,7 @@ class OpenModel(Mapping[str, np.ndarray]):
     Attributes:
       shapes: nested dictionaries as `SavedModel.params` has them, of `jax.ShapeDtypeStruct`.
       rules, structures, model, extra, sizes, bound: as in `SavedModel`.
+      max_bytes: what one leaf, its arrays, or all structures may take.
 
     Example:
       >>> _ = compressx.save_model("model.safetensors", {"kernel": np.eye(64, dtype=np.float32)}, [])
@@ -99,7 +100,7 @@ class OpenModel(Mapping[str, np.ndarray]):
         """See `open_model`."""
         self._target = Path(path)
         try:
-            self._max = limit(self._target, max_bytes)
+            self.max_bytes = limit(self._target, max_bytes)
             self._file = open_tensors(self._target, mapped=True)
             try:
                 self._read()
@@ -117,7 +118,7 @@ class OpenModel(Mapping[str, np.ndarray]):
         keyed: list[tuple[Key, ...]] = []
         like: list[jax.ShapeDtypeStruct] = []
         for number, about in enumerate(_list(content.get("leaves"), "leaves")):
-            key, item, held = read_leaf(about, number, version, self._max)
+            key, item, held = read_leaf(about, number, version, self.max_bytes)
             name = path_name(key)
             for called in held.values():
                 if not isinstance(called, str) or described.pop(called, None) is None:
@@ -131,11 +132,11 @@ class OpenModel(Mapping[str, np.ndarray]):
             self.shapes = nest(keyed, like)
         except ValueError as error:
             fail("leaves", str(error))
-        arrays, left = {}, self._max
+        arrays, left = {}, self.max_bytes
         for name in described:
             arrays[name], left = self._array(name, left)
         listed_rules = _list(content.get("rules"), "rules")
-        self.bound, self.structures = bound_rules(listed_rules, version, self.shapes, arrays, self._max)
+        self.bound, self.structures = bound_rules(listed_rules, version, self.shapes, arrays, self.max_bytes)
         if arrays:
             fail(sorted(arrays)[0], "belongs to no leaf and no rule")
         self.model, self.extra = content.get("model"), content.get("extra")
@@ -143,7 +144,7 @@ class OpenModel(Mapping[str, np.ndarray]):
             check_model(self.model)
         except ValueError as error:
             fail("model", str(error))
-        self.rules = _rules(self.bound)
+        self.rules = rules_of(self.bound)
         dense = sum(math.prod(x.shape) * x.dtype.itemsize for x in like)
         stored = sum(a.nbytes for a in self._stored.values())
         self.sizes = Sizes(dense, sum(map(self.nbytes, self._leaves)), stored, self._file.size)
@@ -159,9 +160,17 @@ class OpenModel(Mapping[str, np.ndarray]):
         """Bytes of a leaf as packed, as `formats.nbytes` counts them, without reading it."""
         total = 0
         for called in self._leaves[path][1].values():
-            dtype, shape, _ = container.described_as(called, self._described[called], self._max)
+            dtype, shape, _ = container.described_as(called, self._described[called], self.max_bytes)
             total += math.prod(shape) * dtype.itemsize
         return total
+
+    def format(self, path: str) -> str:
+        """The name of the format of a leaf."""
+        return self._leaves[path][0].format
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """The shape of a leaf."""
+        return self._leaves[path][0].shape
 
     def packed(self, path: str) -> Packed:
         """A leaf as packed; its arrays are views of the file where they are not entropy-coded.
@@ -170,7 +179,7 @@ class OpenModel(Mapping[str, np.ndarray]):
           CompressedFileError: an array is not what the header says, or takes more than `max_bytes`.
         """
         item, held = self._leaves[path]
-        arrays, left = {}, self._max
+        arrays, left = {}, self.max_bytes
         try:
             for key, called in held.items():
                 arrays[key], left = self._array(called, left)
@@ -187,7 +196,7 @@ class OpenModel(Mapping[str, np.ndarray]):
         """
         item = self.packed(path)
         try:
-            return packing.unpack(item, self._max)
+            return packing.unpack(item, self.max_bytes)
         except CompressedFileError as error:
             raise CompressedFileError(f"{self._target}: {path}: {error}") from None
 
@@ -242,7 +251,8 @@ def open_model(path: str | os.PathLike[str], max_bytes: int | None = None) -> Op
     return OpenModel(path, max_bytes)
 
 
-def _rules(bound: Sequence[Bound]) -> list[tuple[Any, ...]]:
+def rules_of(bound: Sequence[Bound]) -> list[tuple[Any, ...]]:
+    """Bound rules as rules that bind exactly their leaves."""
     return [(pattern_of(b), b.constraint.slice or b.constraint, *([str(b.axes)] if b.axes else [])) for b in bound]
 
 

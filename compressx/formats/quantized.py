@@ -34,6 +34,7 @@ from compressx.formats.base import (
 from compressx.formats.parts import check_shape, clean, count_flags, fits, pack_codes, part, read_codes, read_flags
 from compressx.formats.weight import Bytes, Support, Weight
 
+_ROWS = 1 << 22  # weights that are encoded together
 _NO_CODE = np.iinfo(np.int32).min
 _TABLE = 256  # levels of each sign up to which codes are looked up in a table of all
 _GRIDS = ("uniform", "power_of_two", "cells", "codebook", *FLOAT8)
@@ -68,13 +69,26 @@ def coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
     spec, scale = found
     levels = levels_of(spec)
     scale = fit(jnp.asarray(w), levels) if scale is None else jnp.asarray(scale)
-    codes = np.asarray(encode(jnp.asarray(w), scale, levels)).astype(code_dtype(levels))
+    codes = _encoded(w, scale, levels)
     out = Coded(codes, np.asarray(scale), levels)
     back = weights(out, w.dtype)
     if not same(back, np.ascontiguousarray(w)):
         off = int(np.sum(back != w))
         raise ValueError(f"{off} of {w.size} weights are not on the levels of quantize(bits={levels.bits}, ...)")
     return out
+
+
+def _encoded(w: np.ndarray, scale: Any, levels: Levels) -> np.ndarray:
+    """`encode`, some rows of a large weight after the other, so that XLA's integers of 32 bits take little memory."""
+    codes, outputs = np.empty(w.shape, code_dtype(levels)), w.shape[-1]
+    rows = max(1, _ROWS // outputs)
+    if levels.viewed or w.size <= 2 * _ROWS or w.size // outputs <= rows:
+        codes[...] = np.asarray(encode(jnp.asarray(w), scale, levels))
+        return codes
+    into, m = codes.reshape(-1, outputs), w.reshape(-1, outputs)
+    for here in pieces(len(m), rows):
+        into[here] = np.asarray(encode(jnp.asarray(m[here]), scale, levels))
+    return codes
 
 
 def codes_of(weight: Weight) -> Coded:
