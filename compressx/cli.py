@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(file, help="a file that formats.save_model wrote")
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         if files:
-            limit = "bytes that a leaf, or all weights where they are needed together, may take (default: 4 GiB, and for "
-            limit += "larger files 16 times their size, as far as that is a quarter of the memory)"
+            limit = "bytes that a leaf, or all weights where they are needed together, may take (default: 4 GiB, and "
+            limit += "for larger files 16 times their size, as far as that is a quarter of the memory)"
             sub.add_argument("--max-bytes", type=_positive, default=None, metavar="N", help=limit)
         sub.set_defaults(run=run)
         return sub

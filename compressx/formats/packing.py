@@ -25,7 +25,7 @@ from compressx.formats.compact import COMPACT
 from compressx.formats.dense import DENSE
 from compressx.formats.fkw import FKW
 from compressx.formats.on_levels import ON_LEVELS
-from compressx.formats.quantized import QUANTIZED
+from compressx.formats.quantized import QUANTIZED, coded, codes_of
 from compressx.formats.sparse import BITMASK, COO_DELTA, csr
 from compressx.formats.unified import UNIFIED
 from compressx.formats.weight import Bytes, Weight
@@ -100,24 +100,34 @@ def _smallest(weight: Weight) -> Packed:
     for name in sorted(counted, key=counted.__getitem__):  # a stable sort: of two alike the first in `FORMATS`
         try:
             packed = FORMATS[name].pack(weight)
+            if nbytes(packed) != counted[name]:
+                raise RuntimeError(
+                    f"format {name!r} takes {nbytes(packed)} bytes for a weight of shape {weight.w.shape}, not the "
+                    f"{counted[name]} that were counted: a bug of the format"
+                )
+            return _proved(weight, packed)
         except ValueError:
             continue
-        if nbytes(packed) != counted[name]:
-            raise RuntimeError(
-                f"format {name!r} takes {nbytes(packed)} bytes for a weight of shape {weight.w.shape}, not the "
-                f"{counted[name]} that were counted: a bug of the format"
-            )
-        return _proved(weight, packed)
     raise ValueError(f"no format holds a weight of dtype {weight.w.dtype.name}, shape {weight.w.shape}")
 
 
 def _proved(weight: Weight, packed: Packed) -> Packed:
-    """The packed weight, after what its bits unpack to was compared with the weight, bit by bit."""
-    shape = weight.w.shape
+    """The packed weight, after what its bits unpack to was compared with the weight, bit by bit.
+
+    Raises:
+      ValueError: the weight does not lie on the levels of its constraint, so that its codes are not it.
+    """
     weight.forget()  # what was counted takes memory that unpacking needs
-    if not same(FORMATS[packed.format].unpack(packed), weight.w):
-        raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {shape}: a bug of the format")
-    return packed
+    if same(FORMATS[packed.format].unpack(packed), weight.w):
+        return packed
+    if "levels" in packed.arrays:
+        try:
+            coded(weight.w, weight.constraint, weight.structure)
+        except ValueError as error:
+            weight.refuse(codes_of, error)
+            raise
+    shape = weight.w.shape
+    raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {shape}: a bug of the format")
 
 
 def unpack(packed: Packed, max_bytes: int = MAX_BYTES, workspace: int | None = None) -> np.ndarray:

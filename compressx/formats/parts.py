@@ -102,6 +102,12 @@ def read_codes(stored: np.ndarray, here: slice, bits: int) -> np.ndarray:
             codes += codes
             codes += digit
         return codes
+    if bits == 4 and not here.start % 2:
+        two = stored[here.start // 2 : -(-here.stop // 2)]
+        nibbles = np.empty((two.size, 2), np.int32)
+        np.right_shift(two, 4, out=nibbles[:, 0])
+        np.bitwise_and(two, 15, out=nibbles[:, 1])
+        return nibbles.reshape(-1)[:number]
     skipped = here.start % 8
     first, last = (here.start - skipped) // 8 * bits, -(-here.stop * bits // 8)
     held = np.zeros(-(-(skipped + number) // 8) * bits, np.uint8)

@@ -63,19 +63,23 @@ def supports(w: np.ndarray, constraint: Any) -> bool | str:
 
 def coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
     """The codes of a weight; ValueError where a weight does not lie exactly on its level."""
+    out = _coded(w, constraint, structure)
+    back = weights(out, w.dtype)
+    if not same(back, np.ascontiguousarray(w)):
+        off = int(np.sum(back != w))
+        raise ValueError(f"{off} of {w.size} weights are not on the levels of quantize(bits={out.levels.bits}, ...)")
+    return out
+
+
+def _coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
+    """The codes of the nearest levels."""
     found = part(constraint, structure, ("quantize",))
     if found is None:
         raise ValueError("no quantize(...) in the constraint")
     spec, scale = found
     levels = levels_of(spec)
     scale = fit(jnp.asarray(w), levels) if scale is None else jnp.asarray(scale)
-    codes = _encoded(w, scale, levels)
-    out = Coded(codes, np.asarray(scale), levels)
-    back = weights(out, w.dtype)
-    if not same(back, np.ascontiguousarray(w)):
-        off = int(np.sum(back != w))
-        raise ValueError(f"{off} of {w.size} weights are not on the levels of quantize(bits={levels.bits}, ...)")
-    return out
+    return Coded(_encoded(w, scale, levels), np.asarray(scale), levels)
 
 
 def _encoded(w: np.ndarray, scale: Any, levels: Levels) -> np.ndarray:
@@ -92,8 +96,11 @@ def _encoded(w: np.ndarray, scale: Any, levels: Levels) -> np.ndarray:
 
 
 def codes_of(weight: Weight) -> Coded:
-    """`coded`, of a `Weight`; the formats for levels ask for it together."""
-    return coded(weight.w, weight.constraint, weight.structure)
+    """The codes of a `Weight`, for which the formats for levels ask together.
+
+    Whether it lies on these levels is not looked at here: what was packed is compared with the weight in any case.
+    """
+    return _coded(weight.w, weight.constraint, weight.structure)
 
 
 def code_support(weight: Weight) -> Support:

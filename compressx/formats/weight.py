@@ -101,3 +101,7 @@ class Weight:
         """Drops all that was found, to free its memory."""
         self._found.clear()
         self.__dict__.pop("support", None)
+
+    def refuse(self, find: Callable[["Weight"], T], error: ValueError) -> None:
+        """Whoever asks for what `find` says gets this error."""
+        self._found[find] = None, error
