@@ -270,7 +270,8 @@ def limit(path: Path, max_bytes: int | None) -> int:
     """
     if max_bytes is None:
         found, sharded = find(path)
-        size = sum((found.parent / s).stat().st_size for s in listed(found)) if sharded else found.stat().st_size
+        files = [found.parent / name for name in listed(found)] if sharded else [found]
+        size = sum(f.stat().st_size for f in files if f.exists() or not sharded)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return max(MAX_BYTES, min(16 * size, memory // 4))
     if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1:
