@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compressx.federated import tls
 from compressx.federated.client import Client
-from compressx.federated.host import Enclave
+from compressx.federated.host import Enclave, EnclaveStopped
 from compressx.federated.trusted import attest, quotes
 from compressx.federated.trusted.attest import Verifier
 from compressx.federated.trusted.quotes import Policy
@@ -78,7 +78,7 @@ def make_keys(config: Config, options: Options, host: str, simulated: bool) -> N
         root = attest.SimulatedAttester(b"", b"", identity=machine[32:]).root
         (folder / "public" / "simulated_root.pem").write_bytes(root)
     plan = setup.make_plan(config, config.algorithm, setting, keys)
-    write_durably(folder / "public" / "plan.json", plan.to_bytes())
+    write_durably(folder / "public" / "plan.json", plan.to_bytes(), mode=0o644)
 
 
 def write_secret(path: Path, data: bytes) -> None:
@@ -93,6 +93,23 @@ def read_plan(folder: Path) -> Plan:
     if not path.exists():
         raise ConfigError(f"{path} does not exist; run --role=setup first")
     return Plan.from_bytes(path.read_bytes())
+
+
+def agreed(plan: Plan, config: Config, setting: setup.Setting) -> None:
+    """A client joins the plan of its own configuration alone: a plan is a file that somebody else hands out.
+
+    Raises:
+      ConfigError: a field of the plan differs, named with both values.
+    """
+    keys = [plan.roster[k][0] if k in plan.roster else "" for k in range(len(setting.split))]
+    own = setup.make_plan(config, config.algorithm, setting, keys)
+    for field in dataclasses.fields(Plan):
+        given, wanted = getattr(plan, field.name), getattr(own, field.name)
+        if given != wanted:
+            raise ConfigError(
+                f"public/plan.json has {field.name}={str(given)[:200]}, this client's configuration "
+                f"{str(wanted)[:200]}: it joins no other plan than its own"
+            )
 
 
 def server(config: Config, options: Options, address: str, deadline: float, simulated: bool) -> None:
@@ -146,6 +163,7 @@ def client(
     setting = setup.make(config, options)
     if number not in plan.roster:
         raise ConfigError(f"number={number} is impossible; the plan has clients 0 to {len(plan.roster) - 1}")
+    agreed(plan, config, setting)
     own = folder / "clients" / str(number)
     identity = Ed25519PrivateKey.from_private_bytes((own / "identity.key").read_bytes())
     mine = {k: v[setting.split[number]] for k, v in setting.train.items()}
@@ -196,7 +214,11 @@ def run(config: Config, options: Options) -> None:
     if f.role in ("setup", "local"):
         make_keys(config, options, f.address.rpartition(":")[0], simulated)
     if f.role == "server":
-        server(config, options, f.address, f.deadline, simulated)
+        try:
+            server(config, options, f.address, f.deadline, simulated)
+        except EnclaveStopped as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # the transport's threads wait for clients, who are to find the connection closed
     elif f.role == "client":
         make = simulated_verifier if simulated else sgx_verifier(f.root, f.measurement, f.tcb_command)
         client(config, options, f.number, f.address, f.patience, make)

@@ -90,10 +90,11 @@ class FileCounter:
         write_durably(self._path, str(to).encode())
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file in one step, and returns when it is on the disk."""
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Writes a file in one step, for its owner's eyes unless `mode` says otherwise; returns when it is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process of this number that was killed
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
