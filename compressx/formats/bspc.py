@@ -29,7 +29,6 @@ from compressx.formats.base import (
     check_range,
     dtype_of,
     fail,
-    filters_first,
     index_dtype,
     only,
     pieces,
@@ -38,6 +37,7 @@ from compressx.formats.base import (
 from compressx.formats.parts import check_shape, entries, fits, part
 from compressx.formats.weight import Bytes, Support, Weight
 
+_SOME = 512  # inputs by which outputs are told apart before all of them are looked at
 _LARGE = 4096  # weights of a block, on average, from which blocks are read one after the other
 Block = tuple[np.ndarray, np.ndarray]  # outputs and inputs, ascending
 
@@ -131,13 +131,10 @@ def _least(weight: Weight) -> Bytes:
 
 def _least_of_groups(support: Support) -> Bytes:
     positions, filters = support.matrix.shape
-    some = np.zeros((filters, 8), np.uint8)
-    few = np.packbits(support.matrix[:64], axis=0).T
-    some[:, : few.shape[1]] = few
-    _, member = np.unique(some.view(np.uint64).reshape(-1), return_inverse=True)
+    _, member = _alike(support.matrix[:_SOME])
     inputs = np.count_nonzero(support.matrix, axis=0)
     longest = np.zeros(int(member.max(initial=0)) + 1, np.int64)
-    np.maximum.at(longest, member.reshape(-1), inputs)
+    np.maximum.at(longest, member, inputs)
     alive = int(np.count_nonzero(inputs))
     groups = int(np.count_nonzero(longest))
     ids = int(longest.sum()) * index_dtype(positions).itemsize + alive * index_dtype(filters).itemsize
@@ -154,8 +151,8 @@ def _blocks(weight: Weight, mask: np.ndarray) -> list[Block]:
 
 def _pack(weight: Weight) -> Packed:
     w = weight.w
-    m = filters_first(w)
-    blocks = _blocks(weight, filters_first(weight.support.mask))
+    m = w.reshape(-1, w.shape[-1]).T
+    blocks = _blocks(weight, weight.support.matrix.T)
     none = np.zeros(0, np.int64)
     ends = [np.cumsum([0, *(ids[k].size for ids in blocks)]).astype(np.uint32) for k in (0, 1)]
     arrays = {

@@ -36,7 +36,7 @@ from compressx.formats.base import Packed, native, nbytes
 from compressx.formats.tensors import Spool
 from compressx.formats.trees import MAX_NAME, nest
 from compressx.rules import Bound, Rules, pairs, resolve
-from compressx.tree import Key, keys, path_name
+from compressx.tree import Key, in_their_precision, keys, path_name
 
 _IN_MEMORY = 1 << 28  # bytes of packed leaves from which on they wait on the disk
 
@@ -190,7 +190,9 @@ def _pack_all(
         nonlocal done, held
         name, leaf, constraint, structure, format = task
         try:
-            packed = packing.pack(leaf, constraint, structure, format)
+            # a context of the caller's own, such as `jax.enable_x64`, does not reach this thread
+            with in_their_precision(() if constraint is None else (leaf, structure)):
+                packed = packing.pack(leaf, constraint, structure, format)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         with lock:

@@ -285,12 +285,15 @@ class Spool:
 
     def __init__(self, folder: Path, least: int = 1 << 20) -> None:
         """`least`: bytes from which an array is moved to the file."""
-        self._file, self._least = tempfile.TemporaryFile(dir=folder), least
+        self._folder, self._least = folder, least
+        self._file: IO[bytes] | None = None
 
     def keep(self, array: np.ndarray) -> np.ndarray:
         """The array, on the disk if it is large: a read-only view of the file."""
         if array.nbytes < self._least:
             return array
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder)
         self._file.seek(0, os.SEEK_END)
         start = self._file.tell()
         write_array(self._file, np.ascontiguousarray(array))
@@ -299,4 +302,5 @@ class Spool:
 
     def close(self) -> None:
         """Closes the file; it is gone when the last of its arrays is."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -1,5 +1,6 @@
 """Sizes that are counted before anything is packed are those of the packed arrays, and the smallest format is taken."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -172,3 +173,12 @@ def test_large_leaves_are_encoded_by_rows(monkeypatch: pytest.MonkeyPatch) -> No
     by_rows = formats.pack(hard, constraint, structure, "quantized")
     assert all(same(whole.arrays[k], by_rows.arrays[k]) for k in whole.arrays)
     assert jnp.asarray(whole.arrays["codes"]).size == 50 * 16
+
+
+def test_float64_leaves_keep_their_levels_in_every_thread(tmp_path: Path) -> None:
+    rules = [("w", cx.quantize(4))]
+    with jax.enable_x64(True):
+        hard = cx.harden({"w": jax.random.normal(jax.random.key(0), (32, 16), jnp.float64)}, rules, fresh=True)
+        cx.save_model(tmp_path / "m", hard, rules)
+    saved = cx.load_model(tmp_path / "m")
+    assert saved.packed["w"].format == "quantized" and same(saved.params["w"], np.asarray(hard.params["w"]))
