@@ -226,10 +226,11 @@ def test_errors_are_one_line_and_exit_2(file: str, tmp_path: Path, capsys: pytes
     raw[-1] ^= 1
     damaged = tmp_path / "damaged"
     damaged.write_bytes(raw)
+    (tmp_path / "folder").mkdir()
     for arguments, message in (
         (("inspect", str(tmp_path / "absent")), "absent: No such file or directory"),
         (("verify", str(damaged)), "damaged: sha256: the file is damaged"),
-        (("diff", file, str(tmp_path)), "not a regular file"),
+        (("diff", file, str(tmp_path / "folder")), "not a regular file"),
         (("inspect", file, "--max-bytes", "10"), "more than max_bytes=10"),
     ):
         code, out, err = _run(capsys, *arguments)

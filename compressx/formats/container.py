@@ -34,6 +34,7 @@ CODINGS = ("none", "zlib", "lzma")
 _LZMA_MEMORY = 1 << 25  # what `_encode` writes takes 9 MiB to read
 _PIECE = 1 << 16  # bytes of a coded array that are unfolded together
 
+
 def write(
     path: Path,
     content: Mapping[str, Any],
@@ -77,9 +78,7 @@ def write(
     return total, size
 
 
-def encoded(
-    arrays: Mapping[str, np.ndarray], coding: str
-) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+def encoded(arrays: Mapping[str, np.ndarray], coding: str) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """What a header says of arrays, and the arrays as they are stored; entropy coding runs on every core."""
     described, stored = {}, {}
 

@@ -141,9 +141,10 @@ def _size(weight: Weight) -> Bytes:
     kernels = weight.support.mask.reshape(-1, math.prod(weight.w.shape[2:])).T
     distinct, number, _ = _supports_of(kernels)
     patterns = _patterns_for(weight, distinct, number)
-    if not _covered(distinct, patterns).any(axis=1)[distinct.any(axis=1)].all():
+    live = np.logical_or.reduce(distinct, axis=1)
+    if (live & ~np.logical_or.reduce(_covered(distinct, patterns), axis=1)).any():
         raise ValueError("a kernel that no pattern covers")
-    filters, alive = weight.w.shape[3], int(number[distinct.any(axis=1)].sum())
+    filters, alive = weight.w.shape[3], int(number[live].sum())
     index = 4 * (filters + 1) + 2 * filters + 2 * alive + 2 * filters * (len(patterns) + 1)
     return Bytes(index, alive * int(patterns[0].sum()))
 

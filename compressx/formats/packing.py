@@ -91,7 +91,7 @@ def sizes(weight: Weight) -> dict[str, int]:
 
 
 def _total(weight: Weight, size: Bytes) -> int:
-    return size.index + size.values * weight.w.dtype.itemsize
+    return size.indices + size.values * weight.w.dtype.itemsize
 
 
 def _smallest(weight: Weight) -> Packed:

@@ -6,6 +6,7 @@ in one step when all of it is on the disk.
 """
 
 import contextlib
+import io
 import math
 import mmap
 import os
@@ -115,7 +116,7 @@ class TensorFile:
         self._map = None
 
 
-def opened(path: Path, max_bytes: int | None = None) -> IO[bytes]:
+def opened(path: Path, max_bytes: int | None = None) -> io.BufferedReader:
     """A regular file, opened for reading, that is no larger than `max_bytes`."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe that nobody writes to would wait for ever
         fail("file", "is not a regular file")

@@ -18,7 +18,7 @@ T = TypeVar("T")
 class Bytes(NamedTuple):
     """What a format takes: bytes of all arrays but the values, and how many values it stores."""
 
-    index: int
+    indices: int
     values: int
 
 
@@ -53,7 +53,7 @@ class Support:
     @cached_property
     def positions(self) -> np.ndarray:
         """Which rows of the GEMM view hold a weight, bool."""
-        found: np.ndarray = self.matrix.any(axis=1)
+        found: np.ndarray = np.logical_or.reduce(self.matrix, axis=1)
         return found
 
     @cached_property
@@ -91,9 +91,9 @@ class Weight:
                 self._found[find] = find(self), None
             except ValueError as error:
                 self._found[find] = None, error
-        found, error = self._found[find]
-        if error is not None:
-            raise error
+        found, refused = self._found[find]
+        if refused is not None:
+            raise refused
         result: T = found
         return result
 

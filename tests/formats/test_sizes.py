@@ -68,7 +68,7 @@ def test_counted_bytes_are_packed_bytes_and_the_smallest_is_taken(name: str) -> 
         assert index + values * w.dtype.itemsize == formats.nbytes(packed[f.name]), f.name
         if f.least is not None:
             low = f.least(weight)
-            assert low.index + low.values * w.dtype.itemsize <= formats.nbytes(packed[f.name]), f.name
+            assert low.indices + low.values * w.dtype.itemsize <= formats.nbytes(packed[f.name]), f.name
     best = min(packed.values(), key=formats.nbytes)
     chosen = formats.pack(w, constraint, structure)
     assert (chosen.format, formats.nbytes(chosen)) == (best.format, formats.nbytes(best))
