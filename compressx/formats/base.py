@@ -7,13 +7,13 @@ every check here raises `CompressedFileError`. Everything runs on the host, in N
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
 
-if TYPE_CHECKING:
-    from compressx.formats.weight import Bytes, Weight
+from compressx.formats.weight import Bytes, Weight
+from compressx.formats.weight import nonzero as nonzero
 
 MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
 PIECE = 1 << 16  # entries that are decoded together; a multiple of 8, so that pieces of bits begin with a byte
@@ -93,11 +93,11 @@ class Format(NamedTuple):
 
     name: str
     supports: Callable[[np.ndarray, Any], bool | str]
-    size: Callable[["Weight"], "Bytes"]
-    pack: Callable[["Weight"], Packed]
+    size: Callable[[Weight], Bytes]
+    pack: Callable[[Weight], Packed]
     unpack: Callable[[Packed], np.ndarray]
     workspace: Callable[[Packed], int] = on_the_way
-    least: Callable[["Weight"], "Bytes"] | None = None
+    least: Callable[[Weight], Bytes] | None = None
 
 
 # The dtypes a weight and a packed array may have; those that safetensors stores and NumPy computes with.
@@ -217,12 +217,6 @@ def index_dtype(high: int) -> np.dtype[Any]:
         if high - 1 <= np.iinfo(name).max:
             return np.dtype(name)
     return np.dtype("uint64")
-
-
-def nonzero(w: np.ndarray) -> np.ndarray:
-    """Where any bit of a weight is set (bool). A negative zero counts as a value, so that it comes back as one."""
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[w.dtype.itemsize]
-    return np.ascontiguousarray(w).view(unsigned).reshape(w.shape) != 0
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -266,7 +266,7 @@ def levels_bytes(weight: Weight) -> int:
 
 
 def _layout(weight: Weight) -> tuple[bool, int]:
-    """Whether zeros are told by a mask, and the bytes of the codes and the mask."""
+    """Whether a mask says where the zeros are, and the bytes of the codes and the mask."""
     n, b = weight.w.size, width(weight.once(codes_of).levels)
     kept = weight.once(code_support).count
     masked, plain = -(-kept * b // 8) + -(-n // 8), -(-n * b // 8)

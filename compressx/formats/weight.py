@@ -10,9 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from compressx.formats.base import nonzero
-
 T = TypeVar("T")
+
+
+def nonzero(w: np.ndarray) -> np.ndarray:
+    """Where any bit of a weight is set (bool). A negative zero counts as a value, so that it comes back as one."""
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[w.dtype.itemsize]
+    return np.ascontiguousarray(w).view(unsigned).reshape(w.shape) != 0
 
 
 class Bytes(NamedTuple):
