@@ -70,6 +70,12 @@ def _grid(shape: tuple[int, ...], block: list[int]) -> tuple[tuple[int, ...], li
 
 
 def _ordered(extents: tuple[int, ...], step: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    if not any(n % b for n, b in zip(extents, step, strict=True)):
+        # whole blocks: an axis for the blocks and one for what is inside, blocks first
+        cut = [part for n, b in zip(extents, step, strict=True) for part in (n // b, b)]
+        grid = np.arange(math.prod(extents)).reshape(cut)
+        order = grid.transpose([*range(0, len(cut), 2), *range(1, len(cut), 2)]).reshape(-1)
+        return order, np.full(order.size // math.prod(step), math.prod(step))
     dtype = np.int32 if math.prod(extents) <= np.iinfo(np.int32).max else np.int64
     ids = np.zeros(extents, dtype)
     for a, (n, b) in enumerate(zip(extents, step, strict=True)):
