@@ -1,11 +1,14 @@
 """The federation as real processes: Flower's gRPC server and clients over TLS, the aggregator in a process of its own.
 
     F="--config=configs/federated.py:digits --workdir=runs/nodes"
-    python -m experiments.federated.nodes $F --role=setup            keys, certificates and the plan, once
+    python -m experiments.federated.nodes $F --role=enroll --number=3    on each client: its own key
+    python -m experiments.federated.nodes $F --role=setup            on the server: certificates, the plan, once
     python -m experiments.federated.nodes $F --role=server           on the server
     python -m experiments.federated.nodes $F --role=client --number=3    on each client, in any order; again if it died
     python -m experiments.federated.nodes $F --role=local            all of it on this machine
 
+A client's private key is made where the client is, and never leaves it: `enroll` writes `clients/K/identity.key` and
+`public/keys/K.hex`, and the second alone is given to the server.
 The server may be killed and started again at any time. In the work directory: `public/` is everybody's, `server/` the
 server's, `clients/K/` client K's; a deployment copies each to where it belongs. With `--enclave=sgx` the aggregator
 runs under Gramine (see `compressx/federated/gramine`), and clients need `--root`, `--measurement` and `--tcb_command`;
@@ -42,7 +45,7 @@ from experiments.common.training import ConfigError, state
 from experiments.federated import config as setup
 from experiments.federated.config import Config
 
-flags.DEFINE_enum("role", "local", ["setup", "server", "client", "local"], "what this process is")
+flags.DEFINE_enum("role", "local", ["enroll", "setup", "server", "client", "local"], "what this process is")
 flags.DEFINE_integer("number", 0, "of the client")
 flags.DEFINE_string("address", "localhost:18080", "HOST:PORT of the server")
 flags.DEFINE_float("deadline", 600.0, "seconds after which a round closes with its quorum")
@@ -53,21 +56,44 @@ flags.DEFINE_string("measurement", "", "sgx: MRENCLAVE expected, hex")
 flags.DEFINE_string("tcb_command", "", "sgx: program that reads a quote and prints the platform's TCB status")
 
 
-def make_keys(config: Config, options: Options, host: str, simulated: bool) -> None:
-    """Everything that has to be agreed on before the first round; does nothing where it is there."""
+def enroll(folder: Path, number: int) -> None:
+    """A client's key, made where the client is; does nothing where it is there."""
+    own, public = folder / "clients" / str(number) / "identity.key", folder / "public" / "keys" / f"{number}.hex"
+    for path in (own, public):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not own.exists():
+        write_secret(own, Ed25519PrivateKey.generate().private_bytes_raw())
+    identity = Ed25519PrivateKey.from_private_bytes(own.read_bytes())
+    write_durably(public, identity.public_key().public_bytes_raw().hex().encode(), mode=0o644)
+
+
+def enrolled(folder: Path, count: int) -> list[str]:
+    """The public keys of all clients, in hex.
+
+    Raises:
+      ConfigError: one is missing, or is no key.
+    """
+    keys = []
+    for number in range(count):
+        path = folder / "public" / "keys" / f"{number}.hex"
+        if not path.exists():
+            told = f"{path} does not exist: run --role=enroll --number={number} on that client, and bring it"
+            raise ConfigError(told)
+        text = path.read_text().strip()
+        if len(text) != 64 or set(text) - set("0123456789abcdef"):
+            raise ConfigError(f"{path} holds no public key of 32 bytes in hex")
+        keys.append(text)
+    return keys
+
+
+def make_plan(config: Config, options: Options, host: str, simulated: bool) -> None:
+    """What has to be agreed on before the first round, from the clients' public keys; once."""
     folder = options.workdir
     if (folder / "public" / "plan.json").exists():
         return
     setting = setup.make(config, options)
-    for name in ("public", "server/enclave"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    keys = []
-    for k in range(len(setting.split)):
-        own = folder / "clients" / str(k)
-        own.mkdir(parents=True, exist_ok=True)
-        identity = Ed25519PrivateKey.generate()
-        write_secret(own / "identity.key", identity.private_bytes_raw())
-        keys.append(identity.public_key().public_bytes_raw().hex())
+    keys = enrolled(folder, len(setting.split))
+    (folder / "server" / "enclave").mkdir(parents=True, exist_ok=True)
     certificates = tls.make((host,) if host != "localhost" else ("localhost", "127.0.0.1"))
     (folder / "public" / "authority.pem").write_bytes(certificates.authority)
     (folder / "server" / "server.pem").write_bytes(certificates.server)
@@ -211,8 +237,12 @@ def run(config: Config, options: Options) -> None:
     f = flags.FLAGS
     simulated = f.enclave == "simulated"
     driver.claim(options.workdir, dataclasses.asdict(config))
+    if f.role == "enroll" and not 0 <= f.number < config.split.clients:
+        raise ConfigError(f"number={f.number} is impossible; there are clients 0 to {config.split.clients - 1}")
+    for number in {"enroll": [f.number], "local": range(config.split.clients)}.get(f.role, ()):
+        enroll(options.workdir, number)
     if f.role in ("setup", "local"):
-        make_keys(config, options, f.address.rpartition(":")[0], simulated)
+        make_plan(config, options, f.address.rpartition(":")[0], simulated)
     if f.role == "server":
         try:
             server(config, options, f.address, f.deadline, simulated)

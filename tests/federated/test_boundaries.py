@@ -169,3 +169,28 @@ def test_an_enrolled_client_that_falls_silent_does_not_keep_a_round_from_its_end
     done.start()
     done.join(120)
     assert not done.is_alive() and server.enclave.status()[0] == 1
+
+
+def test_private_keys_are_made_where_the_clients_are(tmp_path) -> None:
+    settings = configs.get_config("digits_tiny")
+    config, options = setup.read(settings), Options(tmp_path / "server")
+    count = config.split.clients
+    for number in range(count):
+        nodes.enroll(tmp_path / f"client{number}", number)
+        secret = tmp_path / f"client{number}" / "clients" / str(number) / "identity.key"
+        assert secret.stat().st_mode & 0o777 == 0o600
+    public = lambda where, number: where / "public" / "keys" / f"{number}.hex"
+    for number in range(count):
+        with pytest.raises(ConfigError, match=f"{number}.hex does not exist: run --role=enroll --number={number}"):
+            nodes.make_plan(config, options, "localhost", True)
+        public(options.workdir, number).parent.mkdir(parents=True, exist_ok=True)
+        public(options.workdir, number).write_bytes(public(tmp_path / f"client{number}", number).read_bytes())
+    nodes.make_plan(config, options, "localhost", True)
+    assert not (options.workdir / "clients").exists()  # the server holds no client's key
+    plan = nodes.read_plan(options.workdir)
+    keys = [plan.roster[number][0] for number in range(count)]
+    nodes.enroll(tmp_path / "client0", 0)  # again: the same key
+    assert keys == [public(tmp_path / f"client{number}", number).read_text() for number in range(count)]
+    public(options.workdir, 0).write_text("not a key")
+    with pytest.raises(ConfigError, match="holds no public key"):
+        nodes.enrolled(options.workdir, count)
