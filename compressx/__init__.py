@@ -60,11 +60,12 @@ if TYPE_CHECKING:
     from compressx.formats import load_model, read_rules, save_model, write_rules
     from compressx.kernels import Compiled, compile
     from compressx.native.memory import keep_memory
+    from compressx.reconstruction.reconstruct import reconstruct
     from compressx.rules import Bound, resolve
 
 _MODULES = (
-    *("budget", "compaction", "constraints", "crossbar", "export", "formats", "kernels", "schedules"),
-    *("testing", "views"),
+    *("budget", "capture", "compaction", "constraints", "crossbar", "export", "formats", "kernels"),
+    *("reconstruction", "schedules", "testing", "views"),
 )
 _HOMES = {
     "AdmmState": "compressx._admm_state.AdmmState",
@@ -90,6 +91,7 @@ _HOMES = {
     "Compiled": "compressx.kernels.Compiled",
     "compile": "compressx.kernels.compile",
     "keep_memory": "compressx.native.memory.keep_memory",
+    "reconstruct": "compressx.reconstruction.reconstruct.reconstruct",
     "Bound": "compressx.rules.Bound",
     "resolve": "compressx.rules.resolve",
 }
@@ -164,6 +166,7 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "read_rules",
+    "reconstruct",
     "resolve",
     "retract",
     "retrain",

@@ -54,7 +54,11 @@ def axes_of(model: Any, variables: Any, x: Any) -> dict[str, str]:
       >>> compressx.axes_of(network, w, jnp.ones((1, 3, 8)))
       {'experts': 'stack in out', 'query': 'in out out'}
     """
-    program = trace(model, variables, x)
+    return axes_in(trace(model, variables, x))
+
+
+def axes_in(program: Program) -> dict[str, str]:
+    """`axes_of` for a network that has been traced."""
     shapes = [program.shapes[leaf] for leaf in range(len(program.paths))]
     views: dict[int, _Views] = {
         leaf: {leaf: tuple((_Factor(frozenset((axis,)), n),) for axis, n in enumerate(shape))}
@@ -242,10 +246,10 @@ class _Walk:
                 inner[value] = {leaf: view[1:] if number >= whole else view for leaf, view in held.items()}
             moving = {value for value, own in zip(body.inputs, given, strict=True) if own in data}
             loop = list(zip(body.inputs[fixed:], body.outputs[:carried], strict=False))
-            self.read(body, inner, _carried(body, moving, loop))
+            self.read(body, inner, carried_data(body, moving, loop))
 
 
-def _carried(body: Program, moving: set[int], loop: Sequence[tuple[int, int]]) -> set[int]:
+def carried_data(body: Program, moving: set[int], loop: Sequence[tuple[int, int]]) -> set[int]:
     """The arguments of a loop's body that depend on the network's input in some step."""
     while True:
         reached = set(moving)

@@ -7,6 +7,8 @@
                               weights of any safetensors file, projected onto sets, packed and saved; no model code
     compressx export FILE OUT --to onnx --shape 32x32x3 --model package.module:Class [--options JSON] [--compact]
                               the network for other runtimes; --compact for the small one
+    compressx reconstruct FILE OUT --rules RULES --examples FOLDER --model package.module:Class [--options JSON]
+                              a trained network into the sets of RULES, without training, on a few hundred inputs
     compressx doctor          versions, devices, compiler; and how to get what is missing; --build compiles ahead
 
 Exit codes: 0 all is well; 1 a finding (a violated constraint, a difference, something missing); 2 an error (bad usage,
@@ -117,6 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     options = "its arguments as a JSON object, such as '{\"classes\": 10}'"
     export.add_argument("--options", type=_options, default={}, metavar="JSON", help=options)
     export.add_argument("--compact", action="store_true", help="leave out the channels that pruning made useless")
+    about = "bring a trained network into sets without training, on a few hundred of its inputs"
+    reconstruct = command("reconstruct", _reconstruct, about, "FILE")
+    reconstruct.add_argument("OUT", help="the file to write")
+    reconstruct.add_argument("--rules", required=True, metavar="RULES", help="what write_rules or a person wrote")
+    folder = "folder of .npy files of inputs as the network takes them, an example an entry of axis 0"
+    reconstruct.add_argument("--examples", required=True, metavar="FOLDER", help=folder)
+    reconstruct.add_argument("--model", required=True, metavar="package.module:Class", help=model)
+    reconstruct.add_argument("--options", type=_options, default={}, metavar="JSON", help=options)
+    reconstruct.add_argument(
+        "--count", type=_positive, default=512, metavar="N", help="examples at most (default: 512)"
+    )
+    reconstruct.add_argument("--batch", type=_positive, default=64, metavar="N", help="examples a batch (default: 64)")
     doctor = command("doctor", _doctor, "versions, devices, compiler; and how to get what is missing")
     doctor.add_argument("--build", action="store_true", help="compile the kernels that are not built yet")
     return parser
@@ -427,6 +441,22 @@ def _network(name: str) -> Any:
         raise ValueError(f"--model={name!r}: the module {module} has no {attribute}") from None
     finally:
         sys.path.remove(os.getcwd())
+
+
+# --- reconstruct
+
+
+def _reconstruct(arguments: argparse.Namespace) -> Answer:
+    from compressx.reconstruction import command  # what no other command needs
+
+    saved, rules = formats.load_model(arguments.FILE, arguments.max_bytes), formats.read_rules(arguments.rules).rules
+    try:
+        module = _network(arguments.model)(**arguments.options)
+        batches = command.examples(arguments.examples, arguments.count, arguments.batch)
+        data, lines = command.run(saved, module, rules, batches, arguments.OUT)
+    except (ValueError, TypeError, ImportError, FlaxError) as error:  # no such network, or one that does not fit
+        raise _Refused(f"{arguments.FILE}: cannot be reconstructed: {error}") from None
+    return Answer(OK, {"file": arguments.FILE, **data}, list(map(_clean, lines)))
 
 
 # --- doctor

@@ -310,8 +310,23 @@ VARIANTS: dict[str, Callable[[str], Settings]] = {
 }
 
 
+# Of variants with many branches alike, those that the tiny run trains: a branch takes seconds to compile, whatever its
+# length, and one of each kind shows that all of them run.
+FEW = {
+    "digits_fragments": ("pruned", "full_4", "full_8", "full_32"),
+    "mnist_lenet5_forms_orders": ("pruned", "polarized", "signs_W", "full_W", "signs_energy", "full_energy"),
+    "mnist_lenet5_sot": ("pruned", "bits_8", "bits_4"),
+    "cifar_resnet20_forms": (
+        *("pruned", "polarized", "signs_8", "full_8", "signs_4", "full_4", "signs_16", "full_16"),
+        *("signs_8_W", "full_8_W"),
+    ),
+}
+
+
 def tiny(c: Settings) -> Settings:
-    """The same phases and measurements on a handful of examples: for tests."""
+    """The same phases and measurements on a handful of examples, of branches alike a few: for tests."""
+    few = FEW.get(c["variant"].removesuffix("_tiny"))
+    c["branches"] = tuple(b for b in c["branches"] if few is None or b["name"] in few)
     c["data"] |= {"train": 96, "test": 50}
     c["batch"], c["eval_batch"] = 32, 25
     if c["model"]["name"] == "resnet20":

@@ -131,7 +131,7 @@ _spare_third_parties()
 hypothesis.settings.register_profile(
     "default",
     deadline=None,
-    max_examples=20,
+    max_examples=12,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
@@ -159,13 +159,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=_NO_DATA))
 
 
-_CLEAR_EVERY = 100
+_LOOK_EVERY, _CLEAR_EVERY = 20, 100
+_MANY_MAPS = 7000  # some 2000 programs, which hold about 3 GB
 _tests_done = itertools.count(1)
 
 
+def _many_programs(done: int) -> bool:
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            return maps.read().count(b"\n") > _MANY_MAPS
+    except OSError:  # no Linux: by the number of tests
+        return done % _CLEAR_EVERY == 0
+
+
 def pytest_runtest_teardown() -> None:
-    """Drops compiled programs now and then: each holds memory maps, and a process may have 65530 of them."""
-    if next(_tests_done) % _CLEAR_EVERY == 0:
+    """Drops compiled programs where they have become many: each holds memory maps, and a process may have 65530.
+
+    Not more often: dropping them takes a second or two, and the common ones have to be read from the cache again.
+    """
+    done = next(_tests_done)
+    if done % _LOOK_EVERY == 0 and _many_programs(done):
         jax.clear_caches()
 
 

@@ -164,7 +164,7 @@ _SETS = {
 }
 
 
-_QUICK = (("polarize", False), ("codebook", False), ("channels", True))
+_QUICK = (("polarize", False), ("channels", True))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def _in_a_list(number: int) -> list[list[np.ndarray]]:
     return _flow(TREES["list"](WEIGHTS), TREES["list"](GRADIENTS), SETS[number])
 
 
-QUICK = ("linen", "nnx", "equinox")
+QUICK = ("nnx", "equinox")
 
 
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])

@@ -35,7 +35,7 @@ class Programs(NamedTuple):
 
 def programs(single: Constraint) -> Programs:
     """The programs of one set: kept ones where a `factory` made it, new ones for a set made by hand."""
-    key = _key(single)
+    key = set_key(single)
     return _compiled(single) if key is None else _kept(_Set(key, single))
 
 
@@ -94,12 +94,12 @@ class _Set:
         return isinstance(other, _Set) and self.key == other.key
 
 
-def _key(constraint: Constraint) -> Hashable | None:
+def set_key(constraint: Constraint) -> Hashable | None:
     if constraint.slice is not None:
-        key = _key(constraint.slice)
+        key = set_key(constraint.slice)
         return None if key is None else ("every slice", key)
     if constraint.leaf is not None:
-        key = _key(constraint.leaf)
+        key = set_key(constraint.leaf)
         return None if key is None else ("every leaf", key)
     if constraint.made is None:
         return None

@@ -144,7 +144,7 @@ def lay_out(
         limbs=jnp.asarray(limbs, jnp.float32),
         cells=made,
         planes=jnp.asarray(kernels.pack_planes(rest.cells, design)) if path == "popcount" else None,
-        tables=_tables(made, design) if path == "table" else None,
+        tables=_tables(made, design) if path == "table" and len(simulated) else None,
         proven=jnp.asarray(proven, jnp.int32),
         simulated=jnp.asarray(simulated, jnp.int32),
         place=jnp.asarray(place, jnp.int32),
@@ -290,4 +290,10 @@ def _tables(cells: Cells, design: Design) -> Array | None:
     dtype = jnp.int16 if largest < 2**15 else jnp.int32
     if groups * 2**rows * filters * jnp.dtype(dtype).itemsize > TABLE_BYTES:
         return None
-    return jax.jit(lambda c: jax.lax.map(lambda g: kernels.build_table(g, design).astype(dtype), c))(cells)
+    return _built(cells, design, dtype)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _built(cells: Cells, design: Design, dtype: Any) -> Array:
+    """The tables of all groups, group by group; compiled once for a design and a shape."""
+    return jax.lax.map(lambda g: kernels.build_table(g, design).astype(dtype), cells)

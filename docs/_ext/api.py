@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[2] / "compressx"
 MODULES = (
     *("constraints", "schedules", "views", "formats", "kernels", "compaction", "crossbar", "budget", "export"),
-    *("testing", "federated"),
+    *("capture", "reconstruction", "testing", "federated"),
 )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.cnn import measures
+from experiments.cnn import measures, reconstruction
 from experiments.cnn.config import Config, Data
 from experiments.common import artifacts, data, driver, init_from, latency, models, runner, training
 from experiments.common.driver import Options
@@ -107,6 +107,9 @@ def make_job(config: Config, options: Options) -> tuple[training.Job, data.Info]
         eval_batch=config.eval_batch,
         optimizer=config.optimizer,
         placement=mesh.for_batch(options.mesh, config.batch),
+        reconstruct=reconstruction.of_images(
+            model, arrays(train.take(slice(0, used)))["inputs"], mean, std, config.seed
+        ),
         save_steps=config.save.steps,
         save_seconds=config.save.seconds,
     )

@@ -62,7 +62,11 @@ def _same(model, variables, small, x, tolerance=1e-5):
     np.testing.assert_allclose(after, before, atol=tolerance * scale, rtol=0)
 
 
-@pytest.mark.parametrize("name", SMALL)
+# a chain, one of residual blocks, and one of depthwise convolutions
+QUICK = ("lenet5", "resnet20", "mobilenet_v2")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL])
 def test_masked_and_compacted_networks_agree(name, rng) -> None:
     model, shape = SMALL[name]
     variables = _lively(model, shape, rng)

@@ -16,6 +16,7 @@ from compressx.formats import load_model, save_model
 from compressx.tree import paths
 from experiments.common import models
 from experiments.common.models import initial, yolov3
+from tests.thinning import some
 
 PATTERN = r"params/(conv_\d+/kernel|bn_\d+/.*)"
 
@@ -124,9 +125,7 @@ def test_36x_is_reached_within_one_per_cent_over_all_convolutions() -> None:
         assert all(1 <= k <= g.size for k, g in zip(kept.channels, found, strict=True))
 
 
-@pytest.mark.parametrize(
-    "kind", [k if k != "columns" else pytest.param(k, marks=pytest.mark.slow) for k in structure.KINDS]
-)
+@pytest.mark.parametrize("kind", some(("combined",), structure.KINDS))
 def test_masked_is_compacted_and_its_size_is_as_planned(network, kind) -> None:
     variables, found, convolutions = network
     kept, rules, masked = _prune(network, kind)

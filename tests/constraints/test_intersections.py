@@ -38,7 +38,7 @@ COMBINATIONS = {
 }
 
 
-QUICK = ("FORMS", "pruned, quantized", "patterns, powers of two", "unified, quantized")
+QUICK = ("FORMS", "unified, quantized")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in COMBINATIONS])

@@ -73,6 +73,9 @@ QUICK = (
         "few patterns & unstructured", "darb inverse", "darb uniform", "quantize 8", "quantize 12 a channel",
         "patterns & polarize & quantize", "quantize 16", "darb permuted", "darb & unstructured",
         "patterns & connectivity", "sparse & polarize energy", "unified, kept zeros, quantized",
+        "patterns & unstructured", "aligned patterns", "aligned patterns, a short group", "columns, then rows",
+        "aligned patterns & unstructured", "unstructured & polarize", "levels with zero", "codebook a channel",
+        "patterns of a network & unstructured", "aligned channels", "columns & polarize",
     }),
 )  # fmt: skip
 
@@ -160,7 +163,7 @@ def inside(name: str, before: Any, after: Any) -> None:
             assert signs.all()
 
 
-@mostly_slow(("pattern aligned", "darb", "FORMS"), tuple(SETS))
+@mostly_slow(("FORMS",), tuple(SETS))
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_phase_keeps_what_hardening_left(name: str, seed: int, tmp_path: Path) -> None:
     """harden, retrain, save, verify, load, retrain again: with the structures of hardening, and with none."""

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -26,11 +26,12 @@ from compressx.constraints.quantization import (
     levels_of,
     quantize_activations,
 )
+from tests.thinning import some
 
 CASES = [("uniform", 2), ("uniform", 4), ("uniform", 8), ("power_of_two", 4), ("cells", 4), ("codebook", 3)]
 CASES += [("float8_e4m3", 8), ("float8_e5m2", 8)]
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-grids = pytest.mark.parametrize(("grid", "bits"), CASES)
+WIDE = [("uniform", 4), ("power_of_two", 4), ("codebook", 3), ("float8_e4m3", 8)]  # one of each way to round
 
 
 def normal(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> jax.Array:
@@ -49,8 +50,14 @@ def table(levels: Levels, structure: Any) -> np.ndarray:
     return s * (2.0 ** (k - 1) if levels.grid == "power_of_two" else k)
 
 
-@grids
-@pytest.mark.parametrize("zero_level", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "bits", "zero_level"),
+    [
+        pytest.param(*case, zero, marks=[] if case in WIDE or zero else pytest.mark.slow)
+        for case in CASES
+        for zero in (False, True)
+    ],
+)
 def test_every_weight_goes_to_its_nearest_level(grid: str, bits: int, zero_level: bool) -> None:
     c = cx.quantize(bits, grid=grid, zero_level=zero_level)
     w = normal((7, 30)).at[0].set(0)
@@ -115,7 +122,7 @@ def test_what_shares_a_scale_is_checked() -> None:
         cx.unify((2, 2), 0.5) & cx.quantize(4, per=32)
 
 
-@grids
+@pytest.mark.parametrize(("grid", "bits"), some(WIDE, CASES))
 def test_a_tie_goes_to_the_smaller_magnitude(grid: str, bits: int) -> None:
     levels = Levels(bits, grid)
     structure = jnp.asarray([0.5, 1.0, 3.0]) if grid == "codebook" else jnp.asarray(0.25)
@@ -128,7 +135,7 @@ def test_a_tie_goes_to_the_smaller_magnitude(grid: str, bits: int) -> None:
     np.testing.assert_array_equal(decode(encode(above, structure, levels), structure, levels), magnitudes[1:])
 
 
-@grids
+@pytest.mark.parametrize(("grid", "bits"), some(WIDE, CASES))
 def test_all_levels_survive_encode_and_decode(grid: str, bits: int) -> None:
     levels = Levels(bits, grid)
     structure = fit(normal((40, 5)), levels)
@@ -140,7 +147,6 @@ def test_all_levels_survive_encode_and_decode(grid: str, bits: int) -> None:
         np.testing.assert_array_equal(np.asarray(w, np.float64), np.float64(structure) * np.asarray(codes))
 
 
-@settings(max_examples=40)
 @given(
     case=st.sampled_from(CASES),
     per=st.sampled_from(["tensor", "channel", "row", 2, 3]),
@@ -172,8 +178,14 @@ def test_invariants(case: tuple[str, int], per: str | int, zero_level: bool, dty
     np.testing.assert_array_equal(jnp.sign(inside), jnp.sign(z))
 
 
-@grids
-@pytest.mark.parametrize("per", ["tensor", "channel"])
+@pytest.mark.parametrize(
+    ("grid", "bits", "per"),
+    [
+        pytest.param(*case, per, marks=[] if per == "channel" and case in WIDE else pytest.mark.slow)
+        for case in CASES
+        for per in ("tensor", "channel")
+    ],
+)
 def test_weights_on_levels_give_their_scale_back(grid: str, bits: int, per: str) -> None:
     c = cx.quantize(bits, grid=grid, per=per)
     w = normal((3, 3, 8, 6), 1)
@@ -289,7 +301,7 @@ def test_retraction_is_the_nearest_point_of_the_piece(grid: str) -> None:
 
 
 def test_extreme_magnitudes_neither_vanish_nor_overflow() -> None:
-    for factor in (1e-34, 1e-20, 1e20, 1e37):
+    for factor in (1e-34, 1e37):
         for grid, bits in CASES:
             c = cx.quantize(bits, grid=grid)
             w = normal((5, 6)) * np.float32(factor)

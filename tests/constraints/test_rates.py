@@ -155,14 +155,19 @@ def test_crossbars_are_filled(seed: int, filters: float, columns: float) -> None
 DARB = [(100, 64, 0.1), (100, 256, 0.03), (120, 200, 0.02), (150, 512, 0.05), (300, 100, 0.3), (100, 256, 0.5)]
 
 
-@pytest.mark.parametrize("assignment", ["adaptive", "permuted", "inverse", "uniform"])
-@pytest.mark.parametrize(("rows", "length", "density"), DARB)
+@pytest.mark.parametrize(
+    ("rows", "length", "density", "assignment"),
+    [
+        pytest.param(*shape, how, marks=[] if shape[2] in (0.02, 0.03, 0.5) or how == "adaptive" else pytest.mark.slow)
+        for shape in DARB
+        for how in ("adaptive", "permuted", "inverse", "uniform")
+        if how == "adaptive" or shape[:2] == (100, 256)  # one shape for the controls
+    ],
+)
 def test_a_hundred_rows_of_darb_are_within_a_percent(rows: int, length: int, density: float, assignment: str) -> None:
-    if assignment != "adaptive" and (rows, length) != (100, 256):
-        pytest.skip("one shape for the controls")
     darb = cx.darb(density, assignment=assignment)
     run = jax.jit(lambda w: darb.project(w, darb.init(w)))
-    for seed in range(25):
+    for seed in range(10):
         rng = np.random.default_rng(seed)
         w = rng.standard_normal((rows, length)) * np.exp(rng.choice([0, 1, 3]) * rng.standard_normal((rows, 1)))
         if seed % 5 == 4:

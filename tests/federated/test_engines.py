@@ -34,7 +34,7 @@ VARIANTS = {
 }
 
 
-_SLOW = ("common", "common float16", "update int8", "dense")
+_SLOW = ("client", "common", "common float16", "update int8", "dense")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in VARIANTS])

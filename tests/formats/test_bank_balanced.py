@@ -1,5 +1,6 @@
 """The bank-balanced format: exact inverses, bytes from the formula, the smallest where it fits, nothing believed."""
 
+import functools
 import math
 from typing import Any
 
@@ -91,15 +92,20 @@ def test_without_banks_it_says_what_it_needs() -> None:
 
 
 CONSTRAINT = cx.bank_balanced(0.3, 6)
-PACKED = formats.pack(hard(CONSTRAINT, (8, 20)), CONSTRAINT, (), format="bank-balanced")
+
+
+@functools.cache
+def small():
+    """A packed layer to damage, made when the first test asks: every worker of a run imports this file."""
+    return formats.pack(hard(CONSTRAINT, (8, 20)), CONSTRAINT, (), format="bank-balanced")
 
 
 def meta(**changes: Any) -> Packed:
-    return PACKED._replace(meta={**PACKED.meta, **changes})
+    return small()._replace(meta={**small().meta, **changes})
 
 
 def array(name: str, change: Any) -> Packed:
-    return PACKED._replace(arrays={**PACKED.arrays, name: change(PACKED.arrays[name].copy())})
+    return small()._replace(arrays={**small().arrays, name: change(small().arrays[name].copy())})
 
 
 DAMAGE = {
@@ -114,8 +120,8 @@ DAMAGE = {
     "offsets": (lambda: array("offsets", lambda a: a[1:]), "bank-balanced/offsets: shape"),
     "outside": (lambda: array("offsets", lambda a: np.full_like(a, 255)), "a place lies outside its bank"),
     "order": (lambda: array("offsets", lambda a: a * 0), "the positions of a bank do not ascend"),
-    "shape": (lambda: PACKED._replace(shape=(160,)), "bank-balanced: shape"),
-    "unknown": (lambda: PACKED._replace(arrays={**PACKED.arrays, "x": np.zeros(1)}), "bank-balanced/x: unknown"),
+    "shape": (lambda: small()._replace(shape=(160,)), "bank-balanced: shape"),
+    "unknown": (lambda: small()._replace(arrays={**small().arrays, "x": np.zeros(1)}), "bank-balanced/x: unknown"),
 }
 
 
@@ -129,7 +135,7 @@ def test_damage_is_named(case: str) -> None:
 @settings(max_examples=300)
 @given(data=st.data())
 def test_mutations_unpack_to_a_weight_or_one_error(data: st.DataObject) -> None:
-    packed = mutated(data, PACKED)
+    packed = mutated(data, small())
     try:
         back = formats.unpack(packed, max_bytes=1 << 20)
     except CompressedFileError:

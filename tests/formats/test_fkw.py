@@ -159,33 +159,36 @@ def test_what_does_not_fit_says_why():
     assert (assign_patterns(nonzero(kernel_array(w)), np.ones((1, 9), bool)) == 0).all()
 
 
-W, PACKED = packed_layer(4, 5, k=3, rate=2)
+@functools.cache
+def small():
+    """A packed layer to damage, made when the first test asks: every worker of a run imports this file."""
+    return packed_layer(4, 5, k=3, rate=2)[1]
 
 
 def edit(name, index, value):
-    array = PACKED.arrays[name].copy()
+    array = small().arrays[name].copy()
     array[index] = value
-    return PACKED._replace(arrays={**PACKED.arrays, name: array})
+    return small()._replace(arrays={**small().arrays, name: array})
 
 
 DAMAGE = {
     "offset": (lambda: edit("offset", 1, 11), "fkw/offset: offsets"),
-    "reorder": (lambda: edit("reorder", 0, PACKED.arrays["reorder"][1]), "fkw/reorder: is not a permutation"),
+    "reorder": (lambda: edit("reorder", 0, small().arrays["reorder"][1]), "fkw/reorder: is not a permutation"),
     "reorder range": (lambda: edit("reorder", 0, 5), "fkw/reorder: is not a permutation"),
     "index": (lambda: edit("index", 0, 4), "fkw/index: values"),
-    "index twice": (lambda: edit("index", 0, PACKED.arrays["index"][1]), "fkw/index: a filter has"),
+    "index twice": (lambda: edit("index", 0, small().arrays["index"][1]), "fkw/index: a filter has"),
     "stride": (lambda: edit("stride", (0, -1), 9), "fkw/stride: rows"),
     "stride start": (lambda: edit("stride", (0, 0), 1), "fkw/stride: rows"),
     "weight": (
-        lambda: PACKED._replace(arrays={**PACKED.arrays, "weight": PACKED.arrays["weight"][:, :3]}),
+        lambda: small()._replace(arrays={**small().arrays, "weight": small().arrays["weight"][:, :3]}),
         r"fkw/weight: shape \[10, 3\], expected \[10, 4\]",
     ),
-    "shape": (lambda: PACKED._replace(shape=(3, 3, 4)), "fkw: shape"),
-    "taps": (lambda: PACKED._replace(shape=(2, 2, 4, 5)), "fkw/patterns: .* leaves the 4 taps"),
-    "no patterns": (lambda: PACKED._replace(meta={}), "fkw/patterns: not a list"),
-    "pattern": (lambda: PACKED._replace(meta={"patterns": [[1, 0, 2, 3]]}), "does not ascend"),
-    "pattern type": (lambda: PACKED._replace(meta={"patterns": [[0, 1, 2, "3"]]}), "does not ascend"),
-    "pattern length": (lambda: PACKED._replace(meta={"patterns": [[0, 1], [0]]}), "as long as the others"),
+    "shape": (lambda: small()._replace(shape=(3, 3, 4)), "fkw: shape"),
+    "taps": (lambda: small()._replace(shape=(2, 2, 4, 5)), "fkw/patterns: .* leaves the 4 taps"),
+    "no patterns": (lambda: small()._replace(meta={}), "fkw/patterns: not a list"),
+    "pattern": (lambda: small()._replace(meta={"patterns": [[1, 0, 2, 3]]}), "does not ascend"),
+    "pattern type": (lambda: small()._replace(meta={"patterns": [[0, 1, 2, "3"]]}), "does not ascend"),
+    "pattern length": (lambda: small()._replace(meta={"patterns": [[0, 1], [0]]}), "as long as the others"),
 }
 
 
@@ -199,7 +202,7 @@ def test_damage_is_named(case):
 @settings(max_examples=300)
 @given(data=st.data())
 def test_mutations_unpack_to_a_weight_or_one_error(data):
-    packed = PACKED
+    packed = small()
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from(sorted(packed.arrays)))
         array = packed.arrays[name].copy()

@@ -1,5 +1,6 @@
 """Formats for weights on levels and in unified blocks: exact inverses, bytes from formulas, nothing believed."""
 
+import functools
 import math
 from typing import Any
 
@@ -65,7 +66,9 @@ QUANTIZED = {
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, np.float32) for n in QUANTIZED] + [(n, ml_dtypes.bfloat16) for n in ("uniform", "powers", "codebooks")],
+    [(n, np.float32) for n in QUANTIZED]
+    + [("codebooks", ml_dtypes.bfloat16)]
+    + [pytest.param(n, ml_dtypes.bfloat16, marks=pytest.mark.slow) for n in ("uniform", "powers")],
 )
 def test_quantized_comes_back_in_the_bytes_of_the_formula(name: str, dtype: Any) -> None:
     constraint = QUANTIZED[name]
@@ -186,8 +189,11 @@ def blocks(w: np.ndarray, block: list[int]) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize("name", UNIFIED)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, "float32") for n in UNIFIED]
+    + [pytest.param(n, "bfloat16", marks=[] if n in ("both", "coded") else pytest.mark.slow) for n in UNIFIED],
+)
 def test_unified_comes_back_in_the_bits_of_the_formula(name: str, dtype: str) -> None:
     constraint = UNIFIED[name]
     kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
@@ -267,17 +273,21 @@ def example(format: str) -> Packed:
     return formats.pack(w, constraint, structure, format)
 
 
-EXAMPLES = {name: example(name) for name in ("quantized", "bit-planes", "bit-planes-complement", "cells", "unified")}
-w, _ = hard(UNIFIED["both"], (3, 2, 5, 7))
-EXAMPLES["unified raw"] = formats.pack(w, UNIFIED["both"], (), "unified")
+@functools.cache
+def examples() -> dict[str, Packed]:
+    """A packed weight of every format, made when the first test asks: every worker of a run imports this file."""
+    names = ("quantized", "bit-planes", "bit-planes-complement", "cells", "unified")
+    raw = formats.pack(hard(UNIFIED["both"], (3, 2, 5, 7))[0], UNIFIED["both"], (), "unified")
+    return {**{name: example(name) for name in names}, "unified raw": raw}
 
 
 def meta(name: str, **changes: Any) -> Packed:
-    return EXAMPLES[name]._replace(meta={**EXAMPLES[name].meta, **changes})
+    return examples()[name]._replace(meta={**examples()[name].meta, **changes})
 
 
 def array(name: str, entry: str, change: Any) -> Packed:
-    return EXAMPLES[name]._replace(arrays={**EXAMPLES[name].arrays, entry: change(EXAMPLES[name].arrays[entry].copy())})
+    arrays = examples()[name].arrays
+    return examples()[name]._replace(arrays={**arrays, entry: change(arrays[entry].copy())})
 
 
 def fill(value: int) -> Any:
@@ -317,11 +327,13 @@ DAMAGE = {
     "raw": (lambda: meta("unified", coded=False), "unified/levels: present"),
     "negative": (lambda: array("unified raw", "magnitudes", lambda a: -a), "a magnitude is negative"),
     "missing": (
-        lambda: EXAMPLES["cells"]._replace(arrays={k: v for k, v in EXAMPLES["cells"].arrays.items() if k != "cells"}),
+        lambda: examples()["cells"]._replace(
+            arrays={k: v for k, v in examples()["cells"].arrays.items() if k != "cells"}
+        ),
         "cells/cells: missing",
     ),
     "unknown": (
-        lambda: EXAMPLES["cells"]._replace(arrays={**EXAMPLES["cells"].arrays, "extra": np.zeros(1)}),
+        lambda: examples()["cells"]._replace(arrays={**examples()["cells"].arrays, "extra": np.zeros(1)}),
         "cells/extra: unknown",
     ),
 }
@@ -334,10 +346,10 @@ def test_damage_is_named(case: str) -> None:
         formats.unpack(make())
 
 
-@settings(max_examples=400)
+@settings(max_examples=min(400, 5 * settings().max_examples))
 @given(data=st.data())
 def test_mutations_unpack_to_a_weight_or_one_error(data: st.DataObject) -> None:
-    packed = mutated(data, EXAMPLES[data.draw(st.sampled_from(sorted(EXAMPLES)))])
+    packed = mutated(data, examples()[data.draw(st.sampled_from(sorted(examples())))])
     try:
         back = formats.unpack(packed, max_bytes=1 << 20)
     except CompressedFileError:

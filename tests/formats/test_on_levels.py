@@ -1,5 +1,6 @@
 """Codes for the values of fkw, bspc, block-max, compact, csr and coo-delta: exact, in the bytes of the formula."""
 
+import functools
 import math
 from typing import Any
 
@@ -28,8 +29,14 @@ VALUES = {
 
 def hard(constraint: cx.Constraint, shape: tuple[int, ...], dtype: Any = np.float32, seed: int = 0) -> tuple[Any, Any]:
     w = jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
-    structure = constraint.init(w)
-    return np.asarray(jax.jit(constraint.project)(w, structure)), structure
+
+    @jax.jit
+    def both(w: Any) -> Any:
+        structure = constraint.init(w)
+        return constraint.project(w, structure), structure
+
+    z, structure = both(w)
+    return np.asarray(z), structure
 
 
 CASES = {
@@ -58,6 +65,12 @@ CASES = {
 
 
 def made(name: str, dtype: Any = np.float32) -> tuple[np.ndarray, cx.Constraint, Any, Packed, Packed]:
+    """A case's weight, constraint, structure, and both packed forms; tests do not change them."""
+    return _made(name, dtype)
+
+
+@functools.cache
+def _made(name: str, dtype: Any) -> tuple[np.ndarray, cx.Constraint, Any, Packed, Packed]:
     inner, constraint, shape = CASES[name]
     w, structure = hard(constraint, shape, dtype)
     if name == "all zero":
@@ -68,7 +81,9 @@ def made(name: str, dtype: Any = np.float32) -> tuple[np.ndarray, cx.Constraint,
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, np.float32) for n in CASES] + [(n, ml_dtypes.bfloat16) for n in ("pattern, channels", "bsp", "codebooks")],
+    [(n, np.float32) for n in CASES]
+    + [("codebooks", ml_dtypes.bfloat16)]
+    + [pytest.param(n, ml_dtypes.bfloat16, marks=pytest.mark.slow) for n in ("pattern, channels", "bsp")],
 )
 def test_weights_come_back_in_b_bits_a_value_and_the_inner_index(name: str, dtype: Any) -> None:
     w, constraint, _, packed, raw = made(name, dtype)
@@ -150,17 +165,21 @@ def test_what_is_not_on_levels_is_refused_and_falls_back() -> None:
     assert formats.pack(w, constraint, structure).format == "coo-delta"
 
 
-EXAMPLES = {f.name: next(made(n)[3] for n, case in CASES.items() if f"{case[0]}-coded" == f.name) for f in ON_LEVELS}
-EXAMPLES["channels"] = made("scattered, channels")[3]
-EXAMPLES["codebooks"] = made("codebooks")[3]
+@functools.cache
+def examples() -> dict[str, Packed]:
+    """A packed weight of every format, made when the first test asks: every worker of a run imports this file."""
+    first = {f.name: next(n for n, case in CASES.items() if f"{case[0]}-coded" == f.name) for f in ON_LEVELS}
+    names = {**first, "channels": "scattered, channels", "codebooks": "codebooks"}
+    return {name: made(case)[3] for name, case in names.items()}
 
 
 def meta(name: str, **changes: Any) -> Packed:
-    return EXAMPLES[name]._replace(meta={**EXAMPLES[name].meta, **changes})
+    return examples()[name]._replace(meta={**examples()[name].meta, **changes})
 
 
 def array(name: str, entry: str, change: Any) -> Packed:
-    return EXAMPLES[name]._replace(arrays={**EXAMPLES[name].arrays, entry: change(EXAMPLES[name].arrays[entry].copy())})
+    arrays = examples()[name].arrays
+    return examples()[name]._replace(arrays={**arrays, entry: change(arrays[entry].copy())})
 
 
 DAMAGE = {
@@ -178,15 +197,15 @@ DAMAGE = {
     "sign of zero": (lambda: array("csr-coded", "values", lambda a: np.full_like(a, 128)), "a zero has a sign"),
     "levels": (lambda: array("bspc-coded", "levels", lambda a: a * np.nan), "bspc-coded/levels: holds NaN"),
     "index": (lambda: array("fkw-coded", "index", lambda a: a * 0 + 99), "fkw/index: values 99..99 leave"),
-    "empty": (lambda: EXAMPLES["coo-delta-coded"]._replace(shape=()), "coo-delta-coded: shape"),
+    "empty": (lambda: examples()["coo-delta-coded"]._replace(shape=()), "coo-delta-coded: shape"),
     "raw": (
-        lambda: EXAMPLES["csr-coded"]._replace(
-            arrays={k: a for k, a in EXAMPLES["csr-coded"].arrays.items() if k != "levels"}
+        lambda: examples()["csr-coded"]._replace(
+            arrays={k: a for k, a in examples()["csr-coded"].arrays.items() if k != "levels"}
         ),
         "csr-coded/levels: missing",
     ),
     "extra": (
-        lambda: EXAMPLES["csr-coded"]._replace(arrays={**EXAMPLES["csr-coded"].arrays, "x": np.zeros(1)}),
+        lambda: examples()["csr-coded"]._replace(arrays={**examples()["csr-coded"].arrays, "x": np.zeros(1)}),
         "csr/x: unknown array",
     ),
 }
@@ -199,10 +218,10 @@ def test_damage_is_named(case: str) -> None:
         formats.unpack(make())
 
 
-@settings(max_examples=500)
+@settings(max_examples=min(500, 5 * settings().max_examples))
 @given(data=st.data())
 def test_mutations_unpack_to_a_weight_or_one_error(data: st.DataObject) -> None:
-    packed = mutated(data, EXAMPLES[data.draw(st.sampled_from(sorted(EXAMPLES)))])
+    packed = mutated(data, examples()[data.draw(st.sampled_from(sorted(examples())))])
     try:
         back = formats.unpack(packed, max_bytes=1 << 20)
     except CompressedFileError:

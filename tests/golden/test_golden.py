@@ -9,7 +9,24 @@ import pytest
 
 from tests.golden import adapter, cases, figures, make
 
-SLOW = ("drivers/gru_speech", "drivers/language_model", "networks/mobilenet_v2")
+# Of every set, format, network and driver `make test` looks at a figure; at another dtype, option or grid of the same,
+# at the costly intersections and at codes inside further formats, `make test-all` does.
+SLOW = (
+    *(f"drivers/{n}" for n in ("gru_speech", "language_model")),
+    *(f"networks/{n}" for n in ("mobilenet_v2", "vgg16")),
+    *(f"files/{n}-coded" for n in ("csr16", "coo-delta", "bspc", "block-max", "bank-balanced", "compact")),
+    *(f"files/{n}" for n in ("bit-planes-complement", "digits quantized")),
+    *(f"sets/pattern {n}" for n in ("bfloat16", "list 5x5", "aligned channel")),
+    *(f"sets/{n}" for n in ("pattern_connectivity balanced", "connectivity balanced")),
+    *(f"sets/darb {n}" for n in ("inputs", "inverse", "uniform")),
+    *(f"sets/polarize {n}" for n in ("H", "bfloat16")),
+    *(f"sets/quantize {n}" for n in ("bfloat16", "8 bits channel", "powers channel", "codebook channel")),
+    *(f"sets/unify {n}" for n in ("bfloat16", "cubes", "keep")),
+    "sets/unify_and_prune exact",
+    *(f"sets/{n} & polarize & quantize" for n in ("filters", "pattern network")),
+    *(f"sets/{n} & quantize" for n in ("unstructured global", "bsp gates")),
+    "sets/unstructured & unify keep & polarize",
+)
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are those of a CPU")
 
 
@@ -21,6 +38,7 @@ def test_a_figure_is_what_it_was(name: str) -> None:
 
 
 def test_every_figure_has_a_case() -> None:
+    assert set(SLOW) <= set(make.names())
     for group, (table, _) in make.GROUPS.items():
         assert list(make.stored(group)) == list(table)
     held = {p.name for p in figures.stored_file("x").parent.iterdir()}

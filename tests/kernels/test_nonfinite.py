@@ -24,7 +24,7 @@ from compressx.kernels.schedule import Geometry
 
 # a case compiles programs of its own for tenths of a second
 budget = settings.default.max_examples
-few = settings(max_examples=budget if budget > 40 else 5)
+few = settings(max_examples=budget if budget > 40 else 3)
 seeds = st.integers(0, 2**32 - 1)
 ODD = np.array([np.nan, np.inf, -np.inf], np.float32)
 

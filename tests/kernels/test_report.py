@@ -14,8 +14,9 @@ from compressx.kernels import native
 from compressx.tree import paths
 from experiments.common import models
 from tests.kernels.networks import network
+from tests.thinning import some
 
-FEW = settings(max_examples=max(8, settings.default.max_examples // 5))
+FEW = settings(max_examples=max(5, settings.default.max_examples // 5))
 
 
 def leaves_of(lines):
@@ -178,7 +179,7 @@ def test_a_line_names_all_that_is_part_of_it():
 
 
 @pytest.mark.parametrize("path", [None, "xla", "pallas"])
-@pytest.mark.parametrize("name", ["digits_cnn", "resnet20", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", some(["digits_cnn"], ["digits_cnn", "resnet20", "mobilenet_v2"]))
 def test_a_batch_of_nothing_has_an_output_of_nothing(name, path):
     model = models.build(name, 10, **({} if name == "digits_cnn" else {"width": 0.25}))
     x = jnp.zeros((1, 8, 8, 1 if name == "digits_cnn" else 3))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 SCHEDULES = ("constant", "cosine", "piecewise")
 RHO_SCHEDULES = ("constant", "staged", "residual_balancing", "rtmobile")
-METHODS = ("admm", "one_shot", "gradual", "dense")
+METHODS = ("admm", "one_shot", "gradual", "dense", "reconstruct")
 BASELINES = ("one_shot", "gradual", "dense_same_budget")
 
 
@@ -146,17 +146,21 @@ class Plan:
       dense: the uncompressed training all the rest starts from.
       stages: compressions one after the other; each moves inside the support of the one before. None: only the dense
         network is trained.
-      method: how the stages' rules are reached: "admm", or at the same number of epochs "one_shot", "gradual", "dense".
+      method: how the stages' rules are reached: "admm", or at the same number of epochs "one_shot", "gradual", "dense";
+        or "reconstruct", after training and layer by layer, followed by the last stage's retraining alone.
       baselines: what else is trained from the same dense weights, for the same number of epochs.
+      calibration: training examples that "reconstruct" calibrates on.
     """
 
     dense: Fit = Fit()
     stages: tuple[Stage, ...] = ()
     method: str = "admm"
     baselines: tuple[str, ...] = ()
+    calibration: int = 512
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
+        _need(self.calibration >= 1, "calibration", self.calibration, "1 or more examples")
         for name in self.baselines:
             _one_of("baselines", name, BASELINES)
         _need(self.dense.distill == 0, "dense.distill", self.dense.distill, "0: there is no teacher yet")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from compressx._harden import structures
+from compressx.rules import Rules
 from experiments.common.data import batches
 from experiments.common.training import optimizers
 from experiments.common.training.config import ConfigError
@@ -36,6 +37,8 @@ class Job:
       chunk: steps between looks at the clock.
       save_steps: steps between checkpoints; 0 is only by time.
       save_seconds: seconds between checkpoints; 0 is only by steps. The ends of phases are always saved.
+      reconstruct: `reconstruct(weights, rules, examples)`: the weights in their sets, with their structure, reached on
+        so many training examples without training; None: the driver has no such method.
       order: `order(seed, epoch) -> int32 [n // batch, batch]`, the examples of every batch of an epoch, where not every
         shuffle will do (buckets of like lengths); None shuffles all.
       select: figure of the validation set, such as `validation_accuracy`, whose best epoch (its start among them, the
@@ -57,6 +60,7 @@ class Job:
     save_steps: int = 0
     save_seconds: float = 60.0
     select: str = ""
+    reconstruct: Callable[[Weights, Rules, int], Weights] | None = None
     order: Callable[[int, int], np.ndarray] | None = None
 
 
@@ -66,6 +70,11 @@ def check_phases(job: Job, phases: tuple[Phase, ...]) -> None:
     per_epoch = batches.steps_per_epoch(size(job.train), job.batch)
     for phase in phases:
         steps = phase.fit.epochs * per_epoch
+        if phase.calibration and job.reconstruct is None:
+            raise ConfigError(f"phase {phase.name}: this driver has no plan.method='reconstruct'; use another method")
+        if phase.calibration > size(job.train):
+            there = f"there are {size(job.train)} training examples"
+            raise ConfigError(f"plan.calibration={phase.calibration} is impossible: {there}")
         try:
             jax.eval_shape(optimizers.of_phase(job.optimizer, phase, steps, per_epoch, None, job.clip).init, params)
         except ValueError as error:

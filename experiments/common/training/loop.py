@@ -24,7 +24,7 @@ from experiments.common.training.config import Admm
 from experiments.common.training.job import Job, check_phases, epoch_order, like, phase_key, size
 from experiments.common.training.libraries import rounds
 from experiments.common.training.mesh import agree
-from experiments.common.training.phases import DENSE, Phase, Weights, harden, settle
+from experiments.common.training.phases import DENSE, Phase, Weights, harden, set_by_set, settle
 from experiments.common.training.progress import Display, StopOnce
 from experiments.common.training.refreshes import changes
 from experiments.common.training.state import (
@@ -133,18 +133,23 @@ class _Run:
         rules, structure = phase.rules, weights.structure
         if phase.kind == "retrain":
             assert rules is not None
-            weights = harden(weights, rules)
+            if phase.calibration and self.job.reconstruct is not None:
+                weights = self.job.reconstruct(mesh.host(weights), rules, phase.calibration)
+            else:
+                weights = harden(weights, rules)
             structure = weights.structure
         elif phase.kind == "gradual":
             assert rules is not None
-            structure = jax.jit(lambda p: structures(p, rules))(weights.params)
+            structure = set_by_set(lambda p: structures(p, rules))(weights.params)
         steps = phase.fit.epochs * self.per_epoch
         tx = optimizers.of_phase(self.job.optimizer, phase, steps, self.per_epoch, structure or None, self.job.clip)
         params = self.place.put(weights.params)
+        # gradual pruning starts outside the sets that it ends in, which `retrain` refuses where it can see the weights
+        init = jax.jit(tx.init) if phase.kind == "gradual" else set_by_set(tx.init)
         state = TrainState(
             params=params,
             batch_stats=self.place.put(weights.batch_stats),
-            opt_state=jax.jit(tx.init)(params),
+            opt_state=init(params),
             step=jnp.zeros((), jnp.int32),
             key=phase_key(phase, self.job.seed),
             sums=Sums.zero(),

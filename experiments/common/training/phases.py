@@ -7,10 +7,11 @@ the set they landed in.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from compressx import constraints
 from compressx._harden import check, count_violations, project, structures
@@ -23,7 +24,7 @@ from experiments.common.training.gradual import check_scalable
 from experiments.common.training.state import all_finite
 
 DENSE = "dense"
-ONE_SHOT, SAME_BUDGET, GRADUAL = "one_shot", "dense_same_budget", "gradual"
+ONE_SHOT, SAME_BUDGET, GRADUAL, RECONSTRUCT = "one_shot", "dense_same_budget", "gradual", "reconstruct"
 
 
 class Phase(NamedTuple):
@@ -36,6 +37,7 @@ class Phase(NamedTuple):
       fit: how long and how fast.
       rules: what it moves towards or stays inside; None for "dense".
       within: rules whose support it must not leave while it moves ("admm" of a later stage).
+      calibration: of "retrain", examples on which the weights are reconstructed in place of being projected; 0: none.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Phase(NamedTuple):
     fit: Fit
     rules: tuple[tuple[str, Constraint | None], ...] | None = None
     within: tuple[tuple[str, Constraint | None], ...] | None = None
+    calibration: int = 0
 
 
 class Weights(NamedTuple):
@@ -78,7 +81,7 @@ def _lists(value: Any) -> Any:
 def plan(config: Plan) -> tuple[Phase, ...]:
     """The phases of a run, in the order in which they run."""
     phases = [Phase(DENSE, "dense", "", config.dense)]
-    phases += _method(config.method, config.stages)
+    phases += _phases(config)
     for name in config.baselines:
         if name == SAME_BUDGET and config.method == "dense" or name == config.method:
             raise ConfigError(f"baselines: {name!r} is the method itself")
@@ -88,7 +91,7 @@ def plan(config: Plan) -> tuple[Phase, ...]:
 
 def final(config: Plan) -> str:
     """The phase whose weights are the run's result."""
-    return (_method(config.method, config.stages) or [Phase(DENSE, "dense", "", config.dense)])[-1].name
+    return (_phases(config) or [Phase(DENSE, "dense", "", config.dense)])[-1].name
 
 
 def schedule(todo: Sequence[Phase], last: str) -> dict[str, Any] | None:
@@ -104,6 +107,14 @@ def schedule(todo: Sequence[Phase], last: str) -> dict[str, Any] | None:
     if fit.rho_schedule == "constant":
         found["rho"] = fit.rho
     return found | ({"every": fit.every} if fit.every else {})
+
+
+def _phases(config: Plan) -> list[Phase]:
+    """The phases of the config's own method."""
+    if config.method != RECONSTRUCT:
+        return _method(config.method, config.stages)
+    last = config.stages[-1]
+    return [Phase(RECONSTRUCT, "retrain", DENSE, last.retrain, build_rules(last.rules), calibration=config.calibration)]
 
 
 def _method(method: str, stages: tuple[Stage, ...]) -> list[Phase]:
@@ -147,16 +158,26 @@ def harden(weights: Weights, rules: Rules) -> Weights:
     if not all_finite(weights.params):
         check_finite(weights.params)  # raises, naming the leaf
 
-    @jax.jit
     def run(params: Any, structure: Any) -> Any:
         structure = structure or structures(params, rules)
         hard = project(params, rules, structure)
         return hard, structure, count_violations(hard, rules, structure)
 
-    params, structure, outside = run(weights.params, weights.structure)
+    params, structure, outside = set_by_set(run)(weights.params, weights.structure)
     if any(jax.device_get(outside).values()):
         check(params, rules, structure)  # raises, naming the leaves
     return Weights(params, weights.batch_stats, structure)
+
+
+def set_by_set(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of whole trees that runs the library's programs, which are kept for each set and shape.
+
+    Jitted as a whole it would be compiled anew for every phase. Of several processes each holds a part of the arrays,
+    and what stands between the programs needs one program too.
+    """
+    if jax.process_count() > 1:
+        return jax.jit(run)
+    return lambda *trees: run(*jax.tree.map(jnp.asarray, trees))
 
 
 def settle(weights: Weights, rules: Rules, active: RetrainState) -> Weights:
@@ -166,12 +187,11 @@ def settle(weights: Weights, rules: Rules, active: RetrainState) -> Weights:
       ConstraintViolation: a leaf lies outside one of its sets.
     """
 
-    @jax.jit
     def run(params: Any, active: RetrainState) -> Any:
         hard = retract(params, rules, active)
         return hard, count_violations(hard.params, rules, hard.structures)
 
-    hard, outside = run(weights.params, active)
+    hard, outside = set_by_set(run)(weights.params, active)
     if any(jax.device_get(outside).values()):
         check(hard, rules)  # raises, naming the leaves
     return weights._replace(params=hard.params, structure=hard.structures)

@@ -86,15 +86,18 @@ def test_the_stored_model_is_the_one_that_was_measured(done, capsys) -> None:
     assert evaluated["rate"] == summary["rate"]
 
 
-def test_the_rules_of_a_run_give_another_run_the_same_network(done, tmp_path, capsys) -> None:
+def test_the_rules_and_the_dense_weights_of_a_run_give_another_run_the_same_network(done, tmp_path, capsys) -> None:
     folder, summary = done
     found = cx.read_rules(folder / "rules.json")
     assert dict(found.rules)["params/c1/kernel"].spec["keep"] == 54
     assert found.schedule == {"every": 2, "refresh_every": None}  # rho moves
     assert cli.main(["verify", str(folder / "compressed.safetensors"), "--rules", str(folder / "rules.json")]) == 0
     other = (("params/f1/kernel", {"kind": "filters", "density": 0.5}),)
-    config = _config(rules=str(folder / "rules.json"), plan__stages__0__rules=other, plan__baselines=())
+    files = {"rules": str(folder / "rules.json"), "init_from": str(folder)}
+    config = _config(**files, plan__stages__0__rules=other, plan__baselines=())
     out = cnn.train_and_evaluate(config, Options(tmp_path / "run"))
+    assert out["metric"]["dense"] == summary["metric"]["dense"] and out["cnn"]["init_from"] == str(folder)
+    assert out["cnn"]["phases"]["dense"]["start"] == out["cnn"]["phases"]["dense"]["end"]
     assert out["metric"]["compressed"] == summary["metric"]["compressed"]
     assert (tmp_path / "run" / "rules.json").read_bytes() == (folder / "rules.json").read_bytes()
     assert "rules.json" in (folder / "report.html").read_text()
@@ -144,14 +147,12 @@ def test_evaluation_on_another_split_and_another_data_set(done) -> None:
         cnn.evaluate(_config(), Options(folder / "nowhere"))
 
 
-def test_the_dense_weights_of_another_run_are_taken(done, tmp_path) -> None:
+@pytest.mark.slow
+def test_one_shot_from_the_dense_weights_of_another_run(done, tmp_path) -> None:
     folder, summary = done
     config = _config(init_from=str(folder), plan__method="one_shot", plan__baselines=())
     out = cnn.train_and_evaluate(config, Options(tmp_path / "run"))
-    assert out["metric"]["dense"] == summary["metric"]["dense"]
     assert out["metric"]["compressed"] == summary["metric"]["one_shot"]  # the same seed, weights and order of examples
-    assert out["cnn"]["init_from"] == str(folder)
-    assert out["cnn"]["phases"]["dense"]["start"] == out["cnn"]["phases"]["dense"]["end"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from experiments.crossbar import sot as crossbar_sot
 from experiments.crossbar import task as crossbar
 from experiments.crossbar.config import Hardware, plan_phases
 from experiments.crossbar.models import Scene, live_weights, make_subject
+from tests.thinning import some
 
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10_subset": (32, 32, 3)}
 FILES = (
@@ -46,9 +47,13 @@ def _config(variant="digits_tiny", **changes):
 
 
 def _short():
-    """The tiny run with a model for each kind of engine, no more: every model is a few programs to compile."""
+    """The tiny run with a model for each kind of engine, no more: every model is a few programs to compile.
+
+    Its last model is polarized and quantized by one ADMM; by one after the other, in the slow tests.
+    """
     settings = configs.get_config("digits_tiny").unlock()
-    settings.branches = tuple(b for b in settings.branches if b["name"] != "polarized")
+    last = configs.tiny({**settings.to_dict(), "branches": [configs.DIGITS.at_once("full_8", 8)]})["branches"][0]
+    settings.branches = (*(b for b in settings.branches if b["name"] == "pruned"), last)
     settings.variation.update({"models": ("full_8",), "sweep": ()})
     settings.noise_aware.start = ""
     settings.one_shot = False
@@ -74,10 +79,9 @@ def test_models_lie_in_their_sets_and_on_the_engine_as_on_paper(done):
     _, s = done
     assert s["violations"] == 0
     found = s["crossbar"]["models"]
-    assert set(found) == {"dense", "pruned", "signs_8", "full_8"}
+    assert set(found) == {"dense", "pruned", "full_8"}
     assert s["metric"]["compressed"] == found["full_8"]["hardware"]
-    for name in ("signs_8", "full_8"):
-        assert found[name]["single_signed"] == 1.0 and found[name]["signs"] == "polarized"
+    assert found["full_8"]["single_signed"] == 1.0 and found["full_8"]["signs"] == "polarized"
     for name in ("dense", "pruned"):
         assert found[name]["signs"] == "differential_digital"
     assert all(m["proven_share"] == 1.0 for m in found.values())  # flipped columns never clip
@@ -97,11 +101,21 @@ def _untrained(spec):
     return make_subject("it", jax.device_get(hardened), rules, {}), scene
 
 
+def _on_hardware(scene, arrays, placed):
+    """What the network gives on its arrays, in one program."""
+
+    def run(arrays, variables, images):
+        with layers.hardware(arrays):
+            return scene.apply(variables, images)
+
+    return np.asarray(jax.jit(run)(arrays, placed.grid.variables, scene.images))
+
+
 @pytest.mark.parametrize(
     ("spec", "forms_bits", "sot_bits"),
     [
-        ({"grid": "cells", "bits": 6}, 6, 7),
-        ({"grid": "uniform", "bits": 6}, 6, 6),  # five bits of magnitude take three cells
+        pytest.param({"grid": "cells", "bits": 6}, 6, 7, marks=pytest.mark.slow),
+        pytest.param({"grid": "uniform", "bits": 6}, 6, 6, marks=pytest.mark.slow),  # five bits of magnitude: 3 cells
         ({"grid": "uniform", "bits": 7, "per": "channel"}, 6, 7),
         ({"grid": "power_of_two", "bits": 4}, 8, 8),  # 1, 2, .. 64
     ],
@@ -121,13 +135,12 @@ def test_trained_levels_reach_the_engine_unchanged(spec, forms_bits, sot_bits):
         else:
             assert {o.w_bits for o in placed.operands.values()} == {sot_bits}
             arrays = network.deploy_network(placed.grid, placed.operands, placed.input_scales)
-        with layers.hardware(arrays):
-            got = np.asarray(scene.apply(placed.grid.variables, scene.images))
-        plain = np.asarray(scene.apply(subject.variables, scene.images))
+        got = _on_hardware(scene, arrays, placed)
+        plain = np.asarray(jax.jit(scene.apply)(subject.variables, scene.images))
         np.testing.assert_allclose(got, plain, atol=0.05 * np.abs(plain).max())
 
 
-@pytest.mark.parametrize("fragment", [1, 64, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 32, 128))])
+@pytest.mark.parametrize("fragment", some([1], [1, 64, 2, 32, 128]))
 def test_fragments_of_any_size_that_divides_an_array_run_without_clipping(fragment):
     subject, scene = _untrained({"kind": "polarize", "fragment": fragment})
     placed = crossbar_forms.place(subject, scene, Hardware())
@@ -135,9 +148,8 @@ def test_fragments_of_any_size_that_divides_an_array_run_without_clipping(fragme
     assert all(d.adc.bits == d.lossless_bits for d in placed.designs.values())
     deployed = placed.deploy("flip", True)
     assert network.proven_share(deployed) == 1.0
-    with layers.hardware(deployed):
-        got = np.asarray(scene.apply(placed.grid.variables, scene.images))
-    np.testing.assert_allclose(got, scene.apply(placed.grid.variables, scene.images), atol=1e-3)
+    got = _on_hardware(scene, deployed, placed)
+    np.testing.assert_allclose(got, jax.jit(scene.apply)(placed.grid.variables, scene.images), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +195,9 @@ def test_sign_changes_of_each_refresh_are_recorded_and_drawn(done):
     folder, _ = done
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {r["phase"]: r["changed"] for r in records if "changed" in r}
-    assert set(found) == {"admm_signs_8"}  # the only phase that chooses signs anew
-    assert set(found["admm_signs_8"]) == {f"params/{n}/kernel" for n in ("c1", "c2", "f1", "f2")}
-    assert all(0 <= v <= 1 for v in found["admm_signs_8"].values())
+    assert set(found) == {"admm_full_8"}  # the only phase that chooses signs anew
+    assert set(found["admm_full_8"]) == {f"params/{n}/kernel" for n in ("c1", "c2", "f1", "f2")}
+    assert all(0 <= v <= 1 for v in found["admm_full_8"].values())
     assert (folder / "sign_changes.png").exists() and "Sign changes" in (folder / "report.html").read_text()
 
 
@@ -314,12 +326,12 @@ _LONG = ("mnist_lenet5_forms_orders", "cifar_resnet20_forms")
 def test_every_variant_fits_its_network(variant):
     for name in (variant, f"{variant}_tiny"):
         config = crossbar_config.read(configs.get_config(name))
-        model = models.build(config.model.name, classes=10, **config.model.options)
-        x = jax.ShapeDtypeStruct((1, *SHAPES[config.data.name]), jnp.float32)
-        params = {"params": jax.eval_shape(model.init, jax.random.key(0), x)["params"]}
         todo = plan_phases(config)
         assert len({p.name for p in todo}) == len(todo)
         if name == variant:
+            model = models.build(config.model.name, classes=10, **config.model.options)
+            x = jax.ShapeDtypeStruct((1, *SHAPES[config.data.name]), jnp.float32)
+            params = {"params": jax.eval_shape(model.init, jax.random.key(0), x)["params"]}
             for phase in todo:
                 if phase.rules is not None:
                     resolve(phase.rules, params)

@@ -51,12 +51,17 @@ def assert_same_with_gradients(f, g, x, kernel):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
 
 
+def thinned(shapes):
+    """Every other shape for `make test`, all of them for `make test-all`."""
+    return [s if n % 2 == 0 else pytest.param(s, marks=pytest.mark.slow) for n, s in enumerate(shapes)]
+
+
 def needs_kernel():
     if jax.default_backend() != "cpu" or not (native.available() and native_depthwise.available()):
         pytest.skip("the compiled kernel needs a CPU and a C++ compiler")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", thinned(SHAPES))
 def test_im2col_is_lax(shape):
     n, size, cin, cout, window, stride, pads = shape
     x, kernel = operands(n, size, cin, cout, window)
@@ -65,7 +70,7 @@ def test_im2col_is_lax(shape):
 
 
 @pytest.mark.parametrize("spread", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", thinned(SHAPES))
 def test_native_is_lax(shape, spread, monkeypatch):
     needs_kernel()
     monkeypatch.setattr(native, "_spread", lambda *shape: spread)
@@ -75,7 +80,7 @@ def test_native_is_lax(shape, spread, monkeypatch):
     assert_same_with_gradients(f, lambda x, k: reference(x, k, stride, pads), x, kernel)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", thinned(SHAPES))
 def test_native_depthwise_is_lax(shape):
     needs_kernel()
     n, size, _, channels, window, stride, pads = shape
@@ -188,8 +193,9 @@ def test_formulation_by_shape(monkeypatch):
 @pytest.mark.parametrize(
     ("kernel_on", "window"),
     [
-        *((False, window) for window in [(1, 1), (3, 3), (5, 4)]),
+        (False, (5, 4)),
         (True, (3, 3)),
+        *(pytest.param(False, window, marks=pytest.mark.slow) for window in [(1, 1), (3, 3)]),
         *(pytest.param(True, window, marks=pytest.mark.slow) for window in [(1, 1), (5, 4)]),
     ],
 )
@@ -245,7 +251,7 @@ def test_batch_norm_is_that_of_flax(train):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (5, 4)])
+@pytest.mark.parametrize("size", [(7, 9), *(pytest.param(s, marks=pytest.mark.slow) for s in [(8, 8), (5, 4)])])
 def test_max_pool_is_that_of_flax_and_drops_the_rest(size):
     x, _ = operands(2, size, 3, 1, (1, 1))
     for window in ((2, 2), (3, 2)):

@@ -89,7 +89,7 @@ def _compare(records, want) -> None:
     np.testing.assert_allclose([r[2] for r in records], [r[2] for r in want], rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("text", ["data=2", "model=2"])
+@pytest.mark.parametrize("text", ["data=2", pytest.param("model=2", marks=pytest.mark.slow)])
 def test_two_devices_end_where_one_does(tiny, single, tmp_path, text) -> None:
     outcome = tiny.run(tmp_path, plan=_plan(tiny), make=tiny.few_steps, placement=mesh.make(text))
     _compare(_records(tmp_path), single[1])

@@ -12,6 +12,7 @@ from experiments.common import models
 from experiments.common.training import Fit
 from experiments.gru_speech.speech import batches, tasks
 from experiments.gru_speech.speech.features import FrontEnd
+from tests.thinning import some
 
 UNITS = 3
 COUNTS = (5, 9, 16, 12)
@@ -59,7 +60,7 @@ def test_padding(made) -> None:
     assert np.all(np.asarray(made["labels"][0, 5:]) == -1)
 
 
-@pytest.mark.parametrize("kind", ["frames", "ctc"])
+@pytest.mark.parametrize("kind", some(["ctc"], ["frames", "ctc"]))
 def test_bucketed_losses_and_gradients_are_the_padded_ones(made, kind) -> None:
     make, outputs = (tasks.frames, UNITS) if kind == "frames" else (tasks.ctc, UNITS + 1)
     model = models.build("gru", classes=outputs, hidden=5, layers=1, dropout=0.0)
