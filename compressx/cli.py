@@ -3,6 +3,8 @@
     compressx inspect FILE    what is kept of every layer, and its bytes
     compressx verify FILE     every constraint, checked on the stored weights; --rules RULES for those of another file
     compressx diff A B        what differs between two files
+    compressx compress IN OUT --rules RULES
+                              weights of any safetensors file, projected onto sets, packed and saved; no model code
     compressx export FILE OUT --to onnx --shape 32x32x3 --model package.module:Class [--options JSON] [--compact]
                               the network for other runtimes; --compact for the small one
     compressx reconstruct FILE OUT --rules RULES --examples FOLDER --model package.module:Class [--options JSON]
@@ -18,7 +20,8 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +34,12 @@ from flax.errors import FlaxError
 import compressx
 from compressx import formats
 from compressx.constraints import violations
-from compressx.formats import CompressedFileError, SavedModel
-from compressx.formats.base import pieces
-from compressx.formats.container import to_json
+from compressx.formats import CompressedFileError, OpenModel
+from compressx.formats.base import pieces, same
+from compressx.formats.container import CODINGS, to_json
 from compressx.formats.file_rules import check_cost
-from compressx.rules import resolve
-from compressx.tree import in_their_precision, paths
+from compressx.rules import Bound, resolve
+from compressx.tree import in_their_precision
 
 OK, FINDING, ERROR = 0, 1, 2
 
@@ -86,8 +89,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(file, help="a file that formats.save_model wrote")
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         if files:
-            limit = "largest size, in bytes, of the file and of its weights unfolded (default: 4 GiB)"
-            sub.add_argument("--max-bytes", type=_positive, default=formats.MAX_BYTES, metavar="N", help=limit)
+            limit = "bytes that a leaf, or all weights where they are needed together, may take (default: 4 GiB, and "
+            limit += "for larger files 16 times their size, as far as that is a quarter of the memory)"
+            sub.add_argument("--max-bytes", type=_positive, default=None, metavar="N", help=limit)
         sub.set_defaults(run=run)
         return sub
 
@@ -97,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     rules = "check these rules, which write_rules or a person wrote, in place of those that the file holds"
     verify.add_argument("--rules", metavar="RULES", help=rules)
     command("diff", _diff, "compare two files; exit code 1 if they differ", "A", "B")
+    about = "project the weights of a file onto sets, once, and save them packed; an interrupted run is resumed"
+    compress = command("compress", _compress, about)
+    compress.add_argument("IN", help="a safetensors file, the index of a sharded one, or a folder that holds one")
+    compress.add_argument("OUT", help="the file to write")
+    compress.add_argument("--rules", required=True, metavar="RULES", help="what write_rules or a person wrote")
+    compress.add_argument("--coding", choices=CODINGS, default="none", help="entropy coding of what is packed")
+    shards = "write several files with so many bytes of arrays each, and an index"
+    compress.add_argument("--shard-bytes", type=_positive, default=None, metavar="N", help=shards)
     export = command("export", _export, "write the network for other runtimes, any batch size", "FILE")
     export.add_argument("OUT", help="the file to write")
     export.add_argument("--to", required=True, choices=("onnx", "stablehlo"), help="what is written")
@@ -152,13 +164,9 @@ def _extents(text: str) -> tuple[int, ...]:
 # --- inspect
 
 
-def _constraints(model: SavedModel) -> dict[str, str]:
+def _constraints(model: OpenModel) -> dict[str, str]:
     """Path -> the constraint on it, as text."""
     return {p: text for b in model.bound for text in [str(b.constraint)] for p in b.paths}
-
-
-def _weights(model: SavedModel) -> dict[str, np.ndarray]:
-    return dict(zip(paths(model.params), jax.tree.leaves(model.params), strict=True))
 
 
 class Layer(NamedTuple):
@@ -177,14 +185,14 @@ class Layer(NamedTuple):
 
 
 def _inspect(arguments: argparse.Namespace) -> Answer:
-    model = formats.load_model(arguments.FILE, arguments.max_bytes)
-    held, weights, sizes = _constraints(model), _weights(model), model.sizes
-    layers = []
-    for path, packed in sorted(model.packed.items()):
-        w = weights[path]
-        kept, size = int(np.count_nonzero(w)), formats.nbytes(packed)
-        facts = (held.get(path), packed.format, kept, w.size, _ratio(w.size, kept), w.nbytes, size)
-        layers.append(Layer(path, list(w.shape), w.dtype.name, *facts))
+    with formats.open_model(arguments.FILE, arguments.max_bytes) as model:
+        held, sizes, layers, bar = _constraints(model), model.sizes, [], _Bar("inspect", model)
+        for path in sorted(model):
+            w = model[path]
+            kept, size = int(np.count_nonzero(w)), model.nbytes(path)
+            facts = (held.get(path), model.format(path), kept, w.size, _ratio(w.size, kept), w.nbytes, size)
+            layers.append(Layer(path, list(w.shape), w.dtype.name, *facts))
+            bar.add(w.size)
     constrained = [x for x in layers if x.constraint is not None]
     n, kept = sum(x.weights for x in layers), sum(x.kept for x in layers)
     rate = _ratio(sum(x.weights for x in constrained), sum(x.kept for x in constrained))
@@ -225,12 +233,11 @@ def _inspect(arguments: argparse.Namespace) -> Answer:
 
 
 def _verify(arguments: argparse.Namespace) -> Answer:
-    model = formats.load_model(arguments.FILE, arguments.max_bytes)
-    if arguments.rules is not None:
-        model = _under(model, arguments)
-    counts = _violations(model, arguments)
+    with formats.open_model(arguments.FILE, arguments.max_bytes) as model:
+        bound = model.bound if arguments.rules is None else _bound(model, arguments)
+        counts = _violations(model, bound, arguments)
     checked: list[dict[str, Any]] = [
-        {"paths": list(b.paths), "constraint": str(b.constraint), "violations": counts[b.name]} for b in model.bound
+        {"paths": list(b.paths), "constraint": str(b.constraint), "violations": counts[b.name]} for b in bound
     ]
     bad = [x for x in checked if x["violations"]]
     lines = [
@@ -243,63 +250,79 @@ def _verify(arguments: argparse.Namespace) -> Answer:
     return Answer(FINDING if bad else OK, data, list(map(_clean, lines)))
 
 
-def _under(model: SavedModel, arguments: argparse.Namespace) -> SavedModel:
-    """The model under the rules of another file, with its own structure (signs, library, scale) of the sets it has too.
-
-    For other sets a structure is chosen, so that the weights lie in them wherever such a choice is found.
-    """
+def _bound(model: OpenModel, arguments: argparse.Namespace) -> tuple[Bound, ...]:
+    """The rules of another file on the leaves of a model."""
     rules = formats.read_rules(arguments.rules).rules
     try:
-        bound = resolve(rules, model.params)
-        check_cost(bound, model.params, arguments.max_bytes)
+        bound = resolve(rules, model.shapes)
+        check_cost(bound, model.shapes, model.max_bytes)
     except ValueError as error:
         raise _Refused(f"{arguments.rules}: {error}") from None
+    return bound
+
+
+def _violations(model: OpenModel, bound: Sequence[Bound], arguments: argparse.Namespace) -> dict[str, int]:
+    """`harden.outside`, one program for all rules that are alike, whose memory is bounded before it runs.
+
+    The leaves of a rule are read, checked and dropped before those of the next. Under the rules of another file the
+    structure (signs, library, scale) of the sets that the model has too is its own; for other sets one is chosen, so
+    that the weights lie in them wherever such a choice is found.
+    """
     held = {
         (b.paths, part.joint, to_json(part.spec)): structure
         for b in model.bound
         for part, structure in b.constraint.each(model.structures[b.name])
     }
-    leaves, found = jax.tree.leaves(model.params), {}
-    for b in bound:
-        w = b.take(leaves)
-        with in_their_precision(w):
-            chosen = zip(b.constraint.sets, b.choose(w), strict=True)
-        found[b.name] = tuple(held.get((b.paths, part.joint, to_json(part.spec)), s) for part, s in chosen)
-    return model._replace(bound=bound, structures=found)
-
-
-def _violations(model: SavedModel, arguments: argparse.Namespace) -> dict[str, int]:
-    """`harden.outside`, one program for all rules that are alike, whose memory is bounded before it runs."""
-    leaves = jax.tree.leaves(model.params)
     programs: dict[Any, Any] = {}
     counts = {}
-    for b in model.bound:
-        given = (b.take(leaves), model.structures[b.name])
+    bar = _Bar("verify", model)
+    for b in bound:
+        w = model.take(b)
+        structures = model.structures[b.name] if bound is model.bound else _structures(b, w, held)
+        given = (w, structures)
         kind = (json.dumps(b.constraint.spec, sort_keys=True), *((x.shape, x.dtype) for x in jax.tree.leaves(given[0])))
         with in_their_precision(given):
             if kind not in programs:
                 programs[kind] = program = jax.jit(partial(violations, b.constraint)).lower(*given).compile()
-                about, most = program.memory_analysis(), 4 * arguments.max_bytes
+                about, most = program.memory_analysis(), 4 * model.max_bytes
                 if about is not None and about.temp_size_in_bytes > most:
                     needed = f"checking it takes {about.temp_size_in_bytes} bytes, more than {most}"
                     raise _Refused(f"{arguments.FILE}: {b.name}: {needed}")
             counts[b.name] = int(programs[kind](*given))
+        bar.add(sum(x.size for x in jax.tree.leaves(w)))
     return counts
+
+
+def _structures(b: Bound, w: Any, held: Mapping[Any, Any]) -> tuple[Any, ...]:
+    with in_their_precision(w):
+        chosen = zip(b.constraint.sets, b.choose(w), strict=True)
+    return tuple(held.get((b.paths, part.joint, to_json(part.spec)), s) for part, s in chosen)
 
 
 # --- diff
 
 
 def _diff(arguments: argparse.Namespace) -> Answer:
-    a, b = (formats.load_model(f, arguments.max_bytes) for f in (arguments.A, arguments.B))
-    wa, wb = _weights(a), _weights(b)
+    with (
+        formats.open_model(arguments.A, arguments.max_bytes) as a,
+        formats.open_model(arguments.B, arguments.max_bytes) as b,
+    ):
+        return _differences(a, b, arguments)
+
+
+def _differences(a: OpenModel, b: OpenModel, arguments: argparse.Namespace) -> Answer:
+    """What differs, of one pair of leaves after the other."""
     ca, cb = _constraints(a), _constraints(b)
-    removed, added = sorted(wa.keys() - wb.keys()), sorted(wb.keys() - wa.keys())
-    changed = [_compare(p, wa[p], wb[p], ca.get(p), cb.get(p)) for p in sorted(wa.keys() & wb.keys())]
+    removed, added = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
+    changed, bar = [], _Bar("diff", a)
+    for path in sorted(a.keys() & b.keys()):
+        w = a[path]
+        changed.append(_compare(path, w, b[path], ca.get(path), cb.get(path)))
+        bar.add(w.size)
     changed = [c for c in changed if not c["same"]]
     data: dict[str, Any] = {"a": arguments.A, "b": arguments.B, "removed": removed, "added": added, "changed": changed}
-    lines = [f"- {p} {_shape(wa[p].shape)}, only in {arguments.A}" for p in removed]
-    lines += [f"+ {p} {_shape(wb[p].shape)}, only in {arguments.B}" for p in added]
+    lines = [f"- {p} {_shape(a.shape(p))}, only in {arguments.A}" for p in removed]
+    lines += [f"+ {p} {_shape(b.shape(p))}, only in {arguments.B}" for p in added]
     for c in changed:
         facts = [f"{key} {c[key][0]} -> {c[key][1]}" for key in ("shape", "dtype", "constraint", "kept") if c[key]]
         if c["max_abs_diff"] is not None:
@@ -311,14 +334,14 @@ def _diff(arguments: argparse.Namespace) -> Answer:
         data[key] = None if left == right else [left, right]
         if left != right:
             lines.append(f"~ {key}: {json.dumps(left)} -> {json.dumps(right)}")
-    same = not lines
-    common = len(wa.keys() & wb.keys())
+    alike = not lines
+    common = len(a.keys() & b.keys())
     lines.append(
         f"the same: {common} leaves, bit for bit"
-        if same
+        if alike
         else f"{len(removed)} leaves removed, {len(added)} added, {len(changed)} of {common} changed"
     )
-    return Answer(OK if same else FINDING, data, list(map(_clean, lines)))
+    return Answer(OK if alike else FINDING, data, list(map(_clean, lines)))
 
 
 def _compare(path: str, a: np.ndarray, b: np.ndarray, ca: str | None, cb: str | None) -> dict[str, Any]:
@@ -332,7 +355,7 @@ def _compare(path: str, a: np.ndarray, b: np.ndarray, ca: str | None, cb: str | 
         "max_abs_diff": None,
         "mask_overlap": None,
     }
-    bits = a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    bits = same(a, b)
     out["same"] = bits and ca == cb
     if bits or a.shape != b.shape:
         return out
@@ -346,6 +369,37 @@ def _compare(path: str, a: np.ndarray, b: np.ndarray, ca: str | None, cb: str | 
         apart = float(np.max([np.max(np.abs(x - y)) for x, y in parts], initial=0.0))
     out["max_abs_diff"] = apart if np.isfinite(apart) else None
     return out
+
+
+# --- compress
+
+
+def _compress(arguments: argparse.Namespace) -> Answer:
+    from compressx.formats import one_shot  # projects, which no other command does
+
+    rules = formats.read_rules(arguments.rules).rules
+    bar = _Bar("compress")
+    try:
+        done = one_shot.compress(
+            arguments.IN,
+            arguments.OUT,
+            rules,
+            coding=arguments.coding,
+            shard_bytes=arguments.shard_bytes,
+            progress=bar.reach,
+        )
+    except ValueError as error:
+        raise _Refused(f"{arguments.IN}: {error}") from None
+    sizes = done.sizes
+    data = {"in": arguments.IN, "out": arguments.OUT, "rules": arguments.rules, "weights": done.weights}
+    data |= {"kept": done.kept, "constrained": done.constrained, "kept_constrained": done.kept_constrained}
+    data |= {"bytes_dense": sizes.dense, "bytes_packed": sizes.packed, "bytes_stored": sizes.stored}
+    data |= {"bytes_file": sizes.file, "resumed": done.resumed, "seconds": done.seconds}
+    kept = f"kept {done.kept_constrained} of {done.constrained} constrained weights"
+    lines = [f"{arguments.OUT}: {kept}, {done.kept} of all {done.weights}"]
+    lines.append(f"{sizes.dense} B before, {sizes.file} B after, {_times(_ratio(sizes.dense, sizes.file))}")
+    lines.append(f"{done.seconds:.1f} s" + (f", {done.resumed} parts of an earlier run" if done.resumed else ""))
+    return Answer(OK, data, list(map(_clean, lines)))
 
 
 # --- export
@@ -423,6 +477,31 @@ def _doctor(arguments: argparse.Namespace) -> Answer:
 
 
 # --- text
+
+
+class _Bar:
+    """A line on the terminal that says how far a command is, and weights a second, once it has taken ten seconds."""
+
+    def __init__(self, label: str, model: OpenModel | None = None) -> None:
+        self._label, self._start, self._done, self._drawn = label, time.monotonic(), 0, 0.0
+        self._total = 0 if model is None else sum(x.size for x in jax.tree.leaves(model.shapes))
+
+    def add(self, weights: int) -> None:
+        """So many more weights are done."""
+        self.reach(self._done + weights, self._total)
+
+    def reach(self, done: int, total: int) -> None:
+        """So many weights are done, of all."""
+        self._done, self._total = done, total
+        now = time.monotonic()
+        seconds = now - self._start
+        last = done >= total
+        if not sys.stderr.isatty() or seconds < 10 or (now - self._drawn < 0.5 and not (last and self._drawn)):
+            return
+        self._drawn = now
+        filled = 30 * done // max(total, 1)
+        text = f"{self._label} [{'#' * filled:<30}] {done / max(total, 1):4.0%}  {done / seconds:.3g} weights/s"
+        print(f"\r{text}", end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 def _ratio(whole: int, part: int) -> float | None:

@@ -59,7 +59,7 @@ def test_inspect_counts_what_is_there(file: str, hard: dict[str, Any], capsys: p
     assert a["constraint"] == "unstructured(keep=12, scope=leaf)" and a["bytes_dense"] == 480
     w = np.asarray(hard["a"]["kernel"])
     fit = [f for f in formats.FORMATS.values() if f.supports(w, RULES[0][1]) is True]
-    sizes = [formats.nbytes(f.pack(w, RULES[0][1], ())) for f in fit]
+    sizes = [formats.nbytes(formats.pack(w, RULES[0][1], (), f.name)) for f in fit]
     assert a["bytes_packed"] == min(sizes)
     assert layers["b/kernel"]["kept"] == 9 * 2 and layers["b/kernel"]["rate"] == 4.0
     assert layers["a/bias"]["constraint"] is None and layers["a/bias"]["bytes_packed"] == 48
@@ -226,10 +226,11 @@ def test_errors_are_one_line_and_exit_2(file: str, tmp_path: Path, capsys: pytes
     raw[-1] ^= 1
     damaged = tmp_path / "damaged"
     damaged.write_bytes(raw)
+    (tmp_path / "folder").mkdir()
     for arguments, message in (
         (("inspect", str(tmp_path / "absent")), "absent: No such file or directory"),
         (("verify", str(damaged)), "damaged: sha256: the file is damaged"),
-        (("diff", file, str(tmp_path)), "not a regular file"),
+        (("diff", file, str(tmp_path / "folder")), "not a regular file"),
         (("inspect", file, "--max-bytes", "10"), "more than max_bytes=10"),
     ):
         code, out, err = _run(capsys, *arguments)

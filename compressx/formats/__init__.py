@@ -1,7 +1,8 @@
 """Storage formats: weights with no redundancy left, in exact bytes. A new one is a file and its line in `FORMATS`."""
 
 from compressx.formats.base import MAX_BYTES, CompressedFileError, Format, Packed, nbytes
-from compressx.formats.file import SavedModel, Sizes, load_model, save_model
+from compressx.formats.file import SavedModel, Sizes, save_model
+from compressx.formats.loading import OpenModel, load_model, open_model
 from compressx.formats.on_levels import in_floats
 from compressx.formats.packing import FORMATS, pack, unpack
 from compressx.formats.portable import RulesFile, read_rules, write_rules
@@ -11,6 +12,7 @@ __all__ = [
     "MAX_BYTES",
     "CompressedFileError",
     "Format",
+    "OpenModel",
     "Packed",
     "RulesFile",
     "SavedModel",
@@ -18,6 +20,7 @@ __all__ = [
     "in_floats",
     "load_model",
     "nbytes",
+    "open_model",
     "pack",
     "read_rules",
     "save_model",

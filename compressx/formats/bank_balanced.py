@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from compressx.formats.base import Format, Packed, choice, dtype_of, fail, integer, nonzero, only, pieces, take
+from compressx.formats.base import Format, Packed, choice, dtype_of, fail, index_dtype, integer, only, pieces, take
 from compressx.formats.parts import check_shape, clean, fits, pack_bits, part, read_bits
+from compressx.formats.weight import Bytes, Weight
 
 _AXES = ("outputs", "inputs")
 _MOST = 1 << 30
@@ -36,26 +37,61 @@ def _rows(w: np.ndarray, axis: str) -> np.ndarray:
     return np.ascontiguousarray(m if axis == "outputs" else m.T)
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    found = part(constraint, structure, ("bank_balanced",))
+def _cut(weight: Weight) -> tuple[str, int, np.ndarray, list[np.ndarray]]:
+    """The axis, the bank, the mask by rows, and the values in the banks of each row: of whole ones, and of the last."""
+    found = part(weight.constraint, weight.structure, ("bank_balanced",))
     assert found is not None  # `supports` said so
     axis, bank = found[0]["axis"], int(found[0]["bank"])
+    mask = _rows(weight.support.mask, axis)
+    whole = mask.shape[1] // bank * bank
+    counts = [_counted(mask[:, :whole], bank), _counted(mask[:, whole:], max(mask.shape[1] - whole, 1))]
+    return axis, bank, mask, counts
+
+
+def _counted(mask: np.ndarray, bank: int) -> np.ndarray:
+    """Values in every bank of every row, int64 `[rows, banks]`."""
+    rows = len(mask)
+    if bank % 8:
+        counted: np.ndarray = mask.reshape(rows, -1, bank).sum(axis=2)
+        return counted
+    eight = np.bitwise_count(np.packbits(mask, axis=1))
+    return eight.reshape(rows, -1, bank // 8).sum(axis=2, dtype=np.int64)
+
+
+def _size(weight: Weight) -> Bytes:
+    _, bank, mask, counts = _cut(weight)
+    values = len(mask) * sum(c.shape[1] * int(c.max(initial=0)) for c in counts)
+    return Bytes(-(-values * _bits(bank) // 8), values)
+
+
+def _pack(weight: Weight) -> Packed:
+    w = weight.w
+    axis, bank, mask, counts = _cut(weight)
     m = _rows(w, axis)
     rows, length = m.shape
-    whole = length // bank * bank
-    pieces = m[:, :whole].reshape(rows, -1, bank), m[:, whole:].reshape(rows, -1, max(length - whole, 1))
-    keep, values, places = [], [], []
-    for piece in pieces:
-        mask = nonzero(piece)
-        keep.append(int(mask.sum(axis=2).max(initial=0)))
-        place = np.sort(np.argsort(~mask, axis=2, kind="stable")[:, :, : keep[-1]], axis=2)
-        places.append(place.reshape(rows, -1))
-        values.append(np.take_along_axis(piece, place, axis=2).reshape(rows, -1))
-    arrays = {
-        "values": np.concatenate(values, axis=1).reshape(-1),
-        "offsets": pack_bits(np.concatenate(places, axis=1).reshape(-1), _bits(bank)),
-    }
+    keep = [int(c.max(initial=0)) for c in counts]
+    if all(bool((c == k).all()) for c, k in zip(counts, keep, strict=True)):
+        # every bank is full: its values are the row's, and a position is the rest after whole banks
+        column = np.arange(length, dtype=index_dtype(length)) % bank
+        offsets = np.broadcast_to(column.astype(index_dtype(bank)), m.shape)[mask]
+        values = m[mask]
+    else:
+        values, offsets = _padded(m, mask, bank, keep)
+    arrays = {"values": values, "offsets": pack_bits(offsets, _bits(bank))}
     return Packed("bank-balanced", w.shape, w.dtype.name, arrays, {"axis": axis, "bank": bank, "keep": keep})
+
+
+def _padded(m: np.ndarray, mask: np.ndarray, bank: int, keep: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Values and positions where banks with fewer values store their first zeros too."""
+    rows, length = m.shape
+    whole = length // bank * bank
+    values, at = [], []
+    for here, size, kept in zip((slice(whole), slice(whole, None)), (bank, max(length - whole, 1)), keep, strict=True):
+        held = m[:, here].reshape(rows, -1, size)
+        place = np.sort(np.argsort(~mask[:, here].reshape(held.shape), axis=2, kind="stable")[:, :, :kept], axis=2)
+        at.append(place.reshape(rows, -1))
+        values.append(np.take_along_axis(held, place, axis=2).reshape(rows, -1))
+    return np.concatenate(values, axis=1).reshape(-1), np.concatenate(at, axis=1).reshape(-1)
 
 
 def _bits(bank: int) -> int:
@@ -100,4 +136,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return m.reshape(packed.shape)
 
 
-BANK_BALANCED = Format("bank-balanced", _supports, _pack, _unpack)
+BANK_BALANCED = Format("bank-balanced", _supports, _size, _pack, _unpack)

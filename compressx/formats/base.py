@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
+from compressx.formats.weight import Bytes, Weight
+from compressx.formats.weight import nonzero as nonzero
+
 MAX_BYTES = 1 << 32  # what a packed weight (and all of a file) may unfold to, unless the caller says otherwise
 PIECE = 1 << 16  # entries that are decoded together; a multiple of 8, so that pieces of bits begin with a byte
 
@@ -71,10 +74,14 @@ class Format(NamedTuple):
       name: its name, as in `Packed.format`.
       supports: `supports(w, constraint)` is True, or the reason (a str) why not; a look at shape, dtype and constraint,
         cheap. The constraint may be None.
-      pack: `pack(w, constraint, structure) -> Packed`; ValueError where the values of w are not exactly representable
-        (a weight off its levels, a block that is not unified): it never rounds.
+      size: `size(weight) -> Bytes`, what `pack` of a `Weight` will take, to the byte, by counting alone; ValueError
+        where it is seen that `pack` cannot hold it.
+      pack: `pack(weight) -> Packed`; ValueError where the values of w are not exactly representable (a weight off its
+        levels, a block that is not unified): it never rounds.
       unpack: `unpack(packed) -> w`, the exact inverse, bit for bit and in dtype. It checks everything it reads and
         raises `CompressedFileError`; `formats.unpack` has bounded the product of the shape before.
+      least: where counting takes long, what `size` returns at least, index and values both; a format that cannot be the
+        smallest is then not counted.
       workspace: bytes that `unpack` takes on the way at most, beside the arrays, the weight and some pieces of a fixed
         size; `formats.unpack` has bounded it before.
 
@@ -86,9 +93,11 @@ class Format(NamedTuple):
 
     name: str
     supports: Callable[[np.ndarray, Any], bool | str]
-    pack: Callable[[np.ndarray, Any, Any], Packed]
+    size: Callable[[Weight], Bytes]
+    pack: Callable[[Weight], Packed]
     unpack: Callable[[Packed], np.ndarray]
     workspace: Callable[[Packed], int] = on_the_way
+    least: Callable[[Weight], Bytes] | None = None
 
 
 # The dtypes a weight and a packed array may have; those that safetensors stores and NumPy computes with.
@@ -216,15 +225,14 @@ def index_dtype(high: int) -> np.dtype[Any]:
     return np.dtype("uint64")
 
 
-def nonzero(w: np.ndarray) -> np.ndarray:
-    """Where any bit of a weight is set (bool). A negative zero counts as a value, so that it comes back as one."""
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[w.dtype.itemsize]
-    return np.ascontiguousarray(w).view(unsigned).reshape(w.shape) != 0
-
-
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal in shape, dtype and every bit (NaN payloads and signs of zero included)."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    flat = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b)]
+    if not flat[0].size % 8:
+        flat = [x.view(np.uint64) for x in flat]
+    return all(np.array_equal(flat[0][here], flat[1][here]) for here in pieces(flat[0].size))
 
 
 def filters_first(w: np.ndarray) -> np.ndarray:

@@ -20,7 +20,16 @@ import numpy as np
 
 from compressx.formats.base import Format, Packed, dtype_of, extent, fail, only, pieces, take
 from compressx.formats.parts import check_shape, clean, part, read_flags
-from compressx.formats.quantized import coded, decoded, outputs_of, read_levels, supports, write_levels
+from compressx.formats.quantized import (
+    codes_of,
+    decoded,
+    levels_bytes,
+    outputs_of,
+    read_levels,
+    supports,
+    write_levels,
+)
+from compressx.formats.weight import Bytes, Weight
 
 
 def integer_levels(w: np.ndarray, constraint: Any) -> bool | str:
@@ -41,8 +50,25 @@ def to_planes(codes: np.ndarray, number: int) -> np.ndarray:
     )
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    c = coded(w, constraint, structure)
+def _highest(weight: Weight) -> tuple[int, int]:
+    """The largest magnitude of a weight's codes, and the largest of their complements where they are below 0."""
+    codes = weight.once(codes_of).codes
+    low, high = int(codes.min(initial=0)), int(codes.max(initial=0))
+    return max(high, -low), max(high, ~low if low < 0 else 0)
+
+
+def _size(weight: Weight) -> Bytes:
+    planes = _highest(weight)[0].bit_length() + int(bool((weight.once(codes_of).codes < 0).any()))
+    return Bytes(planes * -(-weight.w.size // 8) + levels_bytes(weight), 0)
+
+
+def _size_complement(weight: Weight) -> Bytes:
+    planes = _highest(weight)[1].bit_length() + 1
+    return Bytes(planes * -(-weight.w.size // 8) + levels_bytes(weight), 0)
+
+
+def _pack(weight: Weight) -> Packed:
+    w, c = weight.w, weight.once(codes_of)
     arrays, meta = write_levels(c)
     magnitude = np.abs(c.codes)
     arrays["planes"] = to_planes(magnitude, int(magnitude.max(initial=0)).bit_length())
@@ -70,12 +96,12 @@ def _unpack(packed: Packed) -> np.ndarray:
     return _from_planes(packed, signed)
 
 
-def _pack_complement(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    c = coded(w, constraint, structure)
+def _pack_complement(weight: Weight) -> Packed:
+    w, c = weight.w, weight.once(codes_of)
     arrays, meta = write_levels(c)
     # -2**(b - 1) <= code < 2**(b - 1) for the least b; a code below 0 asks for the bits of its complement
-    number = int(np.where(c.codes < 0, ~c.codes, c.codes).max(initial=0)).bit_length() + 1
-    arrays["planes"] = to_planes(c.codes & ((1 << number) - 1), number)
+    number = _highest(weight)[1].bit_length() + 1
+    arrays["planes"] = to_planes(c.codes.astype(np.int32) & ((1 << number) - 1), number)
     return Packed("bit-planes-complement", w.shape, w.dtype.name, arrays, meta)
 
 
@@ -113,5 +139,7 @@ def _from_planes(packed: Packed, signed: Callable[[np.ndarray, slice, int], np.n
     return w.reshape(packed.shape)
 
 
-BIT_PLANES = Format("bit-planes", integer_levels, _pack, _unpack)
-BIT_PLANES_COMPLEMENT = Format("bit-planes-complement", integer_levels, _pack_complement, _unpack_complement)
+BIT_PLANES = Format("bit-planes", integer_levels, _size, _pack, _unpack)
+BIT_PLANES_COMPLEMENT = Format(
+    "bit-planes-complement", integer_levels, _size_complement, _pack_complement, _unpack_complement
+)

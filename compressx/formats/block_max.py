@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from compressx.constraints.darb import MAX_SIZES, POWERS
-from compressx.formats.base import Format, Packed, choice, dtype_of, fail, nonzero, only, pieces, take
+from compressx.formats.base import PIECE, Format, Packed, choice, dtype_of, fail, index_dtype, only, pieces, take
 from compressx.formats.parts import check_shape, clean, entries, fits, pack_bits, part, read_bits
+from compressx.formats.weight import Bytes, Support, Weight
 
 _AXES = ("outputs", "inputs")
 
@@ -44,47 +45,75 @@ def row_sizes(mask: np.ndarray, sizes: tuple[int, ...] = POWERS) -> np.ndarray:
       sizes: candidates, each a multiple of the one before.
     """
     best = np.ones(mask.shape[0], np.int64)
-    left = np.arange(mask.shape[0])
+    left, held, last = np.arange(mask.shape[0]), mask, 1
     for size in (s for s in sizes if s > 1):
-        starts = np.arange(0, mask.shape[1], size)
-        left = left[np.add.reduceat(mask[left], starts, axis=1, dtype=np.int32).max(axis=1, initial=0) <= 1]
+        # `held` says which blocks of the size before hold a weight: a block of this size joins some of them
+        if size == 2 * last:
+            odd = held[:, 1::2]
+            joined = held[:, ::2].copy()
+            stay = ~(joined[:, : odd.shape[1]] & odd).any(axis=1)
+            joined[:, : odd.shape[1]] |= odd
+        else:
+            number = np.add.reduceat(held, np.arange(0, held.shape[1], size // last), axis=1, dtype=np.int32)
+            stay, joined = (number <= 1).all(axis=1), number > 0
+        left, held, last = left[stay], joined[stay], size
         best[left] = size
     return best
 
 
-def _cut(w: np.ndarray, constraint: Any, structure: Any) -> tuple[str, np.ndarray]:
+def _powers(support: Support) -> np.ndarray:
+    return row_sizes(support.matrix)
+
+
+def _cut(weight: Weight) -> tuple[str, np.ndarray]:
     """The axis and the block size of every row."""
-    found = part(constraint, structure, ("block_max", "darb"))
-    if found is not None:
-        spec, places = found
-        rows = _rows(w, spec["axis"]).shape[0]
-        if spec["kind"] == "block_max":
-            return spec["axis"], np.full(rows, spec["size"], np.int64)
-        if places is not None:
-            return spec["axis"], np.array(spec["allowed"], np.int64)[np.asarray(places)]
-    axis = found[0]["axis"] if found is not None else "outputs"
-    return axis, row_sizes(nonzero(_rows(w, axis)))
+    positions, filters = weight.support.matrix.shape
+    found = part(weight.constraint, weight.structure, ("block_max", "darb"))
+    if found is None:
+        return "outputs", weight.support.once(_powers)
+    spec, chosen = found
+    axis: str = spec["axis"]
+    if spec["kind"] == "block_max":
+        return axis, np.full(positions if axis == "outputs" else filters, spec["size"], np.int64)
+    if chosen is not None:
+        return axis, np.array(spec["allowed"], np.int64)[np.asarray(chosen)]
+    return axis, weight.support.once(_powers) if axis == "outputs" else row_sizes(_rows(weight.support.mask, axis))
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    axis, size = _cut(w, constraint, structure)
-    m = _rows(w, axis)
-    mask = nonzero(m)
+def _size(weight: Weight) -> Bytes:
+    axis, size = _cut(weight)
+    length = weight.support.matrix.shape[1 if axis == "outputs" else 0]
+    used, rows = np.unique(size, return_counts=True)
+    blocks = -(-length // used) * rows
+    index = -(-int((blocks * _bits(used)).sum()) // 8)
+    return Bytes(index + -(-size.size * int(_bits(used.size)) // 8), int(blocks.sum()))
+
+
+def _pack(weight: Weight) -> Packed:
+    w = weight.w
+    axis, size = _cut(weight)
+    m, mask = _rows(w, axis), _rows(weight.support.mask, axis)
     rows, length = m.shape
     blocks = -(-length // size)
     first = np.cumsum(blocks) - blocks
-    row, column = np.nonzero(mask)
-    slot = first[row] + column // size[row]
-    shared = np.bincount(slot, minlength=1)[slot] > 1
-    if shared.any():
-        again = int(row[np.argmax(shared)])
-        raise ValueError(f"row {again} has a block of {size[again]} with more than one non-zero")
     values = np.zeros(int(blocks.sum()), m.dtype)
-    offsets = np.zeros(values.size, np.int64)
-    values[slot] = m[mask]
-    offsets[slot] = column % size[row]
+    offsets = np.zeros(values.size, index_dtype(int(size.max())))
+    # all entries of some rows together, so that their indices take little beside the weight
+    for here in pieces(rows, max(1, (PIECE << 4) // length)):
+        row, column = np.nonzero(mask[here])
+        row += here.start
+        block = column // size[row]
+        slot = first[row] + block
+        again = np.flatnonzero(slot[1:] == slot[:-1])
+        if again.size:
+            at = int(row[again[0]])
+            raise ValueError(f"row {at} has a block of {size[at]} with more than one non-zero")
+        values[slot] = m[row, column]
+        offsets[slot] = column - block * size[row]
     used, code = np.unique(size, return_inverse=True)
-    arrays = {"values": values, "offsets": pack_bits(offsets, np.repeat(_bits(size), blocks))}
+    bits = _bits(used)
+    wide = int(bits[0]) if used.size == 1 else np.repeat(bits[code.reshape(-1)], blocks)
+    arrays = {"values": values, "offsets": pack_bits(offsets, wide)}
     if used.size > 1:
         arrays["codes"] = pack_bits(code.reshape(-1), int(_bits(used.size)))
     return Packed("block-max", w.shape, w.dtype.name, arrays, {"axis": axis, "sizes": used.tolist()})
@@ -178,4 +207,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return m.reshape(packed.shape)
 
 
-BLOCK_MAX = Format("block-max", lambda w, constraint: fits(w, 2), _pack, _unpack)
+BLOCK_MAX = Format("block-max", lambda w, constraint: fits(w, 2), _size, _pack, _unpack)

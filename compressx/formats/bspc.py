@@ -17,27 +17,28 @@ compact format. Its register-load array is what a block's inputs say here: every
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
 from compressx.constraints.bsp import strip_sizes
 from compressx.formats.base import (
+    PIECE,
     Format,
     Packed,
     check_offsets,
     check_range,
     dtype_of,
     fail,
-    filters_first,
     index_dtype,
-    nonzero,
     only,
     pieces,
     take,
 )
 from compressx.formats.parts import check_shape, entries, fits, part
+from compressx.formats.weight import Bytes, Support, Weight
 
+_SOME = 512  # inputs by which outputs are told apart before all of them are looked at
+_LARGE = 4096  # weights of a block, on average, from which blocks are read one after the other
 Block = tuple[np.ndarray, np.ndarray]  # outputs and inputs, ascending
 
 
@@ -61,35 +62,97 @@ def tiles(mask: np.ndarray, output_strips: int, input_strips: int) -> list[Block
 
 
 def groups(mask: np.ndarray) -> list[Block]:
-    """Outputs with identical inputs, together; outputs with none are in no block."""
-    packed = np.packbits(mask, axis=1)
-    _, first, member = np.unique(packed, axis=0, return_index=True, return_inverse=True)
-    member = member.reshape(-1)
+    """Outputs with identical inputs, together; outputs with none are in no block.
+
+    Args:
+      mask: bool `[F, P]`, outputs first.
+    """
+    first, member = _alike(mask.T)
     order = np.argsort(member, kind="stable")
     split = np.split(order, np.flatnonzero(np.diff(member[order])) + 1)
     blocks = [(outputs, np.flatnonzero(mask[f])) for outputs, f in zip(split, first, strict=True)]
     return [b for b in blocks if b[1].size]
 
 
-def _blocks(mask: np.ndarray, constraint: Any, structure: Any) -> list[Block]:
-    if not mask.any():
-        return []
+def _alike(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of a mask `[P, F]`: the first output of every group with identical inputs, and which group each output is in."""
+    inputs = np.ascontiguousarray(np.packbits(matrix, axis=0).T)
+    whole = inputs.view(np.dtype((np.void, inputs.shape[1]))).reshape(-1)  # compared as bytes, an output as one
+    _, first, member = np.unique(whole, return_index=True, return_inverse=True)
+    return first, member.reshape(-1)
+
+
+def _strips(weight: Weight) -> tuple[int, int] | None:
+    """Strips of outputs and of inputs, where the constraint cuts them."""
     strips = [1, 1]
     for kind, axis in (("bsp_columns", 0), ("bsp_rows", 1)):
-        found = part(constraint, structure, (kind,))
+        found = part(weight.constraint, weight.structure, (kind,))
         if found is not None:
             strips[axis] = found[0]["strips"]
-    whole = part(constraint, structure, ("bsp",))
+    whole = part(weight.constraint, weight.structure, ("bsp",))
     if whole is not None:
         strips = [whole[0]["column_strips"], whole[0]["row_strips"]]
-    bsp = part(constraint, structure, ("bsp", "bsp_columns", "bsp_rows"))
-    blocks = groups(mask) if bsp is None else tiles(mask, *strips)
+    some = part(weight.constraint, weight.structure, ("bsp", "bsp_columns", "bsp_rows"))
+    return None if some is None else (strips[0], strips[1])
+
+
+def _of_groups(support: Support) -> tuple[np.ndarray, np.ndarray]:
+    """How many outputs and inputs each group has."""
+    first, member = _alike(support.matrix)
+    outputs = np.bincount(member, minlength=first.size)
+    inputs = np.count_nonzero(support.matrix[:, first], axis=0)
+    return outputs[inputs > 0], inputs[inputs > 0]
+
+
+def _of_tiles(support: Support, strips: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """How many outputs and inputs each tile keeps."""
+    ends = [np.cumsum(strip_sizes(n, s)) for n, s in zip(support.matrix.shape[::-1], strips, strict=True)]
+    across, along = (np.concatenate([[0], e[:-1]]) for e in ends)
+    outputs = np.add.reduceat(np.logical_or.reduceat(support.matrix, along, axis=0), across, axis=1, dtype=np.int64)
+    inputs = np.add.reduceat(np.logical_or.reduceat(support.matrix, across, axis=1), along, axis=0, dtype=np.int64)
+    return outputs[outputs > 0], inputs[outputs > 0]
+
+
+def _size(weight: Weight) -> Bytes:
+    support, strips = weight.support, _strips(weight)
+    outputs, inputs = support.once(_of_groups) if strips is None else _of_tiles(support, strips)
+    positions, filters = support.matrix.shape
+    ids = int(inputs.sum()) * index_dtype(positions).itemsize + int(outputs.sum()) * index_dtype(filters).itemsize
+    return Bytes(8 * (outputs.size + 1) + ids, int((outputs * inputs).sum()))
+
+
+def _least(weight: Weight) -> Bytes:
+    """Outputs whose first inputs differ are in different groups: of these there are so many at least."""
+    support = weight.support
+    if _strips(weight) is not None:
+        return _size(weight)
+    return support.once(_least_of_groups)
+
+
+def _least_of_groups(support: Support) -> Bytes:
+    positions, filters = support.matrix.shape
+    _, member = _alike(support.matrix[:_SOME])
+    inputs = np.count_nonzero(support.matrix, axis=0)
+    longest = np.zeros(int(member.max(initial=0)) + 1, np.int64)
+    np.maximum.at(longest, member, inputs)
+    alive = int(np.count_nonzero(inputs))
+    groups = int(np.count_nonzero(longest))
+    ids = int(longest.sum()) * index_dtype(positions).itemsize + alive * index_dtype(filters).itemsize
+    return Bytes(8 * (groups + 1) + ids, support.count)
+
+
+def _blocks(weight: Weight, mask: np.ndarray) -> list[Block]:
+    if not mask.any():
+        return []
+    strips = _strips(weight)
+    blocks = groups(mask) if strips is None else tiles(mask, *strips)
     return sorted(blocks, key=lambda b: (-b[1].size, b[1].tobytes(), b[0].tobytes()))
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    m = filters_first(w)
-    blocks = _blocks(nonzero(m), constraint, structure)
+def _pack(weight: Weight) -> Packed:
+    w = weight.w
+    m = w.reshape(-1, w.shape[-1]).T
+    blocks = _blocks(weight, weight.support.matrix.T)
     none = np.zeros(0, np.int64)
     ends = [np.cumsum([0, *(ids[k].size for ids in blocks)]).astype(np.uint32) for k in (0, 1)]
     arrays = {
@@ -129,8 +192,17 @@ def _unpack(packed: Packed) -> np.ndarray:
 
     m = np.zeros((positions, filters), dtype_of(packed))
     seen = np.zeros(m.shape, bool)
-    used = 0
-    for row, index in entries(lengths, reorder.size):
+    used, large = 0, weight.size >= _LARGE * (stride.size - 1)
+    for number in range(stride.size - 1 if large else 0):
+        inputs = column[stride[number] : stride[number + 1]].astype(np.int64)
+        outputs = reorder[offset[number] : offset[number + 1]].astype(np.int64)
+        for here in pieces(outputs.size, max(1, PIECE // max(inputs.size, 1))):
+            some = np.ix_(inputs, outputs[here])
+            end = used + inputs.size * (here.stop - here.start)
+            m[some] = weight[used:end].reshape(-1, inputs.size).T
+            seen[some] = True
+            used = end
+    for row, index in entries(lengths, 0 if large else reorder.size):
         at = column[stride[block_of(row)] + index], reorder[row]
         m[at] = weight[used : used + row.size]
         seen[at] = True
@@ -156,4 +228,4 @@ def _check_ids(name: str, ids: np.ndarray, ends: np.ndarray, extent: int) -> Non
             fail(f"bspc/{name}", "the ids of a block do not increase strictly")
 
 
-BSPC = Format("bspc", lambda w, constraint: fits(w, 2), _pack, _unpack)
+BSPC = Format("bspc", lambda w, constraint: fits(w, 2), _size, _pack, _unpack, least=_least)

@@ -16,25 +16,26 @@ Accelerator", 2021.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from compressx import views
 from compressx.formats.base import Format, Packed, choice, dtype_of, extent, fail, integer, only, pieces, take
 from compressx.formats.bit_planes import integer_levels
-from compressx.formats.parts import check_shape, clean, part, read_flags
+from compressx.formats.parts import check_shape, clean, pack_codes, part, read_codes, read_flags
 from compressx.formats.quantized import (
     Coded,
     check_codes,
     code_dtype,
-    coded,
-    pack_codes,
-    read_codes,
+    code_support,
+    codes_of,
+    levels_bytes,
     read_levels,
     weights,
     write_levels,
 )
+from compressx.formats.weight import Bytes, Weight
 
 MAX_FRAGMENT = 1 << 20
 
@@ -46,47 +47,82 @@ def supports(w: np.ndarray, constraint: Any) -> bool | str:
     return integer_levels(w, constraint)
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    c = coded(w, constraint, structure)
+class _Cut(NamedTuple):
+    """How codes lie on crossbars: rows in fragment order, those that stay, columns that stay, fragments of rows."""
+
+    lie: np.ndarray
+    kept: np.ndarray
+    place: np.ndarray
+    columns: np.ndarray
+    fragment: int
+    order: str
+    cell: int
+    slices: int
+
+
+def _cut(weight: Weight) -> _Cut:
+    w, c = weight.w, weight.once(codes_of)
     fragment, order = 1, "C"
     nested = views.position_order(w.shape, order)
     lie = nested
-    found = part(constraint, structure, ("polarize",))
+    found = part(weight.constraint, weight.structure, ("polarize",))
     if found is not None:
         fragment, order = found[0]["fragment"], found[0]["order"]
         nested = lie = views.position_order(w.shape, order)
         if found[1] is not None:
             lie = np.asarray(found[1].order)
-    m = c.codes.reshape(-1, w.shape[-1])[lie]
-    used = np.flatnonzero(m.any(axis=1))
+    support = weight.once(code_support)
+    used = np.flatnonzero(support.positions[lie])
     # a row that polarizing or quantizing emptied keeps its place, so that the fragments stay what they were
     kept = np.arange(used[-1] + 1 if used.size else 0) if found is not None and found[1] is not None else used
     place = np.argsort(nested)[lie[kept]]
     if (np.diff(place) <= 0).any():
         raise ValueError("the rows of the polarity are not in the fragment order")
-    cols = np.flatnonzero(m.any(axis=0))
-    m = m[np.ix_(kept, cols)]
-    p, f = m.shape
-    number = -(-p // fragment)
-    pieces = np.pad(m, ((0, number * fragment - p), (0, 0))).reshape(number, fragment, f)
-    negative = (pieces < 0).any(axis=1)
-    if (negative & (pieces > 0).any(axis=1)).any():
-        raise ValueError(f"{int((negative & (pieces > 0).any(axis=1)).sum())} fragments of {fragment} hold both signs")
     cell = c.levels.cell_bits if c.levels.grid == "cells" else 1
-    bits = c.levels.top.bit_length()
-    slices = -(-bits // cell)
+    slices = -(-c.levels.top.bit_length() // cell)
+    return _Cut(lie, kept, place, np.flatnonzero(support.filters), fragment, order, cell, slices)
+
+
+def _negative(m: np.ndarray, fragment: int) -> np.ndarray:
+    """Which fragments hold weights below 0, bool `[fragments, columns]`; ValueError where one holds both signs."""
+    starts = np.arange(0, len(m), fragment)
+    if not starts.size:
+        return np.zeros((0, m.shape[1]), bool)
+    below, above = (np.logical_or.reduceat(x, starts, axis=0) for x in (m < 0, m > 0))
+    if (below & above).any():
+        raise ValueError(f"{int((below & above).sum())} fragments of {fragment} hold both signs")
+    return below
+
+
+def _size(weight: Weight) -> Bytes:
+    cut = _cut(weight)
+    p, f = cut.kept.size, cut.columns.size
+    total = cut.slices * -(-p * f * cut.cell // 8) + levels_bytes(weight)
+    if (weight.once(codes_of).codes < 0).any():
+        total += -(-(-(-p // cut.fragment) * f) // 8)
+    lines = ((p, cut.lie.size), (f, weight.w.shape[-1]))
+    return Bytes(total + sum(-(-n // 8) for kept, n in lines if kept < n), 0)
+
+
+def _pack(weight: Weight) -> Packed:
+    w, c, cut = weight.w, weight.once(codes_of), _cut(weight)
+    m = c.codes.reshape(-1, w.shape[-1])[cut.lie[cut.kept]]
+    m = m if cut.columns.size == m.shape[1] else m[:, cut.columns]
+    negative = _negative(m, cut.fragment)
     magnitude = np.abs(m).reshape(-1)
     arrays, meta = write_levels(c)
-    cut = [pack_codes(magnitude >> (cell * i) & ((1 << cell) - 1), cell) for i in reversed(range(slices))]
-    arrays["cells"] = np.stack(cut)
+    cut_bits = [magnitude >> (cut.cell * i) for i in reversed(range(cut.slices))]
+    mask = magnitude.dtype.type((1 << min(cut.cell, 8 * magnitude.itemsize - 1)) - 1)
+    arrays["cells"] = np.stack([pack_codes(x & mask, cut.cell) for x in cut_bits])
     if negative.any():
         arrays["signs"] = np.packbits(negative.reshape(-1))
-    for name, ids, total in (("rows", place, len(nested)), ("cols", cols, w.shape[-1])):
+    for name, ids, total in (("rows", cut.place, cut.lie.size), ("cols", cut.columns, w.shape[-1])):
         if ids.size < total:
-            mask = np.zeros(total, bool)
-            mask[ids] = True
-            arrays[name] = np.packbits(mask)
-    return Packed("cells", w.shape, w.dtype.name, arrays, meta | {"fragment": fragment, "order": order, "cell": cell})
+            kept = np.zeros(total, bool)
+            kept[ids] = True
+            arrays[name] = np.packbits(kept)
+    meta |= {"fragment": cut.fragment, "order": cut.order, "cell": cut.cell}
+    return Packed("cells", w.shape, w.dtype.name, arrays, meta)
 
 
 def _kept(packed: Packed, name: str, total: int) -> np.ndarray | None:
@@ -150,4 +186,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return weights(Coded(whole.reshape(packed.shape), structure, levels), dtype_of(packed))
 
 
-CELLS = Format("cells", supports, _pack, _unpack, _workspace)
+CELLS = Format("cells", supports, _size, _pack, _unpack, _workspace)

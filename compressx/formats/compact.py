@@ -8,7 +8,6 @@ weight of P positions and F filters, v bytes each, of which p and f stay (id wid
 """
 
 import itertools
-from typing import Any
 
 import numpy as np
 
@@ -19,24 +18,32 @@ from compressx.formats.base import (
     dtype_of,
     fail,
     index_dtype,
-    nonzero,
     only,
     pieces,
     rank,
     take,
 )
+from compressx.formats.weight import Bytes, Weight
 
 
 def _extents(shape: tuple[int, ...]) -> tuple[int, int]:
     return int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    del constraint, structure
+def _size(weight: Weight) -> Bytes:
+    alive = weight.support.positions, weight.support.filters
+    kept = [int(np.count_nonzero(a)) for a in alive]
+    ids = sum(n * index_dtype(a.size).itemsize for n, a in zip(kept, alive, strict=True) if n < a.size)
+    return Bytes(ids, kept[0] * kept[1])
+
+
+def _pack(weight: Weight) -> Packed:
+    w, support = weight.w, weight.support
     m = w.reshape(_extents(w.shape))
-    mask = nonzero(m)
-    keep = {"positions": np.flatnonzero(mask.any(axis=1)), "filters": np.flatnonzero(mask.any(axis=0))}
-    arrays = {"matrix": np.ascontiguousarray(m[np.ix_(keep["positions"], keep["filters"])])}
+    keep = {"positions": np.flatnonzero(support.positions), "filters": np.flatnonzero(support.filters)}
+    rows = m if keep["positions"].size == m.shape[0] else m[keep["positions"]]
+    matrix = rows if keep["filters"].size == m.shape[1] else np.take(rows, keep["filters"], axis=1)
+    arrays = {"matrix": np.ascontiguousarray(matrix)}
     for (name, ids), extent in zip(keep.items(), m.shape, strict=True):
         if ids.size < extent:
             arrays[name] = ids.astype(index_dtype(extent))
@@ -63,4 +70,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return m.reshape(packed.shape)
 
 
-COMPACT = Format("compact", rank(2), _pack, _unpack)
+COMPACT = Format("compact", rank(2), _size, _pack, _unpack)

@@ -11,49 +11,37 @@ fault is a `CompressedFileError`. A checksum finds damage, not forgery: whoever 
 """
 
 import hashlib
-import json
 import lzma
 import math
 import os
-import stat
-import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from compressx.formats import shards, tensors
 from compressx.formats.base import DTYPES, CompressedFileError, fail
+from compressx.formats.shards import ShardedFile
+from compressx.formats.strict_json import MAX_HEADER, from_json, to_json
+from compressx.formats.tensors import MAX_ARRAYS, MAX_NAME, TensorFile, check_shape, raw, replaced, viewed
 
 VERSION = 2
 READ = (1, 2)  # what is read; 1 is what 0.1 wrote
-MAX_HEADER = 1 << 24  # bytes of JSON
-MAX_VALUES = 1 << 20  # in the JSON of a header; parsed, each takes up to 200 bytes
-MAX_NESTING = 64  # of lists and objects in it
-MAX_DIGITS = 128  # of a number in it
-MAX_ARRAYS = 1 << 16
-MAX_NAME = 2048  # characters of an array's name
-MAX_AXES = 16
 CODINGS = ("none", "zlib", "lzma")
 _LZMA_MEMORY = 1 << 25  # what `_encode` writes takes 9 MiB to read
 _PIECE = 1 << 16  # bytes of a coded array that are unfolded together
-_SAFETENSORS = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "C64": "complex64",
-    "BOOL": "bool",
-    **{f"{s}{b}": f"{name}{b}" for s, name in (("I", "int"), ("U", "uint")) for b in (8, 16, 32, 64)},
-}
 
 
-def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], coding: str = "none") -> int:
+def write(
+    path: Path,
+    content: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    coding: str = "none",
+    shard_bytes: int | None = None,
+) -> tuple[int, int]:
     """Writes the file in one step: a reader sees the old file or the whole new one, also when the disk fills up.
 
     Args:
@@ -61,9 +49,10 @@ def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarra
       content: JSON-able, what the arrays mean.
       arrays: by name.
       coding: "none", "zlib" or "lzma", tried on each array and used where it saves bytes.
+      shard_bytes: None for one file, or the bytes of arrays that each of several may have (see `shards`).
 
     Returns:
-      Bytes of all arrays as stored, after coding.
+      Bytes of all arrays as stored, after coding, and of the file or files.
 
     Raises:
       ValueError: no such coding, content without a JSON form, or a header that no reader would take.
@@ -73,21 +62,49 @@ def write(path: Path, content: Mapping[str, Any], arrays: Mapping[str, np.ndarra
         raise ValueError(f"coding must be one of {', '.join(CODINGS)}, got {coding!r}")
     if len(arrays) > MAX_ARRAYS or max(map(len, arrays), default=0) > MAX_NAME:
         raise ValueError(f"more than {MAX_ARRAYS} arrays, or one whose name has more than {MAX_NAME} characters")
+    described, stored = encoded(arrays, coding)
+    header = header_text(content, described)
+    total = sum(a.nbytes for a in stored.values())
+    if shard_bytes is not None and total > shard_bytes:
+        return total, shards.write_shards(path, stored, header, shard_bytes, _digest)[1]
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(_digest, header, stored)  # hashed while it is written
+        size = tensors.write(
+            path, stored, lambda done: {"compressx": header, "sha256": found.result() if done else "0" * 64}
+        )
+    index = path.with_name(path.name + shards.INDEX)
+    if index.exists():  # the model that was there before was sharded; readers take the whole file from now on
+        shards.remove(path.parent, [index.name, *shards.listed(index)])
+    return total, size
+
+
+def encoded(arrays: Mapping[str, np.ndarray], coding: str) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """What a header says of arrays, and the arrays as they are stored; entropy coding runs on every core."""
     described, stored = {}, {}
-    for name, array in arrays.items():
+
+    def one(array: np.ndarray) -> tuple[str, np.ndarray]:
         plain = np.ascontiguousarray(array).reshape(array.shape)
         used, data = _encode(plain, coding)
-        described[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "coding": used}
-        stored[name] = plain if used == "none" else np.frombuffer(data, np.uint8)
+        return used, plain if used == "none" else np.frombuffer(data, np.uint8)
+
+    with ThreadPoolExecutor(1 if coding == "none" else os.cpu_count() or 1) as pool:
+        for (name, array), (used, kept) in zip(arrays.items(), pool.map(one, arrays.values()), strict=True):
+            described[name] = {"dtype": array.dtype.name, "shape": list(array.shape), "coding": used}
+            stored[name] = kept
+    return described, stored
+
+
+def header_text(content: Mapping[str, Any], described: Mapping[str, Any]) -> str:
+    """The JSON of a header.
+
+    Raises:
+      ValueError: it has no JSON form, or is longer than a reader accepts.
+    """
     header = to_json({"version": VERSION, "arrays": described, "content": content})
     if len(header) > MAX_HEADER // 2:  # it is quoted once more inside the safetensors header
         raise ValueError(f"the header takes {len(header)} characters, more than a reader accepts ({MAX_HEADER // 2})")
-    metadata = {"compressx": header, "sha256": _digest(header, stored)}
-    head, body = _serialized(stored, metadata)
-    for text, entry in ((header, "header"), (head[8:].decode(), "file")):
-        from_json(text, entry)  # what a reader would refuse is not written
-    replace(path, head, body)
-    return sum(a.nbytes for a in stored.values())
+    from_json(header, "header")
+    return header
 
 
 def read(path: Path, max_bytes: int) -> tuple[int, dict[str, Any], dict[str, np.ndarray], tuple[int, int]]:
@@ -101,17 +118,51 @@ def read(path: Path, max_bytes: int) -> tuple[int, dict[str, Any], dict[str, np.
       CompressedFileError: the file is damaged, truncated, foreign, too large or inconsistent.
       OSError: the file cannot be opened or read.
     """
-    data = read_bytes(path, max_bytes)
-    size = len(data)
-    metadata = _metadata(data)
-    header, checksum = metadata.get("compressx"), metadata.get("sha256")
+    file = shards.open_tensors(path, max_bytes=max_bytes)
+    try:
+        header, stored = checked(file)
+    finally:
+        file.close()
+    version, content, described = parsed_header(header, stored.keys())
+    held = sum(a.nbytes for a in stored.values())
+    return version, content, _decode_all(described, stored, max_bytes), (held, file.size)
+
+
+def checked(file: TensorFile | ShardedFile) -> tuple[str, dict[str, np.ndarray]]:
+    """The text of the header and the arrays as they are stored, after the checksums were compared."""
+    header, checksum = file.metadata.get("compressx"), file.metadata.get("sha256")
     if not isinstance(header, str) or not isinstance(checksum, str):
         fail("header", "a safetensors file that compressx did not write (no 'compressx' and 'sha256' in its metadata)")
-    stored = _stored_arrays(data)
-    del data  # of which the arrays are a copy
-    found = _digest(header, stored)
+    stored: dict[str, np.ndarray] = {}
+    if isinstance(file, ShardedFile):
+        sums = file.metadata.get("shards")
+        if not isinstance(sums, dict) or sums.keys() != file.shards.keys():
+            fail("shards", "the index does not say the checksum of each shard")
+        for name, shard in file.shards.items():
+            found, held = _hashed("", shard)
+            if found != sums[name]:
+                fail(name, f"this shard is damaged or another's: its checksum is {found[:16]}...")
+            stored |= held
+        found = shards.digest_of_shards(header, sums)
+    else:
+        found, stored = _hashed(header, file)
     if found != checksum:
         fail("sha256", f"the file is damaged: its checksum is {found[:16]}..., the header says {checksum[:16]!r}")
+    return header, stored
+
+
+def _hashed(header: str, file: TensorFile) -> tuple[str, dict[str, np.ndarray]]:
+    """The checksum of a file's arrays under a header, and the arrays."""
+    digest, stored = hashlib.sha256(header.encode("utf-8", "surrogatepass")), {}
+    with ThreadPoolExecutor(1) as pool:  # an array is hashed while the next one is read
+        for name in sorted(file.entries):
+            stored[name] = file.array(name)
+            pool.submit(_hash, digest, name, stored[name])
+    return digest.hexdigest(), stored
+
+
+def parsed_header(header: str, names: Set[str]) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The version, the content and the descriptions of arrays in a header's text, for arrays of these names."""
     parsed = from_json(header, "header")
     if not isinstance(parsed, dict):
         fail("header", "is not a JSON object")
@@ -122,78 +173,10 @@ def read(path: Path, max_bytes: int) -> tuple[int, dict[str, Any], dict[str, np.
     content, described = parsed.get("content"), parsed.get("arrays")
     if not isinstance(content, dict) or not isinstance(described, dict):
         fail("header", "'content' and 'arrays' must be JSON objects")
-    if described.keys() != stored.keys():
-        odd = sorted(described.keys() ^ stored.keys())[0]
+    if described.keys() != names:
+        odd = sorted(described.keys() ^ names)[0]
         fail(odd, "is not in both the header and the file")
-    held = sum(a.nbytes for a in stored.values())
-    return version, content, _decode_all(described, stored, max_bytes), (held, size)
-
-
-def to_json(value: Any) -> str:
-    """Compact JSON with sorted keys.
-
-    Raises:
-      ValueError: the value has no JSON form.
-    """
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot be written as JSON: {error}") from None
-
-
-def from_json(text: str, entry: str) -> Any:
-    """Strict JSON of a bounded size: no NaN, no key twice, no number, nesting or list without end."""
-    if len(text) > MAX_HEADER or text.count(",") + text.count("[") + text.count("{") > MAX_VALUES:
-        fail(entry, f"takes more than {MAX_HEADER} characters or holds more than {MAX_VALUES} values")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return out
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    def short(digits: str) -> str:
-        if len(digits) > MAX_DIGITS:
-            raise ValueError(f"{digits[:20]}... has {len(digits)} digits")
-        return digits
-
-    def finite(digits: str) -> float:
-        value = float(short(digits))
-        if not math.isfinite(value):
-            raise ValueError(f"{digits[:20]} is not a finite number")
-        return value
-
-    try:
-        value = json.loads(
-            text,
-            object_pairs_hook=unique,
-            parse_constant=constant,
-            parse_float=finite,
-            parse_int=lambda digits: int(short(digits)),
-        )
-    except (ValueError, RecursionError) as error:
-        fail(entry, f"is not valid JSON: {error}")
-    level = [value]
-    for _ in range(MAX_NESTING):
-        inside = (n.values() if isinstance(n, dict) else n for n in level if isinstance(n, dict | list))
-        level = [child for children in inside for child in children]
-        if not level:
-            return value
-    fail(entry, f"is nested more than {MAX_NESTING} deep")
-
-
-def check_shape(entry: str, shape: Any, itemsize: int, max_bytes: int) -> tuple[int, ...]:
-    """A shape from a file: a short list of sizes that, empty axes aside, takes at most `max_bytes`."""
-    if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        fail(entry, f"shape {str(shape)[:80]} is not a list of sizes")
-    if len(shape) > MAX_AXES:
-        fail(entry, f"{len(shape)} axes, more than {MAX_AXES}")
-    if math.prod(max(n, 1) for n in shape) * itemsize > max_bytes:
-        fail(entry, f"shape {str(shape)[:80]} needs more than max_bytes={max_bytes} bytes")
-    return tuple(shape)
+    return version, content, described
 
 
 def _encode(array: np.ndarray, coding: str) -> tuple[str, bytes]:
@@ -230,124 +213,56 @@ def _decode(name: str, data: np.ndarray, coding: str, size: int) -> np.ndarray:
     return out
 
 
+def described_as(name: str, about: Any, most: int) -> tuple[np.dtype[Any], tuple[int, ...], str]:
+    """The dtype, the shape and the coding that a header says an array has, which may take so many bytes at most."""
+    if not isinstance(about, dict) or str(about.get("dtype")) not in DTYPES or about.get("coding") not in CODINGS:
+        fail(name, f"its description is not understood: {str(about)[:120]}")
+    dtype = DTYPES[str(about["dtype"])]
+    return dtype, check_shape(name, about.get("shape"), dtype.itemsize, most), about["coding"]
+
+
+def decode(name: str, held: np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...], coding: str) -> np.ndarray:
+    """An array as it was before it was stored: `held`, or what its coded bytes unfold to."""
+    if coding == "none":
+        if held.dtype != dtype or held.shape != shape:
+            fail(name, f"is {held.dtype} {list(held.shape)} in the file, {dtype} {list(shape)} in the header")
+        return held
+    if held.dtype != np.uint8 or held.ndim != 1:
+        fail(name, f"is {held.dtype} {list(held.shape)} in the file; coded data is uint8 with one axis")
+    return viewed(name, _decode(name, held, coding, math.prod(shape) * dtype.itemsize), dtype, shape)
+
+
 def _decode_all(described: dict[str, Any], stored: dict[str, np.ndarray], max_bytes: int) -> dict[str, np.ndarray]:
     arrays, left = {}, max_bytes
     for name, about in described.items():
-        if not isinstance(about, dict) or str(about.get("dtype")) not in DTYPES or about.get("coding") not in CODINGS:
-            fail(name, f"its description is not understood: {str(about)[:120]}")
-        dtype, coding = DTYPES[str(about["dtype"])], about["coding"]
-        shape = check_shape(name, about.get("shape"), dtype.itemsize, left)
-        size = math.prod(shape) * dtype.itemsize
-        left -= size
-        held = stored.pop(name)
-        if coding == "none":
-            if held.dtype != dtype or held.shape != shape:
-                fail(name, f"is {held.dtype} {list(held.shape)} in the file, {dtype} {list(shape)} in the header")
-            arrays[name] = held
-            continue
-        if held.dtype != np.uint8 or held.ndim != 1:
-            fail(name, f"is {held.dtype} {list(held.shape)} in the file; coded data is uint8 with one axis")
-        arrays[name] = _view(name, _decode(name, held, coding, size), dtype, shape)
+        dtype, shape, coding = described_as(name, about, left)
+        left -= math.prod(shape) * dtype.itemsize
+        arrays[name] = decode(name, stored.pop(name), dtype, shape, coding)
     return arrays
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """The bytes of a regular file that is no larger than `max_bytes`."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe that nobody writes to would wait for ever
-        fail("file", "is not a regular file")
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        if size > max_bytes:
-            fail("file", f"takes {size} bytes, more than max_bytes={max_bytes}")
-        return f.read(size)
-
-
-def _metadata(data: bytes) -> dict[str, Any]:
-    if len(data) < 8:
-        fail("file", f"{len(data)} bytes are too few for a safetensors file")
-    length = int.from_bytes(data[:8], "little")
-    if length > len(data) - 8:
-        fail(
-            "file",
-            f"its header should take {length} bytes and {len(data) - 8} follow: truncated, or no safetensors file",
-        )
-    if length > MAX_HEADER:
-        fail("file", f"its header takes {length} bytes, more than {MAX_HEADER}")
-    try:
-        text = data[8 : 8 + length].decode()
-    except UnicodeDecodeError:
-        fail("file", "its header is not text: damaged, or no safetensors file")
-    parsed = from_json(text, "file")
-    if isinstance(parsed, dict) and (len(parsed) - 1 > MAX_ARRAYS or max(map(len, parsed), default=0) > MAX_NAME):
-        fail("file", f"more than {MAX_ARRAYS} arrays, or one whose name has more than {MAX_NAME} characters")
-    metadata = parsed.get("__metadata__", {}) if isinstance(parsed, dict) else {}
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def _stored_arrays(data: bytes) -> dict[str, np.ndarray]:
-    try:
-        entries = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        fail("file", f"is not a whole safetensors file: {error}")
-    arrays = {}
-    for name, about in entries:
-        if about["dtype"] not in _SAFETENSORS:
-            fail(name, f"dtype {about['dtype']} is never written")
-        dtype = DTYPES[_SAFETENSORS[about["dtype"]]]
-        shape = check_shape(name, list(about["shape"]), dtype.itemsize, max(len(data), 1 << 30))
-        arrays[name] = _view(name, about["data"], dtype, shape)
-    return arrays
-
-
-def _view(name: str, raw: bytearray | np.ndarray, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-    if dtype.kind == "b" and np.frombuffer(raw, np.uint8).max(initial=0) > 1:
-        fail(name, "holds a byte that is no bool")
-    return np.frombuffer(raw, dtype).reshape(shape)
+    with tensors.opened(path, max_bytes) as f:
+        return f.read()
 
 
 def _digest(header: str, arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(header.encode("utf-8", "surrogatepass"))
     for name in sorted(arrays):
-        a = arrays[name]
-        digest.update(to_json([name, a.dtype.name, list(a.shape)]).encode())
-        digest.update(a.reshape(-1).view(np.uint8).data)
+        _hash(digest, name, arrays[name])
     return digest.hexdigest()
 
 
-def _serialized(stored: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
-    """A safetensors file: its length and header, and its arrays. (safetensors itself writes metadata in no order.)"""
-    plain = memoryview(safetensors.numpy.save(dict(stored)))
-    start = 8 + int.from_bytes(plain[:8], "little")
-    listed = bytes(plain[8:start]).rstrip()[1:]  # without its brace
-    header = b'{"__metadata__":' + to_json(metadata).encode() + (b"," if stored else b"") + listed
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header, plain[start:]
+def _hash(digest: Any, name: str, a: np.ndarray) -> None:
+    digest.update(to_json([name, a.dtype.name, list(a.shape)]).encode())
+    digest.update(raw(a).data)
 
 
-def replace(path: Path, *parts: bytes | memoryview) -> None:
+def replace(path: Path, data: bytes) -> None:
     """Puts these bytes in the place of a file in one step: a reader sees the old file or the whole new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(handle, "wb") as f:
-            f.writelines(parts)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name survives a power cut too
-    finally:
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with replaced(path) as f:
+        f.write(data)
 
 
 __all__ = ["CODINGS", "CompressedFileError", "VERSION", "read", "write"]

@@ -1,14 +1,17 @@
 """The dense format: the weight as it is. The fallback of every leaf, and what all rates are measured against."""
 
-from typing import Any
-
 import numpy as np
 
 from compressx.formats.base import DTYPES, Format, Packed, dtype_of, only, rank, take
+from compressx.formats.weight import Bytes, Weight
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    del constraint, structure
+def _size(weight: Weight) -> Bytes:
+    return Bytes(0, weight.w.size)
+
+
+def _pack(weight: Weight) -> Packed:
+    w = weight.w
     return Packed("dense", w.shape, w.dtype.name, {"values": np.ascontiguousarray(w).reshape(w.shape)}, {})
 
 
@@ -17,4 +20,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return take(packed, "values", dtype_of(packed).name, packed.shape)
 
 
-DENSE = Format("dense", rank(0, tuple(DTYPES)), _pack, _unpack)
+DENSE = Format("dense", rank(0, tuple(DTYPES)), _size, _pack, _unpack)

@@ -16,9 +16,12 @@ Nothing in a file is executed: constraints come back through `constraints.from_s
 the pytree of a structure is the one that the constraint itself makes.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +32,13 @@ from compressx._harden import agree, parts, prove
 from compressx._harden import structures as choose
 from compressx.constraints import from_spec, on_leaf
 from compressx.formats import container, packing
-from compressx.formats.base import DTYPES, MAX_BYTES, CompressedFileError, Packed, extent, fail, native, nbytes
-from compressx.formats.file_rules import bound_rules, claim, pattern_of, read_path
-from compressx.formats.trees import MAX_LEAVES, MAX_NAME, in_the_form_of, nest
+from compressx.formats.base import Packed, native, nbytes
+from compressx.formats.tensors import Spool
+from compressx.formats.trees import MAX_NAME, nest
 from compressx.rules import Bound, Rules, pairs, resolve
-from compressx.tree import Key, keys, path_name
+from compressx.tree import Key, in_their_precision, keys, path_name
+
+_IN_MEMORY = 1 << 28  # bytes of packed leaves from which on they wait on the disk
 
 
 class Sizes(NamedTuple):
@@ -98,8 +103,13 @@ def save_model(
     extra: Any = None,
     layout: Sequence[tuple[str, str]] = (),
     coding: str = "none",
+    shard_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Sizes:
     """Packs every leaf and writes the file in one step; what was there before survives any failure.
+
+    Two leaves are packed together where there are two cores. Packed leaves beyond some hundred MiB wait in a nameless
+    file beside the one that is written, so that little of the model is in memory a second time.
 
     Args:
       path: the file, usually `compressed.safetensors`; its folder must exist.
@@ -113,6 +123,10 @@ def save_model(
       extra: JSON-able facts to keep (accuracy, data set, seed).
       layout: pairs (pattern, format) that fix the format of leaves; all others take the smallest.
       coding: "zlib" or "lzma" to entropy-code the arrays of the file, where that saves bytes.
+      shard_bytes: None for one file. Otherwise what packs to more is written as several files of so many bytes of
+        arrays each, `model-00001-of-00002.safetensors` and so on, and `model.safetensors.index.json`; `load_model`
+        takes the path that was given here, or the index, or the folder.
+      progress: called with the weights packed so far and those of the whole model, after every leaf.
 
     Returns:
       The bytes before and after.
@@ -139,118 +153,107 @@ def save_model(
     bound = resolve(rules, params) if rules else ()
     given = held if held is not None else choose(params, rules) if rules else {}
     given = agree(_renamed(given, bound), bound, leaves, "what is given as structures")
-    _check_model(model)
+    check_model(model)
     parts_of = {}
     for b in bound:
         parts_of[b.name], given[b.name] = _native(f"{b.name}: its structure", given[b.name])
     if bound:
         prove(params, rules, given, chosen=held is None)
     fixed = _layout(layout, names)
-    arrays: dict[str, np.ndarray] = {}
-    entries, described = [], []
+    target = Path(path)
     # formats for a structure are written for Flax's layout: a leaf with axes of its own takes one of the others
     alone = {p: on_leaf(b.constraint, given[b.name], i) for b in bound if b.axes is None for i, p in enumerate(b.paths)}
-    packed_bytes = 0
-    for key, name, leaf in zip(keyed, names, leaves, strict=True):
+    tasks = [(name, x, *alone.get(name, (None, None)), fixed.get(name)) for name, x in zip(names, leaves, strict=True)]
+    with contextlib.closing(Spool(target.parent)) as spool:
+        packed = _pack_all(tasks, spool, progress)
+        arrays: dict[str, np.ndarray] = {}
+        entries, described = [], []
+        for key, name, p in zip(keyed, names, packed, strict=True):
+            entry, held_arrays = leaf_entry(key, name, p)
+            entries.append(entry)
+            arrays |= held_arrays
+        for number, b in enumerate(bound):
+            entry, held_arrays = _rule_entry(number, b, parts_of[b.name], keyed)
+            described.append(entry)
+            arrays |= held_arrays
+        content = {"model": dict(model) if model else None, "extra": extra, "leaves": entries, "rules": described}
+        stored, size = container.write(target, content, arrays, coding, shard_bytes)
+    return Sizes(sum(x.nbytes for x in leaves), sum(map(nbytes, packed)), stored, size)
+
+
+def _pack_all(
+    tasks: Sequence[tuple[str, np.ndarray, Any, Any, str | None]],
+    spool: Spool,
+    progress: Callable[[int, int], None] | None,
+) -> list[Packed]:
+    """All leaves packed, in their order, two of them at a time; the large ones on the disk."""
+    total, done, held = sum(t[1].size for t in tasks), 0, 0
+    lock = threading.Lock()
+
+    def one(task: tuple[str, np.ndarray, Any, Any, str | None]) -> Packed:
+        nonlocal done, held
+        name, leaf, constraint, structure, format = task
         try:
-            packed = packing.pack(leaf, *alone.get(name, (None, None)), fixed.get(name))
+            # a context of the caller's own, such as `jax.enable_x64`, does not reach this thread
+            with in_their_precision(() if constraint is None else (leaf, structure)):
+                packed = packing.pack(leaf, constraint, structure, format)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        packed_bytes += nbytes(packed)
-        called = {array: f"{name}:{array}" for array in packed.arrays}
-        arrays |= {called[array]: a for array, a in packed.arrays.items()}
-        entries.append(
-            {
-                "path": list(key),
-                "shape": list(packed.shape),
-                "dtype": packed.dtype,
-                "format": {"name": packed.format, "version": 1},
-                "meta": packed.meta,
-                "arrays": called,
-            }
-        )
-    for number, b in enumerate(bound):
+        with lock:
+            own = {key: a for key, a in packed.arrays.items() if not np.may_share_memory(a, leaf)}
+            held += sum(a.nbytes for a in own.values())
+            if held > _IN_MEMORY:
+                packed = packed._replace(arrays=packed.arrays | {key: spool.keep(a) for key, a in own.items()})
+            done += leaf.size
+            if progress is not None:
+                progress(done, total)
+        return packed
+
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        waiting = [pool.submit(one, task) for task in tasks]
         try:
-            from_spec(b.constraint.spec)
-        except ValueError as error:
-            raise ValueError(f"{b.name}: {b.constraint} could not be read back: {error}") from None
-        open_parts = parts_of[b.name]
-        if open_parts and b.constraint.joint and list(b.indices) != sorted(b.indices, key=keyed.__getitem__):
-            raise ValueError(
-                f"{b.name}: the leaves of a joint constraint with a structure must come in the order of their names, "
-                f"in which they are read back; they come as {', '.join(b.paths)}"
-            )
-        held_names = [f"rule {number}:{i}" for i in range(len(open_parts))]
-        arrays |= dict(zip(held_names, open_parts, strict=True))
-        described.append(
-            {
-                "paths": [list(keyed[i]) for i in b.indices],
-                "axes": list(b.axes.words) if b.axes else None,
-                "spec": dict(b.constraint.spec),
-                "structure": held_names,
-            }
-        )
-    content = {"model": dict(model) if model else None, "extra": extra, "leaves": entries, "rules": described}
-    target = Path(path)
-    stored = container.write(target, content, arrays, coding)
-    return Sizes(sum(x.nbytes for x in leaves), packed_bytes, stored, target.stat().st_size)
+            return [w.result() for w in waiting]
+        except BaseException:
+            for w in waiting:
+                w.cancel()
+            raise
 
 
-def load_model(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES, *, like: Any = None) -> SavedModel:
-    """Reads a saved model, believing nothing of it: whoever wrote the file, it takes bounded memory and time.
+def leaf_entry(key: Sequence[Key], name: str, packed: Packed) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What the content of a header says of a packed leaf, and its arrays by their names in the file."""
+    called = {array: f"{name}:{array}" for array in packed.arrays}
+    entry = {
+        "path": list(key),
+        "shape": list(packed.shape),
+        "dtype": packed.dtype,
+        "format": {"name": packed.format, "version": 1},
+        "meta": packed.meta,
+        "arrays": called,
+    }
+    return entry, {called[array]: a for array, a in packed.arrays.items()}
 
-    At no time does reading take more than four times `max_bytes`, and 512 MiB: what does not fit is refused before it
-    is made. It ends within 2 s, 10 s for every 100 MB of the file, and 10 s for every 100 MB of `max_bytes`.
 
-    Args:
-      path: a file that `save_model` wrote, or anything else.
-      max_bytes: neither the file, nor its arrays, nor the dense weights may take more together, nor may unpacking a
-        leaf take more than twice as much on the way; raise it for giants, lower it for files from others.
-      like: a tree of your own (an NNX state, an Equinox module, parameters, or their shapes), in whose form the params
-        come back, matched by path; its leaves that are no arrays (functions, keys of random numbers) stay.
-
-    Returns:
-      What the file holds; `compile`, `check` and `retrain` take it.
-
-    Raises:
-      CompressedFileError: the file is damaged, truncated, foreign, too large or inconsistent; the text begins with the
-        file and the entry.
-      OSError: the file cannot be opened or read.
-      ValueError: max_bytes is no positive integer; a path, shape or dtype of `like` is not that of the file.
-
-    Example:
-      >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
-      >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]
-      >>> hard = compressx.harden(params, rules, fresh=True)
-      >>> sizes = compressx.save_model("compressed.safetensors", hard, rules)
-      >>> saved = compressx.load_model("compressed.safetensors", like=params)
-      >>> print(saved.params["dense"]["kernel"])
-      [[ 0. -5.]
-       [ 4.  0.]]
-      >>> compressx.check(saved, saved.rules)
-    """
-    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1:
-        raise ValueError(f"max_bytes must be a positive integer, got {max_bytes!r}")
-    target = Path(path)
+def _rule_entry(
+    number: int, b: Bound, structure: Sequence[np.ndarray], keyed: Sequence[tuple[Key, ...]]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What the content of a header says of a rule, and the arrays of its structure by their names in the file."""
     try:
-        version, content, arrays, (stored, size) = container.read(target, max_bytes)
-        packed, params = _leaves(content.get("leaves"), version, arrays, max_bytes)
-        bound, structures = bound_rules(_list(content.get("rules"), "rules"), version, params, arrays, max_bytes)
-        if arrays:
-            fail(sorted(arrays)[0], "belongs to no leaf and no rule")
-        model = content.get("model")
-        try:
-            _check_model(model)
-        except ValueError as error:
-            fail("model", str(error))
-    except CompressedFileError as error:
-        raise CompressedFileError(f"{target}: {error}") from None
-    dense = sum(x.nbytes for x in jax.tree.leaves(params))
-    sizes = Sizes(dense, sum(map(nbytes, packed.values())), stored, size)
-    rules = [(pattern_of(b), b.constraint.slice or b.constraint, *([str(b.axes)] if b.axes else [])) for b in bound]
-    if like is not None:
-        params, bound = in_the_form_of(like, params, rules, bound, target)
-    return SavedModel(params, rules, structures, model, content.get("extra"), packed, sizes, bound)
+        from_spec(b.constraint.spec)
+    except ValueError as error:
+        raise ValueError(f"{b.name}: {b.constraint} could not be read back: {error}") from None
+    if structure and b.constraint.joint and list(b.indices) != sorted(b.indices, key=keyed.__getitem__):
+        raise ValueError(
+            f"{b.name}: the leaves of a joint constraint with a structure must come in the order of their names, "
+            f"in which they are read back; they come as {', '.join(b.paths)}"
+        )
+    names = [f"rule {number}:{i}" for i in range(len(structure))]
+    entry = {
+        "paths": [list(keyed[i]) for i in b.indices],
+        "axes": list(b.axes.words) if b.axes else None,
+        "spec": dict(b.constraint.spec),
+        "structure": names,
+    }
+    return entry, dict(zip(names, structure, strict=True))
 
 
 def _native(names: Sequence[str] | str, tree: Any) -> tuple[list[np.ndarray], Any]:
@@ -280,7 +283,7 @@ def _layout(layout: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[str
     return fixed
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
     """Raises ValueError unless it is None, or a class or a name with options."""
     if model is None:
         return
@@ -297,52 +300,3 @@ def _renamed(structures: Mapping[str, Any], bound: Sequence[Bound]) -> dict[str,
     if names == set(structures) or names != {f"params/{name}" for name in structures}:
         return dict(structures)
     return {f"params/{name}": s for name, s in structures.items()}
-
-
-def _list(value: Any, entry: str, limit: int = MAX_LEAVES) -> list[Any]:
-    if not isinstance(value, list) or len(value) > limit:
-        fail(entry, f"is not a list of at most {limit}")
-    return value
-
-
-def _leaves(
-    listed: Any, version: int, arrays: dict[str, np.ndarray], max_bytes: int
-) -> tuple[dict[str, Packed], dict[Key, Any]]:
-    packed: dict[str, Packed] = {}
-    keyed: list[tuple[Key, ...]] = []
-    dense: list[np.ndarray] = []
-    left = max_bytes
-    for number, about in enumerate(_list(listed, "leaves")):
-        entry = f"leaves[{number}]"
-        if not isinstance(about, dict):
-            fail(entry, "has no path")
-        keyed.append(read_path(about.get("path"), version, entry))
-        name = path_name(keyed[-1])
-        entry = name[:MAX_NAME]
-        held, meta, format = about.get("arrays"), about.get("meta"), about.get("format")
-        if version > 1:
-            if not isinstance(format, dict) or format.keys() != {"name", "version"}:
-                fail(entry, "its format is not a name with a version")
-            if type(format["version"]) is not int or format["version"] != 1:
-                fail(entry, f"version {str(format['version'])[:40]} of its format is unknown to this release")
-            format = format["name"]
-        if not isinstance(held, dict) or not isinstance(meta, dict) or not isinstance(format, str):
-            fail(entry, "its format, meta or arrays are missing")
-        if not isinstance(about.get("dtype"), str) or about["dtype"] not in DTYPES:
-            fail(entry, f"dtype {str(about.get('dtype'))[:40]!r} is not one of {', '.join(DTYPES)}")
-        shape = container.check_shape(entry, about.get("shape"), DTYPES[about["dtype"]].itemsize, left)
-        taken = {key: claim(arrays, called, entry) for key, called in held.items()}
-        item = Packed(format, shape, about["dtype"], taken, meta)
-        try:
-            w = packing.unpack(item, left, 2 * max_bytes)
-        except CompressedFileError as error:
-            fail(entry, str(error))
-        left -= extent(item) * w.dtype.itemsize
-        if name in packed:
-            fail(entry, "occurs twice")
-        packed[name] = item
-        dense.append(w)
-    try:
-        return packed, nest(keyed, dense)
-    except ValueError as error:
-        fail("leaves", str(error))

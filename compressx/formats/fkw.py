@@ -17,12 +17,14 @@ Source: W. Niu et al., "PatDNN: Achieving Real-Time DNN Execution on Mobile Devi
 2020, filter kernel reorder and FKW; the widths of the integers are ours.
 """
 
+import math
 from typing import Any
 
 import numpy as np
 
-from compressx.formats.base import Format, Packed, check_offsets, check_range, dtype_of, fail, nonzero, only, take
+from compressx.formats.base import Format, Packed, check_offsets, check_range, dtype_of, fail, only, take
 from compressx.formats.parts import check_shape, entries, fits, part
+from compressx.formats.weight import Bytes, Weight
 
 MAX_PATTERNS = 255
 _TAPS = 62  # of a kernel, so that a support is an integer
@@ -61,7 +63,9 @@ def reorder_filters(ids: np.ndarray) -> np.ndarray:
 
 def _supports_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The distinct supports of kernels `[n, taps]`: as rows, how often each occurs, and which each kernel has."""
-    code = mask @ (1 << np.arange(mask.shape[1], dtype=np.int64))
+    code = np.zeros(len(mask), np.int64)
+    for tap in range(mask.shape[1]):
+        code |= mask[:, tap].astype(np.int64) << tap
     _, first, which, number = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
     return mask[first], number, which.reshape(-1)
 
@@ -73,6 +77,10 @@ def patterns_of(mask: np.ndarray) -> np.ndarray:
       mask: bool `[n, taps]`, where kernels are non-zero.
     """
     distinct, number, _ = _supports_of(mask)
+    return _commonest(distinct, number)
+
+
+def _commonest(distinct: np.ndarray, number: np.ndarray) -> np.ndarray:
     taps = distinct.sum(axis=1)
     full = taps == taps.max()
     return distinct[full][np.argsort(-number[full], kind="stable")]
@@ -89,7 +97,7 @@ def assign_patterns(mask: np.ndarray, patterns: np.ndarray) -> np.ndarray:
       int16 `[cout, cin]`, -1 for a kernel that is all zero.
     """
     distinct, _, which = _supports_of(mask.reshape(-1, mask.shape[2]))
-    covered = ~(distinct[:, None] & ~patterns[None]).any(axis=2)
+    covered = _covered(distinct, patterns)
     lost = np.flatnonzero(distinct.any(axis=1) & ~covered.any(axis=1))
     if lost.size:
         o, i = divmod(int(np.flatnonzero(which == lost[0])[0]), mask.shape[1])
@@ -97,6 +105,12 @@ def assign_patterns(mask: np.ndarray, patterns: np.ndarray) -> np.ndarray:
         raise ValueError(f"kernel (cin={i}, cout={o}) keeps taps {taps}, and no pattern has them all")
     ids = np.where(distinct.any(axis=1), np.argmax(covered, axis=1), -1).astype(np.int16)
     return ids[which].reshape(mask.shape[:2])
+
+
+def _covered(distinct: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    """Which pattern has all taps of which support: bool `[supports, P]`."""
+    covered: np.ndarray = ~(distinct[:, None] & ~patterns[None]).any(axis=2)
+    return covered
 
 
 def _supports(w: np.ndarray, constraint: Any) -> bool | str:
@@ -109,18 +123,37 @@ def _supports(w: np.ndarray, constraint: Any) -> bool | str:
     return True
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    x = kernel_array(w)
-    mask = nonzero(x)
-    found = part(constraint, structure, ("pattern", "pattern_connectivity"))
+def _patterns_for(weight: Weight, distinct: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """The patterns that a weight is stored with: the constraint's where it has them, or those that occur."""
+    found = part(weight.constraint, weight.structure, ("pattern", "pattern_connectivity"))
     if found is not None and found[1] is not None and len(found[1].masks):
         patterns = np.asarray(found[1].masks)[np.asarray(found[1].live)]
     else:
-        patterns = patterns_of(mask.reshape(-1, mask.shape[2]))
+        patterns = _commonest(distinct, number)
         if not patterns.any():
             raise ValueError("no kernel is alive, so there is no pattern")
     if len(patterns) > MAX_PATTERNS:
         raise ValueError(f"{len(patterns)} patterns; the format holds {MAX_PATTERNS}")
+    return patterns
+
+
+def _size(weight: Weight) -> Bytes:
+    kernels = weight.support.mask.reshape(-1, math.prod(weight.w.shape[2:])).T
+    distinct, number, _ = _supports_of(kernels)
+    patterns = _patterns_for(weight, distinct, number)
+    live = np.logical_or.reduce(distinct, axis=1)
+    if (live & ~np.logical_or.reduce(_covered(distinct, patterns), axis=1)).any():
+        raise ValueError("a kernel that no pattern covers")
+    filters, alive = weight.w.shape[3], int(number[live].sum())
+    index = 4 * (filters + 1) + 2 * filters + 2 * alive + 2 * filters * (len(patterns) + 1)
+    return Bytes(index, alive * int(patterns[0].sum()))
+
+
+def _pack(weight: Weight) -> Packed:
+    w = weight.w
+    x, mask = kernel_array(w), kernel_array(weight.support.mask)
+    distinct, number, _ = _supports_of(mask.reshape(-1, mask.shape[2]))
+    patterns = _patterns_for(weight, distinct, number)
     ids = assign_patterns(mask, patterns)
     order = reorder_filters(ids)
     x, ids = x[order], ids[order]
@@ -200,4 +233,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return x.reshape(packed.shape)
 
 
-FKW = Format("fkw", _supports, _pack, _unpack)
+FKW = Format("fkw", _supports, _size, _pack, _unpack)

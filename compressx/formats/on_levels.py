@@ -12,6 +12,7 @@ of the value array are `meta["values"]`. A scale a channel needs no more: codes 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,23 +23,24 @@ from compressx.formats.block_max import BLOCK_MAX
 from compressx.formats.bspc import BSPC
 from compressx.formats.compact import COMPACT
 from compressx.formats.fkw import FKW
-from compressx.formats.parts import check_shape
+from compressx.formats.parts import check_shape, read_codes
 from compressx.formats.quantized import (
     Coded,
     check_codes,
     code_dtype,
-    coded,
-    pack_codes,
-    read_codes,
+    code_support,
+    codes_of,
+    levels_bytes,
+    pack_signed,
     read_levels,
     supports,
     to_signed,
-    to_unsigned,
     weights,
     width,
     write_levels,
 )
 from compressx.formats.sparse import COO_DELTA, csr
+from compressx.formats.weight import Bytes, Weight
 
 SUFFIX = "-coded"
 
@@ -55,12 +57,23 @@ def on_levels(inner: Format, name: str) -> Format:
         reason = supports(w, constraint)
         return inner.supports(w, constraint) if reason is True else reason
 
-    def pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-        c = coded(w, constraint, structure)
-        packed = inner.pack(c.codes, constraint, structure)
+    def size(weight: Weight) -> Bytes:
+        return coded_bytes(weight, inner.size)
+
+    def least(weight: Weight) -> Bytes:
+        return coded_bytes(weight, inner.least or inner.size)
+
+    def coded_bytes(weight: Weight, count: Callable[[Weight], Bytes]) -> Bytes:
+        index, values = count(weight.once(_as_codes))
+        b = width(weight.once(codes_of).levels)
+        return Bytes(index + -(-values * b // 8) + levels_bytes(weight), 0)
+
+    def pack(weight: Weight) -> Packed:
+        w, c = weight.w, weight.once(codes_of)
+        packed = inner.pack(weight.once(_as_codes))
         values, b = packed.arrays[name], width(c.levels)
         levels, about = write_levels(c)
-        arrays = packed.arrays | {name: pack_codes(to_unsigned(values, b), b)} | levels
+        arrays = packed.arrays | {name: pack_signed(values, b)} | levels
         meta = packed.meta | about | {"values": list(values.shape)}
         return Packed(inner.name + SUFFIX, w.shape, w.dtype.name, arrays, meta)
 
@@ -69,7 +82,17 @@ def on_levels(inner: Format, name: str) -> Format:
         check_shape(packed, 1)
         return extent(packed) * (2 * code_dtype(read_levels(packed)[0]).itemsize + 1) + nbytes(packed)
 
-    return Format(inner.name + SUFFIX, fits, pack, lambda packed: _unpack(packed, inner, name), workspace)
+    def unpack(packed: Packed) -> np.ndarray:
+        return _unpack(packed, inner, name)
+
+    return Format(inner.name + SUFFIX, fits, size, pack, unpack, workspace, least if inner.least else None)
+
+
+def _as_codes(weight: Weight) -> Weight:
+    """The codes of a weight as a weight of their own, which is zero in the same positions."""
+    codes = Weight(weight.once(codes_of).codes, weight.constraint, weight.structure)
+    codes.support = weight.once(code_support)
+    return codes
 
 
 def in_floats(packed: Packed) -> Packed:

@@ -1,5 +1,6 @@
 """All storage formats by name; packing a weight into the smallest one, or into one that is asked for."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ from compressx.formats.compact import COMPACT
 from compressx.formats.dense import DENSE
 from compressx.formats.fkw import FKW
 from compressx.formats.on_levels import ON_LEVELS
-from compressx.formats.quantized import QUANTIZED
+from compressx.formats.quantized import QUANTIZED, coded, codes_of
 from compressx.formats.sparse import BITMASK, COO_DELTA, csr
 from compressx.formats.unified import UNIFIED
+from compressx.formats.weight import Bytes, Weight
 
 # name -> format; where two take the same bytes, the first one here is chosen
 FORMATS: dict[str, Format] = {
@@ -60,34 +62,72 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
       >>> compressx.formats.nbytes(compressx.formats.pack(w)) < w.nbytes / 100
       True
     """
-    w = native(w)
+    weight = Weight(native(w), constraint, structure)
     if format is None:
-        packed = [p for f in FORMATS.values() if (p := _try(f, w, constraint, structure)) is not None]
-        if not packed:
-            raise ValueError(f"no format holds a weight of dtype {w.dtype.name}, shape {w.shape}")
-        return min(packed, key=nbytes)
+        return _smallest(weight)
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
-    reason = FORMATS[format].supports(w, constraint)
+    reason = FORMATS[format].supports(weight.w, constraint)
     if reason is not True:
-        raise ValueError(f"format {format!r} does not hold a weight of shape {w.shape}: {reason}")
-    return _proved(w, FORMATS[format].pack(w, constraint, structure))
+        raise ValueError(f"format {format!r} does not hold a weight of shape {weight.w.shape}: {reason}")
+    return _proved(weight, FORMATS[format].pack(weight))
 
 
-def _try(f: Format, w: np.ndarray, constraint: Any, structure: Any) -> Packed | None:
-    if f.supports(w, constraint) is not True:
-        return None
-    try:
-        packed = f.pack(w, constraint, structure)
-    except ValueError:  # the values do not lie where the format can write them
-        return None
-    return _proved(w, packed)
+def sizes(weight: Weight) -> dict[str, int]:
+    """Bytes that each format would take, by name, of those that may be the smallest; nothing is packed for it.
+
+    A format that can only be larger than another, by what it takes at least, is left out without being counted.
+    """
+    counted: dict[str, int] = {}
+    mine = [f for f in FORMATS.values() if f.supports(weight.w, weight.constraint) is True]
+    for f in sorted(mine, key=lambda f: f.least is not None):
+        try:
+            if f.least is not None and _total(weight, f.least(weight)) > min(counted.values(), default=math.inf):
+                continue
+            counted[f.name] = _total(weight, f.size(weight))
+        except ValueError:  # the values do not lie where the format can write them
+            continue
+    return {name: counted[name] for name in FORMATS if name in counted}
 
 
-def _proved(w: np.ndarray, packed: Packed) -> Packed:
-    if not same(FORMATS[packed.format].unpack(packed), w):
-        raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {w.shape}: a bug of the format")
-    return packed
+def _total(weight: Weight, size: Bytes) -> int:
+    return size.indices + size.values * weight.w.dtype.itemsize
+
+
+def _smallest(weight: Weight) -> Packed:
+    """Packed in the smallest format; where its values turn out not to fit it, in the next."""
+    counted = sizes(weight)
+    for name in sorted(counted, key=counted.__getitem__):  # a stable sort: of two alike the first in `FORMATS`
+        try:
+            packed = FORMATS[name].pack(weight)
+            if nbytes(packed) != counted[name]:
+                raise RuntimeError(
+                    f"format {name!r} takes {nbytes(packed)} bytes for a weight of shape {weight.w.shape}, not the "
+                    f"{counted[name]} that were counted: a bug of the format"
+                )
+            return _proved(weight, packed)
+        except ValueError:
+            continue
+    raise ValueError(f"no format holds a weight of dtype {weight.w.dtype.name}, shape {weight.w.shape}")
+
+
+def _proved(weight: Weight, packed: Packed) -> Packed:
+    """The packed weight, after what its bits unpack to was compared with the weight, bit by bit.
+
+    Raises:
+      ValueError: the weight does not lie on the levels of its constraint, so that its codes are not it.
+    """
+    weight.forget()  # what was counted takes memory that unpacking needs
+    if same(FORMATS[packed.format].unpack(packed), weight.w):
+        return packed
+    if "levels" in packed.arrays:
+        try:
+            coded(weight.w, weight.constraint, weight.structure)
+        except ValueError as error:
+            weight.refuse(codes_of, error)
+            raise
+    shape = weight.w.shape
+    raise RuntimeError(f"format {packed.format!r} lost bits of a weight of shape {shape}: a bug of the format")
 
 
 def unpack(packed: Packed, max_bytes: int = MAX_BYTES, workspace: int | None = None) -> np.ndarray:

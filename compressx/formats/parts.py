@@ -50,9 +50,75 @@ def pack_bits(values: np.ndarray, widths: np.ndarray | int) -> np.ndarray:
       widths: bits of all of them, or of each `[n]`.
     """
     widths = np.broadcast_to(np.asarray(widths, np.int64), values.shape)
-    place = np.arange(int(widths.sum())) - np.repeat(np.cumsum(widths) - widths, widths)
-    shift = np.repeat(widths, widths) - 1 - place
-    return np.packbits((np.repeat(values.astype(np.int64), widths) >> shift & 1).astype(np.uint8))
+    if not values.size or int(widths.min()) == int(widths.max()) <= 16:
+        return pack_codes(values, int(widths[0]) if values.size else 0)
+    digits, end = np.empty(int(widths.sum()), np.uint8), 0
+    for part in pieces(values.size):
+        wide = widths[part]
+        ends = np.cumsum(wide)
+        back = np.repeat(ends, wide) - 1 - np.arange(int(ends[-1]))  # how many bits of its integer follow a bit
+        digits[end : (end := end + int(ends[-1]))] = np.repeat(values[part].astype(np.int64), wide) >> back & 1
+    return np.packbits(digits)
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Integers in 0 .. 2**bits - 1 as one string of bits, each highest bit first: uint8."""
+    flat = codes.reshape(-1)
+    stored = np.empty(-(-flat.size * bits // 8), np.uint8)
+    for here in pieces(flat.size):
+        stored[here.start * bits // 8 : -(-here.stop * bits // 8)] = _bits_of(flat[here], bits)
+    return stored
+
+
+def _bits_of(codes: np.ndarray, bits: int) -> np.ndarray:
+    if bits in (8, 16):
+        return codes.astype(f">u{bits // 8}").view(np.uint8)
+    if not 0 < bits < 8:
+        digits = np.empty((codes.size, bits), np.uint8)
+        for i in range(bits):
+            digits[:, i] = codes >> (bits - 1 - i) & 1
+        return np.packbits(digits.reshape(-1))
+    # 8 codes of so many bits are that many bytes: the high ones of an integer of 64 bits
+    eight = np.zeros((-(-codes.size // 8), 8), np.uint8)
+    eight.reshape(-1)[: codes.size] = codes
+    word = np.zeros(len(eight), np.uint64)
+    for i in range(8):
+        word <<= np.uint64(bits)
+        word |= eight[:, i]
+    word <<= np.uint64(64 - 8 * bits)
+    stored = word.astype(">u8").view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)
+    return stored[: -(-codes.size * bits // 8)]
+
+
+def read_codes(stored: np.ndarray, here: slice, bits: int) -> np.ndarray:
+    """A piece of the codes, int32; inverse of `pack_codes`."""
+    number = here.stop - here.start
+    if bits in (8, 16):
+        return stored[here.start * bits // 8 : here.stop * bits // 8].view(f">u{bits // 8}").astype(np.int32)
+    if not 0 < bits < 8:
+        digits = read_flags(stored, slice(bits * here.start, bits * here.stop)).view(np.uint8).reshape(number, bits)
+        codes = np.zeros(number, np.int32)
+        for digit in digits.T:
+            codes += codes
+            codes += digit
+        return codes
+    if bits == 4 and not here.start % 2:
+        two = stored[here.start // 2 : -(-here.stop // 2)]
+        nibbles = np.empty((two.size, 2), np.int32)
+        np.right_shift(two, 4, out=nibbles[:, 0])
+        np.bitwise_and(two, 15, out=nibbles[:, 1])
+        return nibbles.reshape(-1)[:number]
+    skipped = here.start % 8
+    first, last = (here.start - skipped) // 8 * bits, -(-here.stop * bits // 8)
+    held = np.zeros(-(-(skipped + number) // 8) * bits, np.uint8)
+    held[: last - first] = stored[first:last]
+    words = np.zeros((held.size // bits, 8), np.uint8)
+    words[:, :bits] = held.reshape(-1, bits)
+    word = words.view(">u8").astype(np.uint64).reshape(-1)
+    out = np.empty((word.size, 8), np.int32)
+    for i in range(8):
+        out[:, i] = word >> np.uint64(64 - bits * (i + 1)) & np.uint64((1 << bits) - 1)
+    return out.reshape(-1)[skipped : skipped + number]
 
 
 def read_bits(stored: np.ndarray, at: np.ndarray, widths: np.ndarray | int) -> np.ndarray:

@@ -9,6 +9,7 @@ magnitude). Of a weight of n entries, nnz of them non-zero, the smaller of two l
 and `levels`: the scale, 4 bytes (8 for float64 weights), or the codebook in the weight's dtype; one, or one a channel.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -30,8 +31,12 @@ from compressx.formats.base import (
     same,
     take,
 )
-from compressx.formats.parts import check_shape, clean, count_flags, fits, part, read_flags
+from compressx.formats.parts import check_shape, clean, count_flags, fits, pack_codes, part, read_codes, read_flags
+from compressx.formats.weight import Bytes, Support, Weight
 
+_ROWS = 1 << 22  # weights that are encoded together
+_NO_CODE = np.iinfo(np.int32).min
+_TABLE = 256  # levels of each sign up to which codes are looked up in a table of all
 _GRIDS = ("uniform", "power_of_two", "cells", "codebook", *FLOAT8)
 
 
@@ -39,7 +44,7 @@ class Coded(NamedTuple):
     """A weight on levels.
 
     Attributes:
-      codes: signed indices, int32 of the weight's shape.
+      codes: signed indices, in the smallest signed dtype, of the weight's shape.
       structure: scale `[]` or `[cout]`, or codebook `[top]` or `[top, cout]`.
       levels: which levels.
     """
@@ -58,19 +63,50 @@ def supports(w: np.ndarray, constraint: Any) -> bool | str:
 
 def coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
     """The codes of a weight; ValueError where a weight does not lie exactly on its level."""
+    out = _coded(w, constraint, structure)
+    back = weights(out, w.dtype)
+    if not same(back, np.ascontiguousarray(w)):
+        off = int(np.sum(back != w))
+        raise ValueError(f"{off} of {w.size} weights are not on the levels of quantize(bits={out.levels.bits}, ...)")
+    return out
+
+
+def _coded(w: np.ndarray, constraint: Any, structure: Any) -> Coded:
+    """The codes of the nearest levels."""
     found = part(constraint, structure, ("quantize",))
     if found is None:
         raise ValueError("no quantize(...) in the constraint")
     spec, scale = found
     levels = levels_of(spec)
     scale = fit(jnp.asarray(w), levels) if scale is None else jnp.asarray(scale)
-    codes = np.asarray(encode(jnp.asarray(w), scale, levels))
-    out = Coded(codes, np.asarray(scale), levels)
-    back = weights(out, w.dtype)
-    if not same(back, np.ascontiguousarray(w)):
-        off = int(np.sum(back != w))
-        raise ValueError(f"{off} of {w.size} weights are not on the levels of quantize(bits={levels.bits}, ...)")
-    return out
+    return Coded(_encoded(w, scale, levels), np.asarray(scale), levels)
+
+
+def _encoded(w: np.ndarray, scale: Any, levels: Levels) -> np.ndarray:
+    """`encode`, some rows of a large weight after the other, so that XLA's integers of 32 bits take little memory."""
+    codes, outputs = np.empty(w.shape, code_dtype(levels)), w.shape[-1]
+    rows = max(1, _ROWS // outputs)
+    if levels.viewed or w.size <= 2 * _ROWS or w.size // outputs <= rows:
+        codes[...] = np.asarray(encode(jnp.asarray(w), scale, levels))
+        return codes
+    into, m = codes.reshape(-1, outputs), w.reshape(-1, outputs)
+    for here in pieces(len(m), rows):
+        into[here] = np.asarray(encode(jnp.asarray(m[here]), scale, levels))
+    return codes
+
+
+def codes_of(weight: Weight) -> Coded:
+    """The codes of a `Weight`, for which the formats for levels ask together.
+
+    Whether it lies on these levels is not looked at here: what was packed is compared with the weight in any case.
+    """
+    return _coded(weight.w, weight.constraint, weight.structure)
+
+
+def code_support(weight: Weight) -> Support:
+    """Where the codes of a weight on levels are not zero: as a rule where it is not zero itself."""
+    mask = weight.once(codes_of).codes != 0
+    return weight.support if np.array_equal(mask, weight.support.mask) else Support(mask)
 
 
 def weights(c: Coded, dtype: np.dtype[Any]) -> np.ndarray:
@@ -96,6 +132,19 @@ def decoded(
     codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any], outputs: int
 ) -> np.ndarray:
     """`weights` of a piece of the codes in stored order, which begins at weight `start` of a leaf `[..., outputs]`."""
+    if levels.top <= _TABLE and codes.size > 2 * _TABLE:
+        signed = np.arange(-levels.top, levels.top + 1)
+        if levels.per == "tensor":
+            table = decoded(signed, 0, structure, levels, dtype, outputs)
+            return table[codes.astype(np.intp) + levels.top]
+        whole = levels.per == "channel" and not start % outputs and not codes.size % outputs
+        if whole and levels.grid != "codebook" and not np.signbit(structure).any():
+            one = np.ones((), structure.dtype)
+            table = decoded(signed, 0, one, dataclasses.replace(levels, per="tensor"), structure.dtype, 1)
+            rows = table[codes.astype(np.intp) + levels.top].reshape(-1, outputs)
+            with np.errstate(over="ignore"):
+                rows *= structure
+                return rows.astype(dtype).reshape(-1)
     signed = codes.astype(np.int32)
     k = np.abs(signed)
     if levels.per != "tensor":
@@ -171,38 +220,37 @@ def _sharing(packed: Packed) -> tuple[str | int, int]:
     return per, outputs if per == "channel" else rows if per == "row" else -(-rows // int(per)) * outputs
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Integers in 0 .. 2**bits - 1 as one string of bits, each highest bit first: uint8."""
-    flat = codes.reshape(-1)
-    digits = np.empty((flat.size, bits), np.uint8)
-    for i in range(bits):
-        digits[:, i] = flat >> (bits - 1 - i) & 1
-    return np.packbits(digits.reshape(-1))
-
-
 def check_codes(entry: str, stored: np.ndarray, bits: int) -> None:
     """Refuses a string of codes with bits set after the last one."""
     if not clean(stored, bits):
         fail(entry, "bits after the last code are set")
 
 
-def read_codes(stored: np.ndarray, here: slice, bits: int) -> np.ndarray:
-    """A piece of the codes, int32; inverse of `pack_codes`."""
-    digits = read_flags(stored, slice(bits * here.start, bits * here.stop)).view(np.uint8).reshape(-1, bits)
-    codes = np.zeros(len(digits), np.int32)
-    for digit in digits.T:
-        codes += codes
-        codes += digit
-    return codes
-
-
 def to_unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
     """Signed indices as a sign bit above the magnitude."""
-    return np.abs(codes) | (codes < 0).astype(np.int32) << (bits - 1)
+    unsigned: np.ndarray = np.abs(codes).astype(np.uint32) | (codes < 0).astype(np.uint32) << np.uint32(bits - 1)
+    return unsigned
+
+
+def pack_signed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Signed indices as one string of bits, a sign bit above the magnitude of each: uint8."""
+    flat = codes.reshape(-1)
+    stored = np.empty(-(-flat.size * bits // 8), np.uint8)
+    for here in pieces(flat.size):
+        stored[here.start * bits // 8 : -(-here.stop * bits // 8)] = pack_codes(to_unsigned(flat[here], bits), bits)
+    return stored
 
 
 def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray:
     """Inverse of `to_unsigned`; a negative zero is no code."""
+    if bits <= 8 and stored.size > 1 << bits:
+        table = np.arange(1 << bits, dtype=np.int32)
+        magnitude = table & ((1 << (bits - 1)) - 1)
+        table = np.where(table >> (bits - 1) > 0, -magnitude, magnitude)
+        table[(magnitude > top) | ((table == 0) & (np.arange(1 << bits) > 0))] = _NO_CODE
+        signed = table[stored]
+        if int(signed.min()) != _NO_CODE:
+            return signed
     k = stored & ((1 << (bits - 1)) - 1)
     negative = stored >> (bits - 1) > 0
     if (negative & (k == 0)).any():
@@ -212,15 +260,30 @@ def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray
     return np.where(negative, -k, k).astype(np.int32)
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    c = coded(w, constraint, structure)
+def levels_bytes(weight: Weight) -> int:
+    """What the scales or the codebook of a weight on levels take."""
+    return int(weight.once(codes_of).structure.nbytes)
+
+
+def _layout(weight: Weight) -> tuple[bool, int]:
+    """Whether a mask says where the zeros are, and the bytes of the codes and the mask."""
+    n, b = weight.w.size, width(weight.once(codes_of).levels)
+    kept = weight.once(code_support).count
+    masked, plain = -(-kept * b // 8) + -(-n // 8), -(-n * b // 8)
+    return masked < plain, min(masked, plain)
+
+
+def _size(weight: Weight) -> Bytes:
+    return Bytes(levels_bytes(weight) + _layout(weight)[1], 0)
+
+
+def _pack(weight: Weight) -> Packed:
+    w, c = weight.w, weight.once(codes_of)
     b = width(c.levels)
-    flat = c.codes.reshape(-1)
-    mask = flat != 0
-    kept = int(mask.sum())
+    flat, mask = c.codes.reshape(-1), weight.once(code_support).mask.reshape(-1)
     arrays, meta = write_levels(c)
-    masked = -(-kept * b // 8) + -(-flat.size // 8) < -(-flat.size * b // 8)
-    arrays["codes"] = pack_codes(to_unsigned(flat[mask] if masked else flat, b), b)
+    masked = _layout(weight)[0]
+    arrays["codes"] = pack_signed(flat[mask] if masked else flat, b)
     if masked:
         arrays["mask"] = np.packbits(mask)
     return Packed("quantized", w.shape, w.dtype.name, arrays, meta | {"masked": masked})
@@ -251,4 +314,4 @@ def _unpack(packed: Packed) -> np.ndarray:
     return w.reshape(packed.shape)
 
 
-QUANTIZED = Format("quantized", supports, _pack, _unpack)
+QUANTIZED = Format("quantized", supports, _size, _pack, _unpack)

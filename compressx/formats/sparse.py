@@ -8,6 +8,7 @@ negative zero is a value. Bytes of a weight of n entries, nnz of them non-zero, 
     coo-delta  ceil(codes b / 8) + nnz v        (b bits a code, chosen for the fewest bytes)
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,18 @@ from compressx.formats.base import (
     dtype_of,
     fail,
     filters_first,
+    index_dtype,
     integer,
-    nonzero,
     only,
     pieces,
     rank,
     take,
 )
-from compressx.formats.parts import clean, count_flags, entries, read_bits, read_flags
+from compressx.formats.parts import clean, count_flags, entries, pack_codes, read_codes, read_flags
+from compressx.formats.weight import Bytes, Support, Weight
 
 MAX_WIDTH = 16  # bits of a delta code
+_STRIDE = 1 << 20  # weights whose gaps are counted together
 
 
 def _size(packed: Packed) -> int:
@@ -40,10 +43,22 @@ def _size(packed: Packed) -> int:
 # --- bitmask: one bit a weight in stored order (first weight in the highest bit), then the values in the same order.
 
 
-def _pack_bitmask(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    del constraint, structure
-    mask = nonzero(w)
-    return Packed("bitmask", w.shape, w.dtype.name, {"mask": np.packbits(mask.reshape(-1)), "values": w[mask]}, {})
+def _size_bitmask(weight: Weight) -> Bytes:
+    return Bytes(-(-weight.w.size // 8), weight.support.count)
+
+
+def _values(weight: Weight) -> np.ndarray:
+    """The weights that are not zero, in stored order; taken by their positions, which is faster than by a mask."""
+    flat, values, end = weight.w.reshape(-1), np.empty(weight.support.count, weight.w.dtype), 0
+    for found in _positions(weight.support.mask.reshape(-1)):
+        np.take(flat, found, out=values[end : (end := end + found.size)], mode="clip")
+    return values
+
+
+def _pack_bitmask(weight: Weight) -> Packed:
+    w, mask = weight.w, weight.support.mask
+    arrays = {"mask": np.packbits(mask.reshape(-1)), "values": _values(weight)}
+    return Packed("bitmask", w.shape, w.dtype.name, arrays, {})
 
 
 def _unpack_bitmask(packed: Packed) -> np.ndarray:
@@ -55,13 +70,12 @@ def _unpack_bitmask(packed: Packed) -> np.ndarray:
     values = take(packed, "values", dtype_of(packed).name, (count_flags(stored),))
     w, read = np.zeros(n, dtype_of(packed)), 0
     for part in pieces(n):
-        mask = read_flags(stored, part)
-        piece = slice(read, read := read + int(np.count_nonzero(mask)))
-        w[part][mask] = values[piece]
+        found = np.flatnonzero(read_flags(stored, part))
+        w[part][found] = values[read : (read := read + found.size)]
     return w.reshape(packed.shape)
 
 
-BITMASK = Format("bitmask", rank(0), _pack_bitmask, _unpack_bitmask)
+BITMASK = Format("bitmask", rank(0), _size_bitmask, _pack_bitmask, _unpack_bitmask)
 
 
 # --- csr: compressed sparse rows of the filters-first GEMM view [F, P], a filter a row, as the papers count it.
@@ -82,10 +96,13 @@ def csr(bits: int) -> Format:
         positions = w.size // max(w.shape[-1], 1)
         return positions <= 1 << bits or f"{positions} positions need more than {bits} bits"
 
-    def pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-        del constraint, structure
-        m = filters_first(w)
-        mask = nonzero(m)
+    def size(weight: Weight) -> Bytes:
+        count = weight.support.count
+        return Bytes(bits // 8 * count + 4 * (weight.w.shape[-1] + 1), count)
+
+    def pack(weight: Weight) -> Packed:
+        w = weight.w
+        m, mask = filters_first(w), filters_first(weight.support.mask)
         indptr = np.zeros(m.shape[0] + 1, np.uint32)
         np.cumsum(mask.sum(axis=1, dtype=np.uint32), dtype=np.uint32, out=indptr[1:])
         indices = np.nonzero(mask)[1].astype(ids)
@@ -111,37 +128,77 @@ def csr(bits: int) -> Format:
             m[column, row] = values[piece]
         return m.reshape(packed.shape)
 
-    return Format(name, supports, pack, unpack)
+    return Format(name, supports, size, pack, unpack)
 
 
 # --- coo-delta: the number of zeros before each value, in stored order, in codes of b bits.
 
 
-def _best_width(gaps: np.ndarray) -> tuple[int, int]:
-    """The width of least bytes (the smaller on a tie) and the number of codes it takes."""
+def _positions(mask: np.ndarray) -> Iterator[np.ndarray]:
+    """Where a flat mask is set, int64, in pieces that follow one another; none of them is empty."""
+    for part in pieces(mask.size, _STRIDE):
+        found = np.flatnonzero(mask[part])
+        if found.size:
+            yield found + part.start
+
+
+def _gaps(mask: np.ndarray) -> Iterator[np.ndarray]:
+    """How many zeros stand before each value, in the pieces of `_positions`."""
+    last = -1
+    for found in _positions(mask):
+        gaps = np.empty_like(found)
+        gaps[0] = found[0] - last - 1
+        np.subtract(found[1:], found[:-1], out=gaps[1:])
+        gaps[1:] -= 1
+        last = int(found[-1])
+        yield gaps
+
+
+def _codes(support: Support) -> tuple[int, int]:
+    """The width of least bytes (the smaller on a tie) and the number of codes it takes.
+
+    The gaps are counted by their length, so that each width asks about lengths, of which there are few, not about gaps.
+    """
+    counts = np.zeros(1, np.int64)
+    for gaps in _gaps(support.mask.reshape(-1)):
+        more = np.bincount(gaps)
+        if more.size > counts.size:
+            counts, more = more, counts
+        counts[: more.size] += more
+    length = np.flatnonzero(counts)
+    number = counts[length]
     best = (0, 0, 0)
     for width in range(1, MAX_WIDTH + 1):
-        codes = gaps.size + int(np.sum(gaps // ((1 << width) - 1), dtype=np.int64))
+        codes = support.count + int((length // ((1 << width) - 1) * number).sum())
         size = -(-codes * width // 8)
         if width == 1 or size < best[0]:
             best = (size, width, codes)
     return best[1], best[2]
 
 
-def _pack_delta(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    del constraint, structure
-    flat = np.ascontiguousarray(w).reshape(-1)
-    places = np.flatnonzero(nonzero(flat))
-    gaps = np.diff(places, prepend=-1) - 1
-    width, count = _best_width(gaps)
+def _least_delta(weight: Weight) -> Bytes:
+    """A bit for every value, which only a weight without zeros reaches."""
+    return Bytes(-(-weight.support.count // 8), weight.support.count)
+
+
+def _size_delta(weight: Weight) -> Bytes:
+    width, count = weight.support.once(_codes)
+    return Bytes(-(-count * width // 8), weight.support.count)
+
+
+def _pack_delta(weight: Weight) -> Packed:
+    w, support = weight.w, weight.support
+    width, count = support.once(_codes)
     escape = (1 << width) - 1
-    codes = np.full(count, escape, np.uint16)
-    # The code of a value comes after its escapes.
-    codes[np.cumsum(gaps // escape + 1) - 1] = gaps % escape
-    bits = np.empty((count, width), np.uint8)
-    for i in range(width):
-        bits[:, i] = codes >> (width - 1 - i) & 1
-    arrays = {"codes": np.packbits(bits.reshape(-1)), "values": flat[places]}
+    codes = np.full(count, escape, index_dtype(escape + 1))
+    written = 0
+    for gaps in _gaps(support.mask.reshape(-1)):
+        escapes = gaps // escape
+        # The code of a value comes after its escapes.
+        ends = written + np.cumsum(escapes + 1)
+        codes[ends - 1] = gaps - escapes * escape
+        written = int(ends[-1])
+    arrays = {"codes": pack_codes(codes, width), "values": _values(weight)}
     return Packed("coo-delta", w.shape, w.dtype.name, arrays, {"width": width, "codes": count})
 
 
@@ -157,7 +214,7 @@ def _unpack_delta(packed: Packed) -> np.ndarray:
     w = np.zeros(n, dtype_of(packed))
     reached, used = 0, 0  # weights and values behind the codes that are read
     for part in pieces(count):
-        codes = read_bits(stored, width * np.arange(part.start, part.stop), width)
+        codes = read_codes(stored, part, width)
         is_value = codes < (1 << width) - 1
         ends = reached + np.cumsum(codes + is_value)
         places = ends[is_value] - 1
@@ -174,4 +231,4 @@ def _unpack_delta(packed: Packed) -> np.ndarray:
 # 2^b - 1 zeros and writes nothing (cheaper than the filler zeros of Deep Compression, which cost a value each). Zeros
 # after the last value have no code.
 # Source of the scheme: S. Han, H. Mao, W. Dally, "Deep Compression", 2016, section 2.
-COO_DELTA = Format("coo-delta", rank(0), _pack_delta, _unpack_delta)
+COO_DELTA = Format("coo-delta", rank(0), _size_delta, _pack_delta, _unpack_delta, least=_least_delta)

@@ -23,20 +23,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compressx.formats.base import PIECE, Format, Packed, choice, dtype_of, fail, nbytes, only, pieces, take
-from compressx.formats.parts import check_shape, clean, count_flags, fits, part, read_flags
+from compressx.formats.parts import check_shape, clean, count_flags, fits, pack_codes, part, read_codes, read_flags
 from compressx.formats.quantized import (
+    Coded,
     check_codes,
-    coded,
+    codes_of,
     decoded,
+    levels_bytes,
     outputs_of,
-    pack_codes,
-    read_codes,
+    pack_signed,
     read_levels,
     to_signed,
-    to_unsigned,
     width,
     write_levels,
 )
+from compressx.formats.weight import Bytes, Weight
 
 _KINDS = ("unify_and_prune", "unify", "prune_blocks")
 MAX_EXTENT = 1 << 30
@@ -69,6 +70,12 @@ def _grid(shape: tuple[int, ...], block: list[int]) -> tuple[tuple[int, ...], li
 
 
 def _ordered(extents: tuple[int, ...], step: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    if not any(n % b for n, b in zip(extents, step, strict=True)):
+        # whole blocks: an axis for the blocks and one for what is inside, blocks first
+        cut = [part for n, b in zip(extents, step, strict=True) for part in (n // b, b)]
+        grid = np.arange(math.prod(extents)).reshape(cut)
+        order = grid.transpose([*range(0, len(cut), 2), *range(1, len(cut), 2)]).reshape(-1)
+        return order, np.full(order.size // math.prod(step), math.prod(step))
     dtype = np.int32 if math.prod(extents) <= np.iinfo(np.int32).max else np.int64
     ids = np.zeros(extents, dtype)
     for a, (n, b) in enumerate(zip(extents, step, strict=True)):
@@ -86,12 +93,26 @@ def _bits_of(x: np.ndarray) -> np.ndarray:
     return bits
 
 
-def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
-    found = part(constraint, structure, _KINDS)
+class _Blocks(NamedTuple):
+    """A weight block after block: its bits or codes, the size of each block, which are pruned, which unified."""
+
+    x: np.ndarray
+    negative: np.ndarray
+    sizes: np.ndarray
+    high: np.ndarray
+    pruned: np.ndarray
+    unified: np.ndarray
+    block: list[int]
+    coded: Coded | None
+
+
+def _classed(weight: Weight) -> _Blocks:
+    w = weight.w
+    found = part(weight.constraint, weight.structure, _KINDS)
     assert found is not None  # `supports` said so
     block = [int(b) for b in found[0]["block"]]
     order, sizes = block_order(w.shape, block)
-    c = coded(w, constraint, structure) if part(constraint, None, ("quantize",)) is not None else None
+    c = weight.once(codes_of) if part(weight.constraint, None, ("quantize",)) is not None else None
     x = (w if c is None else c.codes).reshape(-1)[order]
     if c is None:
         bits = _bits_of(x)
@@ -102,15 +123,33 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     starts = np.cumsum(sizes) - sizes
     high, low = np.maximum.reduceat(magnitude, starts), np.minimum.reduceat(magnitude, starts)
     pruned = (high == 0) & ~np.logical_or.reduceat(negative, starts)
-    unified = (high == low) & ~pruned
-    rest = unified[~pruned]
+    return _Blocks(x, negative, sizes, high, pruned, (high == low) & ~pruned, block, c)
+
+
+def _size(weight: Weight) -> Bytes:
+    held = weight.once(_classed)
+    pruned, unified = int(np.count_nonzero(held.pruned)), int(np.count_nonzero(held.unified))
+    tied = int(held.sizes[held.unified].sum())
+    free = int(held.sizes[~held.pruned & ~held.unified].sum())
+    index = -(-held.sizes.size // 8) if pruned else 0
+    if unified:
+        index += -(-(held.sizes.size - pruned) // 8) + -(-tied // 8)
+    if held.coded is None:
+        return Bytes(index, unified + free)
+    b = width(held.coded.levels)
+    return Bytes(index + -(-unified * (b - 1) // 8) + -(-free * b // 8) + levels_bytes(weight), 0)
+
+
+def _pack(weight: Weight) -> Packed:
+    w = weight.w
+    x, negative, sizes, high, pruned, unified, block, c = weight.once(_classed)
     in_unified, in_free = np.repeat(unified, sizes), np.repeat(~pruned & ~unified, sizes)
     arrays: dict[str, np.ndarray] = {}
     meta: dict[str, Any] = {"block": block, "coded": c is not None}
     if pruned.any():
         arrays["pruned"] = np.packbits(pruned)
     if unified.any():
-        arrays["unified"] = np.packbits(rest)
+        arrays["unified"] = np.packbits(unified[~pruned])
         arrays["signs"] = np.packbits(negative[in_unified])
     if c is None:
         arrays["magnitudes"] = high[unified].view(w.dtype)
@@ -118,7 +157,7 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     else:
         b = width(c.levels)
         arrays["magnitudes"] = pack_codes(high[unified], b - 1)
-        arrays["free"] = pack_codes(to_unsigned(x[in_free], b), b)
+        arrays["free"] = pack_signed(x[in_free], b)
         levels, about = write_levels(c)
         arrays |= levels
         meta |= about
@@ -248,4 +287,4 @@ def _coded(packed: Packed, blocks: int, loose: int) -> _Values:
     return _Values(magnitudes, free, np.negative, weights)
 
 
-UNIFIED = Format("unified", supports, _pack, _unpack, _workspace)
+UNIFIED = Format("unified", supports, _size, _pack, _unpack, _workspace)

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
-from compressx.formats import FORMATS, Packed, container
+from compressx.formats import FORMATS, Packed, container, tensors
 from compressx.formats.base import DTYPES, index_dtype
 
 # --- forging
@@ -46,7 +47,10 @@ def opened(data: bytes) -> Source:
     """A sound file in parts."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["compressx"])
-    return Source(header, container._stored_arrays(data))  # safetensors.numpy.load knows no bfloat16
+    arrays = {}
+    for name, about in safetensors.deserialize(data):  # safetensors.numpy.load knows no bfloat16
+        arrays[name] = np.frombuffer(about["data"], DTYPES[tensors.NAMES[about["dtype"]]]).reshape(about["shape"])
+    return Source(header, arrays)
 
 
 def forge(path: Path, header: Any, arrays: dict[str, np.ndarray], text: str | None = None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from compressx import kernels
-from compressx.formats import FORMATS, Packed, unpack
+from compressx.formats import Packed, pack, unpack
 from experiments.common.models.gru import GATES
 from experiments.gru_speech.speech.features import FrontEnd, derivative_filters, static_features
 
@@ -137,7 +137,7 @@ def prepare(packed: Mapping[str, Packed], way: str, hidden_layers: int) -> Netwo
     def blocks(name: str, p: Packed) -> Packed:
         if way == "dense" or name not in MATRICES or p.format in kernels.recurrent.BSPC:
             return p
-        return FORMATS["bspc"].pack(unpack(p), None, None)
+        return pack(unpack(p), format="bspc")
 
     layers = []
     for i in range(hidden_layers):
