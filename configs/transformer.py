@@ -50,7 +50,7 @@ SETS = {
 }
 
 SUBJECTS = {
-    "vit_digits": (Data(name="digits", shift=1), Model(width=32, heads=4, hidden=64, patch=2), 32, (40, 30, 30)),
+    "vit_digits": (Data(name="digits", shift=1), Model(width=32, heads=4, hidden=64, patch=2), 32, (20, 15, 15)),
     "vit_mnist": (Data(name="mnist", train=8000), Model(), 64, (6, 3, 3)),
     "decoder_generated": (Data("text", "generated", window=32), Model(width=32, heads=4, hidden=128), 32, (4, 3, 3)),
     "decoder_shakespeare": (Data("text", "tiny_shakespeare", 400_000, 50_000), Model(), 32, (4, 2, 2)),

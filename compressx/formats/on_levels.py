@@ -60,7 +60,7 @@ def on_levels(inner: Format, name: str) -> Format:
         packed = inner.pack(c.codes, constraint, structure)
         values, b = packed.arrays[name], width(c.levels)
         levels, about = write_levels(c)
-        arrays = packed.arrays | {name: pack_codes(to_unsigned(values, b), b)} | levels
+        arrays = packed.arrays | {name: pack_codes(to_unsigned(values, c.levels), b)} | levels
         meta = packed.meta | about | {"values": list(values.shape)}
         return Packed(inner.name + SUFFIX, w.shape, w.dtype.name, arrays, meta)
 

@@ -7,6 +7,7 @@ magnitude). Of a weight of n entries, nnz of them non-zero, the smaller of two l
     codes    ceil(nnz b / 8)  + mask ceil(n / 8)  the non-zero ones, and a bit a weight that tells which
 
 and `levels`: the scale, 4 bytes (8 for float64 weights), or the codebook in the weight's dtype; one, or one a channel.
+Asymmetric levels have the smallest integer beside each scale, and a code is the integer modulo 2**b.
 """
 
 import math
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.constraints.quantization import FLOAT8, Levels, encode, fit, levels_of, magnitudes
+from compressx.constraints.levels import FLOAT8, Levels, encode, levels_of, magnitudes, unwrapped
+from compressx.constraints.quantization import fit
 from compressx.formats.base import (
     Format,
     Packed,
@@ -40,7 +42,8 @@ class Coded(NamedTuple):
 
     Attributes:
       codes: signed indices, int32 of the weight's shape.
-      structure: scale `[]` or `[cout]`, or codebook `[top]` or `[top, cout]`.
+      structure: scale `[]` or `[cout]`, scale and smallest code `[2]` or `[2, cout]`, or codebook `[top]` or
+        `[top, cout]`.
       levels: which levels.
     """
 
@@ -97,9 +100,12 @@ def decoded(
 ) -> np.ndarray:
     """`weights` of a piece of the codes in stored order, which begins at weight `start` of a leaf `[..., outputs]`."""
     signed = codes.astype(np.int32)
-    k = np.abs(signed)
     if levels.per != "tensor":
-        channel = units(start, k.size, levels.per, outputs)
+        channel = units(start, signed.size, levels.per, outputs)
+    if not levels.symmetric:
+        structure, low = structure
+        signed = unwrapped(signed, low if levels.per == "tensor" else low[channel], levels)
+    k = np.abs(signed)
     with np.errstate(over="ignore"):
         if levels.grid == "codebook":
             at = np.maximum(k - 1, 0)
@@ -127,7 +133,9 @@ def width(levels: Levels) -> int:
 
 def write_levels(c: Coded) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the meta that `read_levels` understands."""
-    meta = {"bits": c.levels.bits, "grid": c.levels.grid, "per": c.levels.per}
+    meta: dict[str, Any] = {"bits": c.levels.bits, "grid": c.levels.grid, "per": c.levels.per}
+    if not c.levels.symmetric:
+        meta["symmetric"] = False
     return {"levels": c.structure.reshape(-1)}, meta
 
 
@@ -140,16 +148,20 @@ def read_levels(packed: Packed) -> tuple[Levels, np.ndarray]:
     dtype = dtype_of(packed)
     if dtype.name not in ("float64", "float32", "float16", "bfloat16"):
         fail(name, f"dtype {packed.dtype!r} has no levels")
+    symmetric = "symmetric" not in packed.meta or choice(packed, "symmetric", (True, False))
     try:
-        levels = Levels(bits, grid, per, cell_bits=1)
+        levels = Levels(bits, grid, per, cell_bits=1, symmetric=symmetric)
     except ValueError as error:
         fail(f"{name}/bits", str(error))
-    entries = count * (levels.top if grid == "codebook" else 1)
+    each = (levels.top,) if grid == "codebook" else () if symmetric else (2,)
+    entries = count * math.prod(each)
     held = dtype.name if grid == "codebook" else "float64" if dtype.name == "float64" else "float32"
     structure = take(packed, "levels", held, (entries,))
     check_finite(f"{name}/levels", structure)
-    shape = ((levels.top,) if grid == "codebook" else ()) + (() if per == "tensor" else (count,))
-    return levels, structure.reshape(shape)
+    structure = structure.reshape(each + (() if per == "tensor" else (count,)))
+    if not symmetric and not np.isin(structure[1], np.arange(-levels.top, 0)).all():
+        fail(f"{name}/levels", f"the smallest codes must be integers in {-levels.top}..-1")
+    return levels, structure
 
 
 def outputs_of(packed: Packed) -> int:
@@ -196,13 +208,17 @@ def read_codes(stored: np.ndarray, here: slice, bits: int) -> np.ndarray:
     return codes
 
 
-def to_unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Signed indices as a sign bit above the magnitude."""
-    return np.abs(codes) | (codes < 0).astype(np.int32) << (bits - 1)
+def to_unsigned(codes: np.ndarray, levels: Levels) -> np.ndarray:
+    """Signed indices as a sign bit above the magnitude; of asymmetric levels modulo 2**bits."""
+    if not levels.symmetric:
+        return codes & (2**levels.bits - 1)
+    return np.abs(codes) | (codes < 0).astype(np.int32) << (width(levels) - 1)
 
 
 def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray:
-    """Inverse of `to_unsigned`; a negative zero is no code."""
+    """Inverse of `to_unsigned`, but for asymmetric levels, whose sign `decoded` knows; a negative zero is no code."""
+    if top >> (bits - 1):  # magnitudes that leave no bit for a sign: asymmetric levels
+        return stored.astype(np.int32)
     k = stored & ((1 << (bits - 1)) - 1)
     negative = stored >> (bits - 1) > 0
     if (negative & (k == 0)).any():
@@ -220,7 +236,7 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     kept = int(mask.sum())
     arrays, meta = write_levels(c)
     masked = -(-kept * b // 8) + -(-flat.size // 8) < -(-flat.size * b // 8)
-    arrays["codes"] = pack_codes(to_unsigned(flat[mask] if masked else flat, b), b)
+    arrays["codes"] = pack_codes(to_unsigned(flat[mask] if masked else flat, c.levels), b)
     if masked:
         arrays["mask"] = np.packbits(mask)
     return Packed("quantized", w.shape, w.dtype.name, arrays, meta | {"masked": masked})

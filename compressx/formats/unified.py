@@ -118,7 +118,7 @@ def _pack(w: np.ndarray, constraint: Any, structure: Any) -> Packed:
     else:
         b = width(c.levels)
         arrays["magnitudes"] = pack_codes(high[unified], b - 1)
-        arrays["free"] = pack_codes(to_unsigned(x[in_free], b), b)
+        arrays["free"] = pack_codes(to_unsigned(x[in_free], c.levels), b)
         levels, about = write_levels(c)
         arrays |= levels
         meta |= about

@@ -1,4 +1,4 @@
-"""What is measured of a compressed transformer: the network without its empty heads and units, its bytes and its time."""
+"""What is measured of a compressed transformer: the network without its empty heads and units, its bytes and time."""
 
 import dataclasses
 from collections.abc import Callable
@@ -86,6 +86,8 @@ def _bytes(tree: Any) -> int:
 def narrower(model: Model, build: Callable[[Model], Functional], limit: int) -> Model:
     """The widest network of the same depth, heads and proportions whose float weights have at most so many bytes.
 
+    What bytes its width leaves over, in steps of a dimension a head, go to its MLP.
+
     Args:
       model: the network that was compressed.
       build: makes the pure functions of a model.
@@ -94,13 +96,19 @@ def narrower(model: Model, build: Callable[[Model], Functional], limit: int) -> 
     Raises:
       ValueError: not even one dimension a head fits.
     """
-    found = None
-    for width in range(model.heads, model.width + 1, model.heads):
-        hidden = max(1, round(model.hidden * width / model.width))
-        tried = dataclasses.replace(model, width=width, hidden=hidden)
-        if sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(build(tried).like())) > limit:
-            break
-        found = tried
-    if found is None:
+
+    def fits(tried: Model) -> bool:
+        return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(build(tried).like())) <= limit
+
+    widths = range(model.heads, model.width + 1, model.heads)
+    sizes = [(w, max(1, round(model.hidden * w / model.width))) for w in widths]
+    shapes = [dataclasses.replace(model, width=w, hidden=h) for w, h in sizes]
+    fitting = [shape for shape in shapes if fits(shape)]
+    if not fitting:
         raise ValueError(f"no network of {model.layers} layers and {model.heads} heads has at most {limit} bytes")
-    return found
+    best = fitting[-1]
+    low, high = best.hidden, 4 * model.hidden
+    while low < high:  # the largest hidden width that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(dataclasses.replace(best, hidden=middle)) else (low, middle - 1)
+    return dataclasses.replace(best, hidden=low)

@@ -40,8 +40,8 @@ def _removed(block: Mapping[str, Any]) -> html.Content:
     ]
     sizes = facts["bytes"]
     text = (
-        f"{fmt.count(sizes['dense'])} bytes of weights become {fmt.count(sizes['compacted'])}; the outputs differ by at "
-        f"most {facts['largest_difference']:.1e}."
+        f"{fmt.count(sizes['dense'])} bytes of weights become {fmt.count(sizes['compacted'])}; the outputs differ by "
+        f"at most {facts['largest_difference']:.1e}."
     )
     return [
         text,

@@ -115,7 +115,7 @@ def _text(given: Data, data_dir: str | None, split: str, words: tuple[str, ...] 
 
 
 def linear_accuracy(train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]) -> float:
-    """The accuracy on `test` of a logistic regression on the pixels of `train`, which is all that a linear map knows."""
+    """The accuracy on `test` of a logistic regression on the pixels of `train`."""
     from sklearn.linear_model import LogisticRegression  # takes a second to import, and only a full run asks for it
 
     flat = [np.asarray(d["inputs"], np.float32).reshape(len(d["labels"]), -1) for d in (train, test)]

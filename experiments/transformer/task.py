@@ -17,7 +17,7 @@ from experiments.common import artifacts, data, driver, init_from, runner, train
 from experiments.common.driver import Options
 from experiments.common.models.functional import Functional
 from experiments.common.settings import check_batch
-from experiments.common.training import ConfigError, Fit, Phase, Plan, Weights, mesh, phases, state
+from experiments.common.training import ConfigError, Phase, Plan, Weights, mesh, phases, state
 from experiments.transformer import measures, page, sets, subjects
 from experiments.transformer.config import NAME, Config, Data, Model
 from experiments.transformer.subjects import Subject
@@ -94,7 +94,8 @@ def train_narrower(config: Config, options: Options, subject: Subject, limit: in
     epochs = dense.epochs + sum(s.admm.epochs + s.retrain.epochs for s in stages)
     todo = phases.plan(Plan(dataclasses.replace(dense, epochs=epochs)))
     folder = dataclasses.replace(options, workdir=options.workdir / NARROWER)
-    outcome = runner.train(dataclasses.replace(config, model=model), folder, make_job(config, options, subject, net), todo)
+    job = make_job(config, options, subject, net)
+    outcome = runner.train(dataclasses.replace(config, model=model), folder, job, todo)
     size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(net.like()))
     value = subject.value(outcome.results[phases.DENSE]["end"])
     return {"model": dataclasses.asdict(model), "epochs": epochs, "bytes": size, "value": value}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import compressx as cx
 from compressx import formats
-from compressx.constraints.quantization import levels_of
+from compressx.constraints.levels import levels_of
 from compressx.formats import CompressedFileError, Packed
 from compressx.formats.base import same
 from compressx.formats.on_levels import ON_LEVELS
@@ -46,6 +46,11 @@ CASES = {
         (64, 40),
     ),
     "banks": ("bank-balanced", cx.bank_balanced(0.25, 16, axis="inputs") & cx.quantize(4, per="channel"), (40, 21)),
+    "banks, asymmetric": (
+        "bank-balanced",
+        cx.bank_balanced(0.25, 16, axis="inputs") & cx.quantize(4, per="channel", symmetric=False),
+        (40, 21),
+    ),
     "filters": ("compact", cx.filters(0.5) & cx.columns(0.5) & cx.quantize(6), (3, 3, 5, 8)),
     "codebooks": ("compact", cx.filters(0.5) & cx.quantize(3, grid="codebook", per="channel"), (3, 3, 5, 8)),
     "rows": ("csr", cx.unstructured(0.1) & cx.quantize(8), (30, 40)),
