@@ -6,7 +6,7 @@ A variant is SUBJECT or SUBJECT_SET: the subject says the data and the network, 
 kernels. Without a set half of the heads and units of every layer are removed.
 
     vit_digits            8x8 digits, patches of 2x2; needs no data
-    vit_mnist             the first 8,000 images of MNIST, patches of 4x4
+    vit_mnist             the first 5,000 images of MNIST, patches of 7x7
     decoder_generated     a drawn text, by words; needs no data
     decoder_shakespeare   the first 400,000 characters of tiny Shakespeare
 
@@ -49,11 +49,12 @@ SETS = {
     "4bit": each(kind="quantize", bits=4, per="channel"),
 }
 
+SMALL = Model(width=48, heads=6, hidden=192, patch=7)
 SUBJECTS = {
-    "vit_digits": (Data(name="digits", shift=1), Model(width=32, heads=4, hidden=64, patch=2), 32, (20, 15, 15)),
-    "vit_mnist": (Data(name="mnist", train=8000), Model(), 64, (6, 3, 3)),
+    "vit_digits": (Data(name="digits"), Model(width=32, heads=4, hidden=64, patch=2), 32, (20, 15, 15)),
+    "vit_mnist": (Data(name="mnist", train=5000, test=2000), SMALL, 50, (10, 4, 4)),
     "decoder_generated": (Data("text", "generated", window=32), Model(width=32, heads=4, hidden=128), 32, (4, 3, 3)),
-    "decoder_shakespeare": (Data("text", "tiny_shakespeare", 400_000, 50_000), Model(), 32, (4, 2, 2)),
+    "decoder_shakespeare": (Data("text", "tiny_shakespeare", 400_000, 50_000), SMALL, 32, (4, 2, 2)),
 }
 
 
@@ -63,7 +64,7 @@ def make(variant: str, subject: str, rules: tuple[tuple[str, Any], ...]) -> Conf
     warm = {"warmup": 0.05, "weight_decay": 1e-4}
     stage = Stage(
         rules,
-        Admm(epochs=admm, lr=1e-3, final=0.1, rho=3e-3, rho_stages=3, every=50, refresh_every=1),
+        Admm(epochs=admm, lr=1e-3, final=0.1, rho=1e-2, rho_stages=3, every=20, refresh_every=1),
         Fit(epochs=retrain, lr=2e-3, **warm),
     )
     plan = Plan(Fit(epochs=dense, lr=2e-3, **warm), (stage,), baselines=("one_shot", "dense_same_budget"))

@@ -115,6 +115,16 @@ def test_the_way_through_training_a_file_and_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(x), x @ hard.params["w"], rtol=1e-5, atol=1e-5)
 
 
+def test_every_format_of_levels_gives_the_weights_back() -> None:
+    c = cx.quantize(4, per=3, symmetric=False)
+    w = drawn("skew", (9, 4)).at[3].set(0)
+    s = c.init(w)
+    z = np.asarray(c.project(w, s))
+    for name in ("quantized", "cells", "bit-planes", "bit-planes-complement", "csr-coded", "compact-coded"):
+        for structure in (s, None):  # without a structure it is fitted again
+            np.testing.assert_array_equal(cx.formats.unpack(cx.formats.pack(z, c, structure, name)), z)
+
+
 def test_a_file_with_an_impossible_zero_point_is_refused() -> None:
     w = np.asarray([[1.0, -1.0, 3.0, 5.0]], np.float32)
     packed = cx.formats.pack(w, cx.quantize(3, symmetric=False), jnp.asarray([1.0, -2.0]), "quantized")
