@@ -83,7 +83,7 @@ def test_weights_come_back_in_b_bits_a_value_and_the_inner_index(name: str, dtyp
     b = levels.bits + (levels.grid == "cells")
     entries = (levels.top if levels.grid == "codebook" else 1) * (w.shape[-1] if levels.per == "channel" else 1)
     number, v = raw.arrays[values].size, w.dtype.itemsize
-    scales = entries * (v if levels.grid == "codebook" else 4)
+    scales = entries * (v if levels.grid == "codebook" else 4 if levels.symmetric else 8)
     assert formats.nbytes(packed) == formats.nbytes(raw) - number * v + math.ceil(number * b / 8) + scales
     for key in set(raw.arrays) - {values}:
         assert same(packed.arrays[key], raw.arrays[key])
