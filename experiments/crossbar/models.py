@@ -119,7 +119,7 @@ def check_sets(rules: Rules, engine: str) -> None:
                 continue
             if not levels_of(spec).symmetric:
                 raise ConfigError(
-                    f"rule {pattern!r}: an engine stores a magnitude and a sign; use symmetric levels, not symmetric=False"
+                    f"rule {pattern!r}: an engine stores a magnitude and a sign; quantize with symmetric levels"
                 )
             if spec["grid"] == "codebook":
                 raise ConfigError(
