@@ -64,7 +64,7 @@ def make(variant: str, subject: str, rules: tuple[tuple[str, Any], ...]) -> Conf
     warm = {"warmup": 0.05, "weight_decay": 1e-4}
     stage = Stage(
         rules,
-        Admm(epochs=admm, lr=1e-3, final=0.1, rho=1e-2, rho_stages=3, every=20, refresh_every=1),
+        Admm(epochs=admm, lr=3e-3, rho=3e-2, rho_factor=4.0, rho_stages=3, every=100, refresh_every=1),
         Fit(epochs=retrain, lr=2e-3, **warm),
     )
     plan = Plan(Fit(epochs=dense, lr=2e-3, **warm), (stage,), baselines=("one_shot", "dense_same_budget"))
