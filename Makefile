@@ -74,7 +74,7 @@ types: env  ## check the types with mypy
 package:  ## build wheel and sdist into dist/, install each in fresh environments, and use them there
 	"$(PYTHON)" .ci/package.py $(ARGS)
 
-tables: env  ## rebuild the tables of README and docs from docs/results
+tables: env  ## rebuild README's tables from docs/results
 	$(BIN)/python -m experiments.common.report.tables
 
 docs:  ## build the site in build/docs, in an environment of its own; notebooks run, and any warning ends it

@@ -2,12 +2,14 @@
 
     run = Step(onnx_bytes(...), x, threads)        # run() is an inference there
 
-Its last release that runs, 1.8.0, is archived and needs an older NumPy and onnx than ours, so `make peers` puts it in
-an environment inside this one. The worker, `python deepsparse.py MODEL IMAGES OUTPUTS THREADS`, answers every line that
-it is sent by one inference; the pipe adds some 50 microseconds, which are counted as its own.
+Its last release that runs, 1.8.0, is archived and needs an older NumPy and onnx than ours, and Python 3.11 or older, so
+`make peers` puts it in an environment inside this one, of such a Python where one is found. The worker, `python
+deepsparse.py MODEL IMAGES OUTPUTS THREADS`, answers every line that it is sent by one inference; the pipe adds some 50
+microseconds, which are counted as its own.
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,19 @@ import numpy as np
 ENVIRONMENT = Path(sys.prefix) / "deepsparse"
 PYTHON = ENVIRONMENT / "bin" / "python"
 RELEASE = "deepsparse==1.8.0"
+
+
+def interpreter() -> str:
+    """A Python for its environment: this one, where its last release has a wheel for it, or the newest such found."""
+    names = ["python3.11", "python3.10", "python3.9"]
+    folder = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [sys.executable] if sys.version_info < (3, 12) else []
+    found += [*names, *(str(p) for name in names for p in sorted(folder.glob(f"*/bin/{name}")))]
+    for each in found:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run([each, "-c", "import ensurepip, venv"], check=True, capture_output=True)
+            return each
+    return sys.executable
 
 
 def installed() -> bool:

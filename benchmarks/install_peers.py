@@ -52,7 +52,7 @@ def install(package: str, command: Command = run) -> tuple[bool, str]:
     """Whether a peer can be imported after its install, and its version or why not."""
     python, what = sys.executable, ["-c", str(CONSTRAINTS), package]
     if package == "deepsparse":
-        status, output = command([python, "-m", "venv", str(deepsparse.ENVIRONMENT)])
+        status, output = command([deepsparse.interpreter(), "-m", "venv", str(deepsparse.ENVIRONMENT)])
         if status:
             return False, f"not installed: {reason(output)}"
         python, what = str(deepsparse.PYTHON), [deepsparse.RELEASE]

@@ -15,9 +15,10 @@ __version__ = "0.2.0.dev0"
 # load JAX. Type checkers read the imports below; a test holds the two and `__all__` together.
 if TYPE_CHECKING:
     from compressx import constraints, schedules, views
-    from compressx._admm import AdmmState, admm
-    from compressx._admm import find_state as find_admm_state
-    from compressx._admm import metrics as admm_metrics
+    from compressx._admm import admm
+    from compressx._admm_state import AdmmState
+    from compressx._admm_state import find_state as find_admm_state
+    from compressx._admm_state import metrics as admm_metrics
     from compressx._axes_of import axes_of, with_axes
     from compressx._harden import ConstraintViolation, Hardened, check, count_violations, harden, structures
     from compressx._retrain import RetrainState, retract, retrain
@@ -67,10 +68,10 @@ _MODULES = (
     *("testing", "views"),
 )
 _HOMES = {
-    "AdmmState": "compressx._admm.AdmmState",
+    "AdmmState": "compressx._admm_state.AdmmState",
     "admm": "compressx._admm.admm",
-    "find_admm_state": "compressx._admm.find_state",
-    "admm_metrics": "compressx._admm.metrics",
+    "find_admm_state": "compressx._admm_state.find_state",
+    "admm_metrics": "compressx._admm_state.metrics",
     "axes_of": "compressx._axes_of.axes_of",
     "with_axes": "compressx._axes_of.with_axes",
     "ConstraintViolation": "compressx._harden.ConstraintViolation",

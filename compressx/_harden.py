@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from compressx._admm import AdmmState, find_state
+from compressx._admm_state import AdmmState, find_state
 from compressx.constraints.floats import nonzero
 from compressx.constraints.programs import programs
 from compressx.rules import Bound, Rules, pairs, resolve

@@ -20,7 +20,7 @@ import optax
 
 from compressx import schedules
 from compressx._admm import admm
-from compressx._admm import metrics as admm_metrics
+from compressx._admm_state import metrics as admm_metrics
 from compressx._retrain import retrain
 from compressx.constraints.base import LEVEL, TIE, Constraint, violations
 

@@ -56,7 +56,7 @@ def pull(updates: int, lr: float, every: int, epochs: int) -> Settings:
 
     Between two updates the first rho takes a twentieth of a weight's distance to Z (lr * rho * every = 0.05); each
     further one 1.4 times as much, up to twelve. Four times as much at first, or a learning rate that falls to a tenth
-    inside ADMM, and the network came out of it knowing nothing (`fsdd` at 29x: BUILD_NOTES, "Recipes").
+    inside ADMM, and the network came out of it knowing nothing (`fsdd` at 29x: docs/notes/recipes.md).
     """
     rho = float(f"{0.05 / (lr * every):.3g}")
     more = {"rho_factor": 1.4, "rho_stages": min(updates, 12), "every": every, "final": 0.5, "decoupled": True}

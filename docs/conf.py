@@ -23,7 +23,7 @@ author = "The compressx authors"
 copyright = "The compressx authors"
 release = version = compressx.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "reference"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "reference", "results"]
 exclude_patterns = ["results/**", "_ext/**", "_static/**"]
 
 # Markdown: headings may be linked to as on a forge.

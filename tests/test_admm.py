@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import compressx as cx
-from compressx._admm import by_set
+from compressx._admm_state import by_set
 
 RULES = [("w", cx.unstructured(keep=3) & cx.filters(keep=2))]
 

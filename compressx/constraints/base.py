@@ -231,8 +231,8 @@ def intersection(*constraints: Constraint) -> Constraint:
     for the weights as the earlier sets leave them. Where the nearest point of the intersection has a closed form, the
     constraint for it is a factory of its own and is to be preferred.
 
-    Beside a set over several leaves together (`scope="rule"`, ...) a set over a single leaf holds
-    on each of them, with a structure (a scale, signs) for each: `unstructured(0.1, scope="rule") & quantize(4)`.
+    Beside a set over several leaves together (`scope="rule"`, ...) a set over a single leaf applies to
+    each of them, with a structure (a scale, signs) for each: `unstructured(0.1, scope="rule") & quantize(4)`.
 
     Args:
       constraints: the sets, in any order; intersections are taken apart.

@@ -13,7 +13,9 @@ recurrent         what a recurrent layer offers so that its products can be simu
 aware             noise-aware training
 zero_skip         effective input cycles
 noise, ir_drop    devices that are not ideal, Monte Carlo; wire resistance
-chips, cost       parts of published chips; frames per second, energy, latency
+chips, scaling    parts of published chips; how they follow a design
+cost, energy      frames per second, latency; energy by layer and component
+products          products of two activations, which no array computes
 sot_mram          bit planes, AND and population count in SOT-MRAM
 """
 
@@ -22,6 +24,7 @@ from compressx.crossbar.aware import Target, train_matmul, training_hardware
 from compressx.crossbar.chips import CHIPS, Chip, Part, forms_chip, isaac_chip, known_inconsistencies
 from compressx.crossbar.cost import Plan, compare, peak_gops, plan
 from compressx.crossbar.design import Adc, Design, Device
+from compressx.crossbar.energy import layer_energy
 from compressx.crossbar.ir_drop import effective_conductance, with_wires
 from compressx.crossbar.layers import Deployed, calibrate, deploy, hardware, simulate
 from compressx.crossbar.mapping import (
@@ -39,5 +42,6 @@ from compressx.crossbar.mapping import (
 from compressx.crossbar.mvm import Saturation, crossbar_matmul, crossbar_parts, saturation
 from compressx.crossbar.noise import Estimate, Variation, monte_carlo, perturb
 from compressx.crossbar.presets import PRESETS, forms, isaac, preset, prime_like, puma_like
+from compressx.crossbar.scaling import adc_law, fitted
 from compressx.crossbar.sot_mram import Engine, and_popcount_matmul
 from compressx.crossbar.zero_skip import Skipping, effective_cycles

@@ -24,7 +24,7 @@ TABLE_ROWS = 8
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("rows", "limbs", "cells", "planes", "tables", "proven", "simulated", "place", "gain", "shift"),
-    meta_fields=("design", "inputs", "filters", "path", "exact_rows", "limb_cycles", "in_order", "read_noise"),
+    meta_fields=("design", "inputs", "filters", "path", "exact_rows", "limb_cycles", "in_order", "read_noise", "leak"),
 )
 @dataclass(frozen=True)
 class Programmed:
@@ -46,6 +46,7 @@ class Programmed:
         a product is made in several parts.
       in_order: all inputs are in use, in their order.
       read_noise: standard deviation of a column's sum at every conversion, in cell units.
+      leak: what each driven cell conducts at the lowest level, in cell units; `cells` are without it.
     """
 
     rows: Array
@@ -66,6 +67,13 @@ class Programmed:
     limb_cycles: int
     in_order: bool = False
     read_noise: float = 0.0
+    leak: float = 0.0
+
+    @property
+    def driven(self) -> Array:
+        """The rows of each group of active rows that are in use: bool `[B, R]`."""
+        groups, rows = self.cells.cells.shape[:2]
+        return jnp.arange(groups * rows).reshape(groups, rows) < self.rows.shape[0]
 
     def drive(self, x: Array) -> Array:
         """Inputs `[..., P]` as they meet the word lines: `[..., k]`."""

@@ -1,6 +1,13 @@
-"""Noise-aware training: every step runs through a freshly drawn engine forwards, and plainly backwards."""
+"""Noise-aware training: every step runs through a freshly drawn engine, forwards and backwards.
+
+The noise is reparameterised: a cell conducts g(c, z), with z drawn and c the level that its weight asks for, and the
+gradient passes g. So the penalty that noise which grows with a cell's conductance puts on large weights is learned.
+Straight-through are only the roundings: of weights to levels, of inputs, and of sums by the converter (whose own errors
+of gain and offset have no gradient).
+"""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -12,8 +19,8 @@ import numpy as np
 from jax import Array, lax
 
 from compressx.crossbar import layers
-from compressx.crossbar.arrays import TABLE_ROWS, Programmed, worst_limb_cycles
-from compressx.crossbar.cells import encode
+from compressx.crossbar.arrays import TABLE_ROWS, Programmed, with_cells, worst_limb_cycles
+from compressx.crossbar.cells import decode, encode
 from compressx.crossbar.design import Design
 from compressx.crossbar.mvm import crossbar_matmul
 from compressx.crossbar.noise import Variation, perturb
@@ -46,6 +53,8 @@ def training_hardware(
       variation: what is drawn; None: ideal devices, so that only the converters' errors are trained for.
     """
 
+    calls: Counter[str] = Counter()
+
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         path = "/".join(module.path)
@@ -55,12 +64,15 @@ def training_hardware(
                 raise ValueError(f"{mine[0]}: recurrent layers cannot be trained through the simulator")
         if context.method_name != "__call__" or path not in targets:
             return next_fun(*args, **kwargs)
-        return _call(module, args[0], path, targets[path], key, variation)
+        calls[path] += 1
+        return _call(module, args[0], path, targets[path], key, variation, calls[path])
 
     return nn.intercept_methods(intercept)
 
 
-def _call(module: nn.Module, x: Array, path: str, target: Target, key: Array, variation: Variation | None) -> Array:
+def _call(
+    module: nn.Module, x: Array, path: str, target: Target, key: Array, variation: Variation | None, number: int
+) -> Array:
     if isinstance(module, nn.Conv):
         if module.feature_group_count != 1:
             raise ValueError(f"{path}: grouped convolutions cannot be trained through the simulator")
@@ -74,7 +86,8 @@ def _call(module: nn.Module, x: Array, path: str, target: Target, key: Array, va
         flat, w = flat[:, target.rows], w[target.rows]
     own = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
     steps = (jnp.asarray(target.scale, jnp.float32), jnp.asarray(target.input_scale, jnp.float32))
-    y = train_matmul(flat, w, *steps, target.design, own, variation).reshape(*x.shape[:-1], -1)
+    reads = jax.random.fold_in(own, number)  # the same devices in every call, read anew
+    y = train_matmul(flat, w, *steps, target.design, own, variation, reads).reshape(*x.shape[:-1], -1)
     return y + params["bias"].reshape((1,) * (y.ndim - 1) + (-1,)) if module.use_bias else y
 
 
@@ -86,28 +99,64 @@ def train_matmul(
     design: Design,
     key: Array | None = None,
     variation: Variation | None = None,
+    reads: Array | None = None,
 ) -> Array:
-    """`x @ w` through a freshly drawn engine, for noise-aware training: forward simulated, backward plain.
+    """`x @ w` through a freshly drawn engine, for noise-aware training.
 
+        y = engine(x, g(c(w), z)),        dL/dw = dL/dy through x @ w_drawn,   w_drawn = sum_k 2^(b k) g_k
+
+    A level grows with its weight: dc_k/dw = c_k / u, where u is what is stored of w (its magnitude, or w + offset).
     Weights are rounded to integers inside the trace, so nothing is compacted and nothing is proven. Polarized designs
     need weights that are single-signed already, rows in order.
 
     Args:
       x: `[n, P]`; w: `[P, F]`; scale, input_scale: steps of both.
       design: the engine.
-      key, variation: draw of devices; None: ideal ones.
+      key, variation: draw of devices; None: ideal ones, whose gradient is that of the plain product.
+      reads: key of the read noise; None: `key`.
     """
     low, high = design.weight_range
     whole = jnp.clip(jnp.round(w / scale), low, high).astype(jnp.int32)
     arrays = _traced(whole, design)
+    xs = layers.quantize_inputs(x, input_scale, design)
+    effective = (w / scale).astype(jnp.float32)
     if variation is not None:
         if key is None:
             raise ValueError("a variation needs a key")
-        arrays = perturb(key, arrays, variation)
-    xs = layers.quantize_inputs(x, input_scale, design)
-    simulated = crossbar_matmul(lax.stop_gradient(xs), arrays, key) * (scale * input_scale)
-    plain = jnp.matmul(xs * input_scale, w)
-    return plain + lax.stop_gradient(simulated - plain)
+        arrays = perturb(key, _growing(arrays, whole, effective), variation)
+        nothing = whole + _offset(design) == 0  # no cell conducts, and none grows: as without devices
+        effective = decode(arrays.cells, design, len(w)) + jnp.where(nothing, _only_slope(effective), 0.0)
+        arrays = jax.tree.map(lax.stop_gradient, arrays)
+    simulated = crossbar_matmul(lax.stop_gradient(xs), arrays, key if reads is None else reads)
+    plain = jnp.matmul(xs, effective)
+    return (plain + lax.stop_gradient(simulated - plain)) * (scale * input_scale)
+
+
+def _offset(design: Design) -> int:
+    """What is added to a weight before it is stored."""
+    return 2 ** (design.weight_bits - 1) if design.signs == "offset" else 0
+
+
+def _only_slope(v: Array) -> Array:
+    """0, with the gradient of v."""
+    return v - lax.stop_gradient(v)
+
+
+def _growing(arrays: Programmed, whole: Array, w: Array) -> Programmed:
+    """Arrays whose levels, now floats, have the gradient c / u with respect to what is stored, u, of the weights w."""
+    design, cells = arrays.design, arrays.cells
+    offset = _offset(design)
+    stored, slope = (whole + offset, w) if offset else (jnp.abs(whole), jnp.sign(whole).astype(w.dtype) * w)
+    growth = _only_slope(slope) / jnp.maximum(stored, 1).astype(w.dtype)
+    groups, rows, _, filters = cells.cells.shape
+    growth = jnp.pad(growth, ((0, groups * rows - len(w)), (0, 0))).reshape(groups, rows, 1, filters)
+    level = cells.cells.astype(jnp.float32)
+    if cells.flip is None:
+        level = level * (1 + growth)
+    else:
+        top = design.device.top
+        level = jnp.where(cells.flip[:, None], top - (top - level) * (1 + growth), level * (1 + growth))
+    return with_cells(arrays, level)
 
 
 def _traced(w: Array, design: Design) -> Programmed:

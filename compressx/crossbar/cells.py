@@ -65,6 +65,21 @@ def encode(w: Any, design: Design) -> Cells:
     return Cells(cells, flip, negative)
 
 
+def decode(cells: Cells, design: Design, rows: int) -> Any:
+    """The weights that cells stand for, `[rows, F]`: `encode`'s inverse for levels, and linear in conductances."""
+    stored = jnp.asarray(cells.cells)
+    dtype = jnp.float32 if jnp.issubdtype(stored.dtype, jnp.floating) else jnp.int32
+    stored = stored.astype(dtype)
+    if cells.flip is not None:
+        stored = jnp.where(jnp.asarray(cells.flip)[:, None], design.device.top - stored, stored)
+    weights = jnp.asarray(design.column_weights, dtype).reshape(1, 1, -1, 1)
+    w = jnp.sum(stored * weights, axis=2, dtype=dtype)
+    if cells.negative is not None:
+        w = jnp.where(jnp.asarray(cells.negative)[:, None], -w, w)
+    w = w.reshape(-1, w.shape[-1])[:rows]
+    return w - 2 ** (design.weight_bits - 1) if design.signs == "offset" else w
+
+
 def mixed_groups(w: np.ndarray, design: Design) -> np.ndarray:
     """Indices (group, filter) of groups of rows that hold both signs: int `[n, 2]`."""
     k, filters = w.shape

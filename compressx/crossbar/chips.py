@@ -13,13 +13,18 @@ _ISAAC_IMA = f"{ISAAC_PAPER}, table of parts"
 
 @dataclass(frozen=True)
 class Part:
-    """A component of an MCU (the unit that holds a few arrays), all its instances together."""
+    """A component of an MCU (the unit that holds a few arrays), all its instances together.
+
+    `kind` says how it follows a design (`scaling.fitted`): "adc", "dac", "hold", "array", "columns" (one for each
+    column), "rows"; "" is the same for every design.
+    """
 
     name: str
     spec: str
     mw: float
     mm2: float
     source: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Chip:
       cycle_ns: one input cycle of one group of active rows: all columns of an array converted once.
       overhead_stages: pipeline stages besides the input cycles; ISAAC's 22 stages are 16 input cycles and 6 others.
       pooling_stages: further stages where a layer pools (FORMS: 26 in all).
+      array_rows, array_cols, adc_bits, dac_bits: of the arrays and converters that the parts were made for; where
+        `adc_bits` is None, they are taken to be made for whatever design runs on them.
       notes: what was assumed.
     """
 
@@ -50,6 +57,10 @@ class Chip:
     arrays: int = 8  # ISAAC: 8 arrays an IMA; FORMS, table III
     overhead_stages: int = 6  # ISAAC: 22 stages, 16 of them input cycles
     pooling_stages: int = 4  # FORMS, section IV: 26 stages with pooling
+    array_rows: int = 128  # ISAAC, FORMS and PUMA alike
+    array_cols: int = 128
+    adc_bits: int | None = None
+    dac_bits: int = 1
     notes: tuple[str, ...] = ()
 
     @property
@@ -105,9 +116,9 @@ def isaac_chip() -> Chip:
     return Chip(
         "ISAAC",
         parts=(
-            Part("ADC", "8 x 8 bit, 1.2 GS/s", 16.0, 0.0096, _FORMS_III),
-            Part("DAC", "8 x 128, 1 bit", 4.0, 0.00017, _FORMS_III),
-            Part("sample and hold", "8 x 128", 0.01, 0.00004, _FORMS_III),
+            Part("ADC", "8 x 8 bit, 1.2 GS/s", 16.0, 0.0096, _FORMS_III, "adc"),
+            Part("DAC", "8 x 128, 1 bit", 4.0, 0.00017, _FORMS_III, "dac"),
+            Part("sample and hold", "8 x 128", 0.01, 0.00004, _FORMS_III, "hold"),
             # FORMS prints 2.43 mW; with it the tile would be 289.32 mW, not the 288.96 mW of table IV
             Part(
                 "arrays",
@@ -115,11 +126,13 @@ def isaac_chip() -> Chip:
                 2.40,
                 0.0002,
                 "8 x 0.3 mW, 2.5e-5 mm2: constants of PUMA's simulator (2019), after ISAAC",
+                "array",
             ),
-            Part("shift and add", "4", 0.2, 0.00024, f"{_FORMS_III}; area {_ISAAC_IMA}"),
-            Part("input register", "", 1.24, 0.0021, _ISAAC_IMA),
-            Part("output register", "", 0.23, 0.00077, _ISAAC_IMA),
+            Part("shift and add", "4", 0.2, 0.00024, f"{_FORMS_III}; area {_ISAAC_IMA}", "columns"),
+            Part("input register", "", 1.24, 0.0021, _ISAAC_IMA, "rows"),
+            Part("output register", "", 0.23, 0.00077, _ISAAC_IMA, "columns"),
         ),
+        adc_bits=8,
         digital_mw=40.85,  # FORMS, table IV
         digital_mm2=0.213,  # FORMS, table IV
         cycle_ns=100.0,  # ISAAC: 100 ns; 128 columns at 1.2 GS/s would be 106.7 ns
@@ -128,25 +141,26 @@ def isaac_chip() -> Chip:
 
 
 def forms_chip() -> Chip:
-    """FORMS with fragments of 8; taken for 4 and 16 too, whose parts the paper does not list."""
+    """FORMS with fragments of 8; `scaling.fitted` makes the converters of 4 and 16, which the paper does not list."""
     return Chip(
         "FORMS",
         parts=(
-            Part("ADC", "32 x 4 bit, 2.1 GS/s", 15.2, 0.0091, _FORMS_III),
-            Part("DAC", "8 x 128, 1 bit", 4.0, 0.00017, _FORMS_III),
-            Part("sample and hold", "8 x 128", 0.0055, 0.000023, _FORMS_III),
-            Part("arrays", "8, 128 x 128, 2-bit cells", 2.44, 0.00024, _FORMS_III),
-            Part("shift and add", "4", 0.2, 0.00024, f"{_FORMS_III}; area {_ISAAC_IMA} (0.000024 in FORMS)"),
-            Part("skip logic", "", 0.01, 1e-7, _FORMS_III),
-            Part("sign indicator", "", 0.012, 3.1e-6, _FORMS_III),
-            Part("input register", "", 1.24, 0.0021, f"{_ISAAC_IMA}; not listed by FORMS, needed for its sum"),
-            Part("output register", "", 0.23, 0.00077, f"{_ISAAC_IMA}; not listed by FORMS, needed for its sum"),
+            Part("ADC", "32 x 4 bit, 2.1 GS/s", 15.2, 0.0091, _FORMS_III, "adc"),
+            Part("DAC", "8 x 128, 1 bit", 4.0, 0.00017, _FORMS_III, "dac"),
+            Part("sample and hold", "8 x 128", 0.0055, 0.000023, _FORMS_III, "hold"),
+            Part("arrays", "8, 128 x 128, 2-bit cells", 2.44, 0.00024, _FORMS_III, "array"),
+            Part("shift and add", "4", 0.2, 0.00024, f"{_FORMS_III}; area {_ISAAC_IMA} (0.000024 in FORMS)", "columns"),
+            Part("skip logic", "", 0.01, 1e-7, _FORMS_III, "rows"),
+            Part("sign indicator", "", 0.012, 3.1e-6, _FORMS_III, "columns"),
+            Part("input register", "", 1.24, 0.0021, f"{_ISAAC_IMA}; not listed by FORMS, needed for its sum", "rows"),
+            Part("output register", "", 0.23, 0.00077, f"{_ISAAC_IMA}; as the input register", "columns"),
         ),
         digital_mw=53.05,  # FORMS, table IV
         digital_mm2=0.25,  # FORMS, table IV
+        adc_bits=4,
         cycle_ns=128 / (4 * 2.1),  # FORMS, section IV: 4 ADCs an array, 32 columns each, 2.1 GS/s: 15.24 ns
         notes=(
-            "parts are those of fragment size 8; sizes 4 and 16 are given the same power, area and ADC rate",
+            "parts are those of fragment size 8; the ADCs of other sizes have the same rate",
             "a cycle converts one fragment; all 128 rows take 128 / fragment cycles for every input bit",
         ),
     )
@@ -171,6 +185,7 @@ def puma_chip() -> Chip:
         mcus=cores,
         tiles=tiles,
         arrays=16,
+        adc_bits=8,
         notes=(
             "PUMA: the cycle follows from the stated peak; links are what the stated chip has beyond its tiles",
             "PUMA: pipeline stages are taken from ISAAC",
@@ -182,7 +197,7 @@ def prime_like_chip() -> Chip:
     """PRIME's way of computing on ISAAC's parts: PRIME publishes no table of parts. For orientation alone."""
     isaac = isaac_chip()
     note = "PRIME-like: power, area and cycle are ISAAC's, 3 input bits a cycle; PRIME publishes no table of parts"
-    return replace(isaac, name="PRIME-like on ISAAC's parts", notes=(note,))
+    return replace(isaac, name="PRIME-like on ISAAC's parts", adc_bits=6, dac_bits=3, notes=(note,))
 
 
 CHIPS = {"isaac": isaac_chip, "forms": forms_chip, "puma": puma_chip, "prime_like": prime_like_chip}

@@ -20,6 +20,7 @@ import numpy as np
 from compressx.crossbar.chips import Chip
 from compressx.crossbar.design import Design
 from compressx.crossbar.mapping import Mapped
+from compressx.crossbar.scaling import fitted
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ class Plan:
     """A network on chips.
 
     Attributes:
-      design, chip: what it runs on; chips: how many of them hold one copy of all layers.
+      design, chip: what it runs on, its parts fitted to the design (`scaling.fitted`).
+      chips: how many of them hold one copy of all layers.
       stages: the layers, those without a weight left out.
-      operations: 2 x multiply-accumulates of the dense network for one inference.
+      operations: 2 x multiply-accumulates of the dense network for one inference, products of two activations among
+        them.
       assumptions: everything that was assumed, in words.
       mapped: the layers as they were placed.
       frames: how many pass a stage together.
@@ -148,7 +151,7 @@ def plan(
     Args:
       mapped: the layers (`mapping.map_network`, with the same design).
       design: gives input cycles and groups.
-      chip: gives times, power and area.
+      chip: gives times, power and area; for a design that its tables do not hold, its parts are scaled.
       sweeps: cycles of a product by layer name, from `zero_skip.measure(...).mean_slowest`; others take all cycles.
       pooled: names of layers followed by pooling (more pipeline stages).
       chips: how many; None: as few as hold one copy of each layer.
@@ -157,8 +160,10 @@ def plan(
         complement inputs needs no second plane, and ignores this).
 
     Raises:
-      ValueError: nothing is mapped, the chips or frames are too few, or `sweeps` names a layer that is not there.
+      ValueError: nothing is mapped, the chips or frames are too few, `sweeps` names a layer that is not there, or no
+        rule leads from the chip's parts to the design.
     """
+    chip = fitted(chip, design)
     layers = [m for m in mapped if m.arrays]
     if not layers:
         raise ValueError("no layer holds a weight: nothing to place")
@@ -190,8 +195,19 @@ def plan(
         for m, c, r in zip(layers, cycles, copies, strict=True)
     )
     operations = 2 * sum(m.rows * m.cols * m.groups * m.uses for m in mapped)
-    told = assumptions(design, chip, bool(sweeps), frames)
+    told = (*assumptions(design, chip, bool(sweeps), frames), *_dynamic(mapped, operations))
     return Plan(design, chip, chips, stages, operations, told, tuple(layers), frames, tuple(signed))
+
+
+def _dynamic(mapped: Sequence[Mapped], operations: int) -> tuple[str, ...]:
+    """What is said of products of two activations, which no array computes."""
+    products = [m for m in mapped if m.dynamic]
+    if not products:
+        return ()
+    counted = sum(2 * m.rows * m.cols * m.groups * m.uses for m in products)
+    line = f"{counted} of {operations} operations are products of two activations "
+    line += f"({', '.join(m.name for m in products)}): digital units compute them, whose time, energy and area are "
+    return (line + "not counted here",)
 
 
 def _groups(m: Mapped, design: Design) -> int:

@@ -67,23 +67,30 @@ def effective_conductance(g: Array, r_word: float, r_bit: float) -> Array:
     return jnp.linalg.solve((eye + r_bit * admittance).T, injected.T).T
 
 
-def with_wires(programmed: Programmed, r_on: float, r_word: float, r_bit: float, filters_per_array: int) -> Programmed:
+def with_wires(
+    programmed: Programmed, r_on: float | None, r_word: float, r_bit: float, filters_per_array: int
+) -> Programmed:
     """The same weights as cells seen through wires, each physical array solved on its own.
 
     Cells are those of one group of active rows: groups that share an array are not driven together, but the idle rows'
-    segments of the bit line below them are left out, which flatters designs with small groups.
+    segments of the bit line below them are left out, which flatters designs with small groups. Cells meet the wires
+    with their leak; what the reference subtracts afterwards is the leak of cells without wires.
 
     Args:
       programmed: arrays of unsigned cells, ideal or perturbed, from `program(..., prove=False)`.
-      r_on: resistance of the highest level in ohm; a cell unit is 1 / (r_on * top) siemens.
+      r_on: resistance of the highest level in ohm; a cell unit is 1 / (r_on * top) siemens. None: the device's.
       r_word, r_bit: ohm of a segment.
       filters_per_array: filters whose columns lie side by side in an array; the last array may hold fewer.
     """
     design = programmed.design
     if design.signed_sums:
         raise ValueError("analog pairs are two arrays; solve effective_conductance for each and subtract")
+    r_on = design.device.r_on if r_on is None else r_on
+    if r_on is None or not r_on > 0:
+        raise ValueError(f"r_on={r_on}: give the resistance of the highest level in ohm, or a Device that states one")
     unit = 1.0 / (r_on * design.device.top)
-    cells = programmed.cells.cells.astype(jnp.float32)
+    leak = jnp.where(programmed.driven, programmed.leak, 0.0)[:, :, None, None].astype(jnp.float32)
+    cells = programmed.cells.cells.astype(jnp.float32) + leak
     groups, rows, columns, filters = cells.shape
     parts = []
     for start in range(0, filters, filters_per_array):
@@ -94,7 +101,7 @@ def with_wires(programmed: Programmed, r_on: float, r_word: float, r_bit: float,
         parts.append(seen.reshape(groups, rows, width, columns).transpose(0, 1, 3, 2))
     return with_cells(
         programmed,
-        jnp.concatenate(parts, axis=3),
+        jnp.concatenate(parts, axis=3) - leak,
         gain=programmed.gain,
         shift=programmed.shift,
         read_noise=programmed.read_noise,

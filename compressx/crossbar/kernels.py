@@ -151,7 +151,7 @@ def table(x: Array, tables: Array | Cells, design: Design, cycle_weights: Sequen
     def group(total: Array, step: tuple[Array, Array | Cells, tuple[Array, ...]]) -> tuple[Array, None]:
         block, entry, error = step
         made = build_table(entry, design, *error) if isinstance(entry, Cells) else entry
-        at = jnp.sum(digits(block, design, len(cycle_weights)) << places, axis=1)  # [T, n]
+        at = jnp.sum(digits(block, design, len(cycle_weights)) << places, axis=1, dtype=jnp.int32)  # [T, n]
         for t, power in enumerate(cycle_weights):
             total = total + made[at[t]].astype(jnp.int32) * power
         return total, None
@@ -201,8 +201,8 @@ def folded(
             dtype = jnp.dtype(jnp.float32)
         lift = lambda v: None if v is None else v[None, None]
         codes = _codes(sums, dtype, design, lift(gains), lift(shifts))
-        values = _combined(codes, jnp.sum(cut, axis=2)[:, :, None, None], lift(cell.flip), design)
-        return total + _signed(jnp.sum(values * powers, axis=0), cell.negative), None
+        values = _combined(codes, jnp.sum(cut, axis=2, dtype=jnp.int32)[:, :, None, None], lift(cell.flip), design)
+        return total + _signed(jnp.sum(values * powers, axis=0, dtype=jnp.int32), cell.negative), None
 
     steps = (x.transpose(1, 0, 2), cells, gain, shift, jnp.arange(groups, dtype=jnp.int32))
     return lax.scan(group, jnp.zeros((n, filters), jnp.int32), steps)[0]
@@ -241,7 +241,7 @@ def _combined(codes: Array, ones: Array, flip: Array | None, design: Design) -> 
     """Values of a weight's columns, summed: `[..., K, F] -> [..., F]`."""
     values = _corrected(codes, ones, flip, design)
     weights = jnp.asarray(design.column_weights, jnp.int32).reshape((1,) * (values.ndim - 2) + (-1, 1))
-    return jnp.sum(values * weights, axis=-2)
+    return jnp.sum(values * weights, axis=-2, dtype=jnp.int32)
 
 
 def _signed(values: Array, negative: Array | None) -> Array:

@@ -7,9 +7,10 @@ Inputs are rounded to integers of the design (x = input_scale * integer), weight
 normalisation and activations stay digital. Gradients are straight-through.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,8 @@ class Deployed:
       groups: arrays of each group of filters (one, but for grouped convolutions): of a crossbar, or of SOT-MRAM.
       scale: float32 `[]` or `[cout]`: weight = scale * integer.
       input_scale: float32 `[]`: input = input_scale * integer.
-      key: for read noise, or None.
+      key: for read noise, or None. It is folded with the number of the call and of the group of filters; another batch
+        needs another key (`network.read_again`).
     """
 
     groups: tuple[Programmed | Planes, ...]
@@ -124,8 +126,9 @@ def conv(
     if x.shape[-1] % groups:
         raise ValueError(f"{x.shape[-1]} input channels do not divide into {groups} groups")
     outs = []
-    for part, arrays in zip(jnp.split(whole, groups, axis=-1), layer.groups, strict=True):
-        outs.append(_product(patches(part, kernel, strides, padding, dilation), arrays, layer.key))
+    for number, (part, arrays) in enumerate(zip(jnp.split(whole, groups, axis=-1), layer.groups, strict=True)):
+        key = None if layer.key is None else jax.random.fold_in(layer.key, number)
+        outs.append(_product(patches(part, kernel, strides, padding, dilation), arrays, key))
     return jnp.concatenate(outs, axis=-1) * _spread(layer, x.ndim)
 
 
@@ -191,12 +194,23 @@ def hardware(
       seen: collects what the word lines of each layer saw (`layer_inputs`), an entry for each group of filters.
     """
 
-    def call(module: nn.Module, x: Array, path: str) -> Array:
-        layer = deployed[path]
+    calls: Counter[str] = Counter()
+
+    def see(path: str, x: Array, module: nn.Module | None = None) -> None:
         if used is not None:
             used.add(path)
         if seen is not None:
-            seen[path] = tuple(layer_inputs(x, layer, module, group) for group in range(len(layer.groups)))
+            layer = deployed[path]
+            fed = [layer_inputs(x, layer, module, group) for group in range(len(layer.groups))]
+            before = seen.get(path)  # of an earlier call
+            seen[path] = tuple(fed if before is None else map(lambda *both: jnp.concatenate(both), before, fed))
+
+    def call(module: nn.Module, x: Array, path: str) -> Array:
+        layer = deployed[path]
+        if layer.key is not None:
+            layer = replace(layer, key=jax.random.fold_in(layer.key, calls[path]))
+        calls[path] += 1
+        see(path, x, module)
         if isinstance(module, nn.Dense):
             y = dense(x, layer)
         else:
@@ -218,10 +232,8 @@ def hardware(
 
         y, fed = module.run_with(product, *args, **kwargs)
         for path, x in ((path_of(module, name), x) for name, x in fed.items()):
-            if path in deployed and used is not None:
-                used.add(path)
-            if path in deployed and seen is not None:
-                seen[path] = (layer_inputs(x, deployed[path]),)
+            if path in deployed:
+                see(path, x)
         return y
 
     def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -246,21 +258,27 @@ def calibrate(
 
     Returns:
       (scales, inputs) by module path; inputs are as the layer got them, before rounding; recurrent ones at all steps.
+      A layer that is called several times has the inputs of all calls, along the first axis; where its calls differ in
+      another axis, as rows `[n, features]`.
     """
-    seen: dict[str, Array] = {}
+    calls: dict[str, list[Array]] = {}
 
     def intercept(next_fun: Callable[..., Any], given: Any, named: Any, context: Any) -> Any:
         if context.method_name == "__call__" and isinstance(context.module, (nn.Dense, nn.Conv)):
-            seen["/".join(context.module.path)] = given[0]
+            calls.setdefault("/".join(context.module.path), []).append(given[0])
         if context.method_name == "__call__" and is_recurrent(context.module):
             y, fed = context.module.run_with(plain, *given, **named)
-            seen.update({path_of(context.module, name): x for name, x in fed.items()})
+            for name, x in fed.items():
+                calls.setdefault(path_of(context.module, name), []).append(x)
             return y
         return next_fun(*given, **named)
 
     with nn.intercept_methods(intercept):
         apply(*args, **kwargs)
-    scales = {}
+    scales, seen = {}, {}
+    for path, inputs in calls.items():
+        alike = len({x.shape[1:] for x in inputs}) == 1
+        seen[path] = jnp.concatenate([x if alike else x.reshape(-1, x.shape[-1]) for x in inputs])
     for path, x in seen.items():
         if design.inputs == "unsigned" and bool(jnp.any(x < 0)):
             raise ValueError(f"{path}: inputs are negative, design {design.name} has unsigned ones; use 'sign_planes'")

@@ -26,12 +26,14 @@ class Layer:
       uses: matrix-vector products for one inference: output pixels of a convolution, time steps of a recurrence, or 1.
       rows: what `program` is given as `rows`: the rows that every group lays on its word lines, in this order, those
         without a weight too; None: each group's rows with a weight.
+      dynamic: a product of two activations (attention): it is counted, and no array holds it.
     """
 
     name: str
     kept: np.ndarray
     uses: int = 1
     rows: np.ndarray | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if self.kept.ndim != 3 or self.kept.dtype != np.bool_ or min(self.kept.shape) < 1:
@@ -68,6 +70,7 @@ class Mapped:
       cells: cells inside compacted matrices (what has to be programmed, zeros among them).
       nonzero_cells: cells of non-zero weights, all slices counted.
       array_cells: cells of an array.
+      dynamic: a product of two activations, in no array.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Mapped:
     cells: int
     nonzero_cells: int
     array_cells: int
+    dynamic: bool = False
 
     @property
     def utilisation(self) -> float:
@@ -193,6 +197,10 @@ def map_layer(layer: Layer, design: Design, squeeze: bool = True) -> Mapped:
       squeeze: leave out rows and columns that are all zero (rows among `layer.rows` stay).
     """
     groups, rows, cols = layer.kept.shape
+    if layer.dynamic:
+        none = (0,) * groups
+        cells = design.rows * design.cols
+        return Mapped(layer.name, groups, layer.uses, rows, cols, none, none, 0, 0, 0, 0, 0, cells, dynamic=True)
     kept_rows = np.array([len(layer.laid(group)) for group in range(groups)])
     kept_cols = layer.kept.any(axis=1).sum(axis=1)
     dense = _arrays(np.full(groups, rows), np.full(groups, cols), design)

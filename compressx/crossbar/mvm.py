@@ -117,7 +117,7 @@ def _product(x: Array, programmed: Programmed, powers: tuple[int, ...], key: Arr
     if simulated:
         y = _simulate(x, programmed, powers, key)
         if design.signs == "offset":
-            ones = jnp.sum(x, axis=1, keepdims=True)
+            ones = jnp.sum(x, axis=1, keepdims=True, dtype=jnp.int32)
             y = y - ones * (2 ** (design.weight_bits - 1) * den)
         out.append(y)
     if len(out) == 1 and out[0].shape[1] == programmed.filters:

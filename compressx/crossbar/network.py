@@ -27,6 +27,7 @@ from compressx.crossbar.layers import Deployed, deploy
 from compressx.crossbar.mapping import Layer
 from compressx.crossbar.mvm import saturation
 from compressx.crossbar.noise import Variation, perturb
+from compressx.crossbar.products import dynamic_products, traced
 from compressx.crossbar.recurrent import is_recurrent, path_of, plain
 from compressx.crossbar.sot_mram import Operands, Planes
 from compressx.crossbar.zero_skip import Skipping, measure, merge
@@ -47,7 +48,8 @@ def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs:
     Nothing is computed: shapes alone are traced. A layer that is called several times is used as often; a matrix of a
     recurrent layer (`recurrent.Recurrent`: GRU, LSTM) as often as there are steps. Calls inside `nn.scan` or `nn.RNN`
     are traced once and count once (`mapping.recurrent_layers` takes the steps). Tables that are only looked up
-    (`nn.Embed`) are no layers.
+    (`nn.Embed`) are no layers. Products of two activations (attention) follow as layers that are `dynamic`: they are
+    counted, and no array holds them.
 
     Args:
       apply: `model.apply`.
@@ -81,7 +83,7 @@ def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs:
         return y
 
     with nn.intercept_methods(intercept):
-        jax.eval_shape(lambda *a: apply(*a, **kwargs), variables, *args)
+        program, given = traced(apply, variables, *args, **kwargs)
     held = {*uses, *(f"{path}/kernel" for path in uses)}
     held |= {f"{path}/embedding" for path, looked_up in tables.items() if looked_up}
     params = variables["params"]
@@ -91,7 +93,8 @@ def find_layers(apply: Callable[..., Any], variables: Any, *args: Any, **kwargs:
             f"{', '.join(lost)}: no Dense, Conv or recurrent layer that was called holds these weights, so an engine "
             "would leave them out; build the network from such layers, or give theirs `run_with` (recurrent.Recurrent)"
         )
-    return [_layer(path, kernel(variables, path), groups[path], n) for path, n in uses.items()]
+    layers = [_layer(path, kernel(variables, path), groups[path], n) for path, n in uses.items()]
+    return layers + dynamic_products(program, given)
 
 
 def _layer(path: str, weight: Any, groups: int, uses: int) -> Layer:
@@ -188,7 +191,7 @@ def make_scorer(apply: Callable[..., Any], prepare: Callable[[Array], Array] = l
     def score(deployed: Any, variables: Any, images: Array, labels: Array) -> Array:
         with layer_calls.hardware(deployed):
             logits = apply(variables, prepare(images), train=False)
-        return jnp.sum(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.int32)
+        return jnp.sum(jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels, dtype=jnp.int32)
 
     return score
 
@@ -205,9 +208,18 @@ def batches(images: np.ndarray, labels: np.ndarray, batch: int) -> list[tuple[Ar
     return [(jnp.asarray(images[i : i + batch]), jnp.asarray(labels[i : i + batch])) for i in cut]
 
 
+def read_again(deployed: Mapping[str, Deployed], number: int | Array) -> dict[str, Deployed]:
+    """The same devices, read anew: the read noise of batch `number`; layers without any are as they were."""
+    out = dict(deployed)
+    for path, layer in deployed.items():
+        if layer.key is not None:
+            out[path] = replace(layer, key=jax.random.fold_in(layer.key, number))
+    return out
+
+
 def accuracy(score: Scorer, deployed: Any, variables: Any, batched: list[tuple[Array, Array]]) -> float:
-    """Share of correct predictions over all batches."""
-    correct = sum(int(score(deployed, variables, x, y)) for x, y in batched)
+    """Share of correct predictions over all batches, each with read noise of its own."""
+    correct = sum(int(score(read_again(deployed, n), variables, x, y)) for n, (x, y) in enumerate(batched))
     return correct / sum(int(np.sum(np.asarray(y) >= 0)) for _, y in batched)
 
 
@@ -230,7 +242,10 @@ def noisy_accuracy(
 
     def metric(key: Array) -> Array:
         drawn = perturb_network(key, deployed, v)
-        correct = jax.lax.map(lambda lot: score(drawn, variables, *lot), (images, labels))
+        numbers = jnp.arange(len(images), dtype=jnp.int32)
+        step = lambda lot: score(read_again(drawn, lot[0]), variables, *lot[1:])
+        # Behind a barrier: XLA would compute whatever the images alone decide while it compiles, for minutes.
+        correct = jax.lax.map(step, jax.lax.optimization_barrier((numbers, images, labels)))
         return jnp.sum(correct).astype(jnp.float32) / count
 
     return metric

@@ -3,12 +3,15 @@
 A cell of level c in 0..top conducts, in cell units (one unit = one level step of an ideal cell):
 
     g0 = c * (1 - 1/r) + top / r                  on/off ratio r: the lowest level leaks top / r
-    g1 = g0 * exp(N(0, s^2))  or  g0 + s * top * N(0, 1)          programming variation, log-normal or Gaussian
+    g1 = g0 * exp(N(0, s^2))  or  max(0, g0 + s * top * N(0, 1))  programming variation, log-normal or Gaussian
     g2 = g1 * (t / t0)^(-nu),  nu = N(mean, spread^2), at least 0                 drift
     g3 = top where stuck on, top / r where stuck off                              faults
 
-and the known leak top / r of the rows driven is subtracted (a reference column), so that the mean error of an ideal
-cell is 0 and levels are spread by (1 - 1/r). Differential cells are two devices, each with its own draw. Column sums
+and the known leak top / r of the rows driven is subtracted, so that the mean error of an ideal cell is 0 and levels are
+spread by (1 - 1/r). No cell conducts less than nothing: Gaussian spread makes cells near 0 conduct more in the mean.
+
+The order is leak, then wires (`ir_drop.with_wires`), then the reference: the leak that is subtracted is that of cells
+without wires, known beforehand. Differential cells are two devices, each with its own draw. Column sums
 then pass an ADC with a gain and an offset error of its own, and each conversion may add read noise. A device is drawn
 once per key (`perturb`); read noise at every conversion.
 """
@@ -24,6 +27,7 @@ from jax import Array
 from scipy import stats
 
 from compressx.crossbar.arrays import Programmed, with_cells
+from compressx.crossbar.design import Design
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Variation:
       read_noise: standard deviation of a column's sum at each conversion, in cell units.
       drift_time: t / t0, at least 1; drift_mean, drift_spread: of the exponent nu.
       stuck_on, stuck_off: shares of cells.
-      on_off: r_on/off, above 1; None is infinite.
+      on_off: r_off / r_on, above 1; None: that of `design.device`, infinite where it states no resistances.
       adc_gain, adc_offset: standard deviations of each column's ADC: of the gain around 1, and of the offset in cell
         units.
     """
@@ -67,15 +71,32 @@ class Variation:
             raise ValueError(f"on_off must be above 1 (None: infinite), got {self.on_off}")
 
 
-def conductance(key: Array, levels: Array, variation: Variation, top: int) -> Array:
-    """One draw of the conductances of cells, in cell units, the known leak subtracted: float32 of the levels' shape."""
+def leak_of(variation: Variation, design: Design) -> float:
+    """What a cell at the lowest level conducts, in cell units: top / r, by the variation or else by the device."""
+    device, ratio = design.device, variation.on_off
+    if ratio is None and device.r_on is not None and device.r_off is not None:
+        ratio = device.r_off / device.r_on
+    return 0.0 if ratio is None else device.top / ratio
+
+
+def conductance(key: Array, levels: Array, variation: Variation, top: int, leak: float | None = None) -> Array:
+    """One draw of the conductances of cells, in cell units, the known leak subtracted: float32 of the levels' shape.
+
+    Args:
+      key: of the draw.
+      levels: 0..top, integers; floats for a gradient with respect to them.
+      variation: what is drawn.
+      top: the highest level.
+      leak: of the lowest level; None: top / `variation.on_off`.
+    """
     v = variation
-    leak = 0.0 if v.on_off is None else top / v.on_off
+    if leak is None:
+        leak = 0.0 if v.on_off is None else top / v.on_off
     programmed, drifted, stuck = jax.random.split(key, 3)
     g = levels.astype(jnp.float32) * (1.0 - leak / top) + leak
     if v.sigma:
         z = jax.random.normal(programmed, g.shape, jnp.float32)
-        g = g * jnp.exp(v.sigma * z) if v.kind == "lognormal" else g + (v.sigma * top) * z
+        g = g * jnp.exp(v.sigma * z) if v.kind == "lognormal" else jnp.maximum(g + (v.sigma * top) * z, 0.0)
     if v.drift_time > 1 and (v.drift_mean or v.drift_spread):
         nu = jnp.maximum(v.drift_mean + v.drift_spread * jax.random.normal(drifted, g.shape, jnp.float32), 0.0)
         g = g * jnp.exp(-nu * float(np.log(v.drift_time)))
@@ -95,23 +116,22 @@ def perturb(key: Array, programmed: Programmed, variation: Variation) -> Program
     """
     levels, design = programmed.cells.cells, programmed.design
     cells, converters = jax.random.split(key)
-    top = design.device.top
+    top, leak = design.device.top, leak_of(variation, design)
     if design.signed_sums:
         plus, minus = jax.random.split(cells)
-        g = conductance(plus, jnp.maximum(levels, 0), variation, top)
-        g = g - conductance(minus, jnp.maximum(-levels, 0), variation, top)
+        g = conductance(plus, jnp.maximum(levels, 0), variation, top, leak)
+        g = g - conductance(minus, jnp.maximum(-levels, 0), variation, top, leak)
     else:
-        g = conductance(cells, levels, variation, top)
+        g = conductance(cells, levels, variation, top, leak)
     groups, rows, columns, filters = levels.shape
-    used = jnp.arange(groups * rows).reshape(groups, rows) < programmed.rows.shape[0]
-    g = jnp.where(used[:, :, None, None], g, 0.0)
+    g = jnp.where(programmed.driven[:, :, None, None], g, 0.0)
     gain = shift = None
     if variation.adc_gain or variation.adc_offset:
         first, second = jax.random.split(converters)
         shape = (groups, columns, filters)
         gain = 1.0 + variation.adc_gain * jax.random.normal(first, shape, jnp.float32)
         shift = variation.adc_offset * jax.random.normal(second, shape, jnp.float32)
-    return with_cells(programmed, g, gain=gain, shift=shift, read_noise=variation.read_noise)
+    return with_cells(programmed, g, gain=gain, shift=shift, read_noise=variation.read_noise, leak=leak)
 
 
 class Estimate(NamedTuple):

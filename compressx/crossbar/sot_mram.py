@@ -56,7 +56,7 @@ def and_popcount_matmul(
     def word(total: Array, step: tuple[Array, Array]) -> tuple[Array, None]:
         a, b = step  # [B_a, n], [B_w, F]
         ones = lax.population_count(a[:, None, :, None] & b[None, :, None, :]).astype(jnp.int32)
-        return total + jnp.sum(ones * weights, axis=(0, 1)), None
+        return total + jnp.sum(ones * weights, axis=(0, 1), dtype=jnp.int32), None
 
     start = jnp.zeros((x.shape[0], w.shape[1]), jnp.int32)
     return lax.scan(word, start, (planes_x.swapaxes(0, 1), planes_w.swapaxes(0, 1)))[0]
@@ -129,6 +129,9 @@ class Engine:
         behind the next AND and leaves its energy out; set them if you know them.
       leakage_mw: of the whole memory, as long as an inference takes.
       parallel: groups of sub-arrays (`width` bits each) that work together.
+      pack: filters whose planes are short lie side by side in one row, as many as `width` holds, each over a copy of
+        the input planes; the counter then counts each filter's columns apart. Without it a dot product of 25 takes an
+        AND of the whole width.
       source: of the numbers.
     """
 
@@ -145,6 +148,7 @@ class Engine:
     count_nj: float = 0.0
     leakage_mw: float = 550.0
     parallel: int = 1
+    pack: bool = False
     source: str = _TABLE
 
     def __post_init__(self) -> None:
@@ -167,6 +171,7 @@ class Work:
       subarrays: whole sub-arrays that hold its planes.
       ands: operations AND + count; writes: rows of inputs written; programmed: rows of weights, written once.
       ns: time; dynamic_nj: energy without leakage; leakage_nj.
+      utilisation: share of the bits of all ANDs that belong to a weight.
     """
 
     name: str
@@ -178,6 +183,7 @@ class Work:
     ns: float
     dynamic_nj: float
     leakage_nj: float
+    utilisation: float
 
     def row(self) -> dict[str, Any]:
         """The layer as a row of a table."""
@@ -186,6 +192,7 @@ class Work:
             "weights": self.weights,
             "sub-arrays": self.subarrays,
             "AND + count": self.ands,
+            "width used": self.utilisation,
             "rows written": self.writes,
             "us": self.ns / 1e3,
             "uJ": (self.dynamic_nj + self.leakage_nj) / 1e3,
@@ -221,6 +228,11 @@ class Report:
         return self.dynamic_uj + sum(layer.leakage_nj for layer in self.layers) / 1e3
 
     @property
+    def utilisation(self) -> float:
+        """Share of the bits of all ANDs that belong to a weight."""
+        return sum(w.utilisation * w.ands for w in self.layers) / self.ands if self.ands else 0.0
+
+    @property
     def subarrays(self) -> int:
         """Sub-arrays of all layers."""
         return sum(layer.subarrays for layer in self.layers)
@@ -239,13 +251,13 @@ class Report:
 def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
     """Counts operations, time and energy of a layer.
 
-        AND operations = uses * F * B_a * B_w * ceil(L / width)        L kept rows, F kept columns of each group
-        rows of weights = F * B_w * ceil(L / width);  a stack of sub-arrays holds rows - B_a of them
-        rows written a use = B_a * (stacks)
+        AND operations = uses * ceil(F / k) * B_a * B_w * ceil(L / width)    L kept rows, F kept columns of each group
+        rows of weights = ceil(F / k) * B_w * ceil(L / width);  a stack of sub-arrays holds rows - B_a of them
+        rows written a use = B_a * (stacks);   k = max(1, floor(width / L)) with `engine.pack`, else 1
 
     Every stack keeps its own copy of the input planes of its slice of L. Operations of `parallel` stacks overlap.
     """
-    subarrays = ands = writes = programmed = weights = 0
+    subarrays = ands = writes = programmed = weights = used = 0
     room = engine.rows - x_bits
     if room < 1:
         raise ValueError(f"sub-arrays of {engine.rows} rows have no room for weights beside {x_bits} input planes")
@@ -254,11 +266,13 @@ def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
         if length == 0:
             continue
         pieces = ceil(length / engine.width)
-        stacks = pieces * ceil(filters * w_bits / room)
+        lines = ceil(filters / max(1, engine.width // length)) if engine.pack else filters
+        stacks = pieces * ceil(lines * w_bits / room)
         weights += length * filters
         subarrays += stacks * (engine.width // engine.cols)
-        programmed += pieces * filters * w_bits
-        ands += layer.uses * pieces * filters * x_bits * w_bits
+        programmed += pieces * lines * w_bits
+        ands += layer.uses * pieces * lines * x_bits * w_bits
+        used += layer.uses * length * filters * x_bits * w_bits
         writes += layer.uses * x_bits * stacks
     and_ns = engine.read_ns if engine.and_ns is None else engine.and_ns
     ns = (ands * (and_ns + engine.count_ns) + writes * engine.write_ns) / min(
@@ -274,6 +288,7 @@ def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
         ns=ns,
         dynamic_nj=ands * (engine.and_nj + engine.count_nj) + writes * engine.write_nj,
         leakage_nj=engine.leakage_mw * ns * 1e-3,
+        utilisation=used / (ands * engine.width) if ands else 0.0,
     )
 
 
@@ -300,6 +315,9 @@ def assumptions(engine: Engine) -> tuple[str, ...]:
         f"counting, shifting and adding: {engine.count_ns} ns and {engine.count_nj} nJ beyond the AND (no source)",
         "inputs are written for every use, into every stack of sub-arrays that needs them; weights stay",
         f"{engine.parallel} stack(s) of sub-arrays work together; layers run one after another",
+        "short filters lie side by side, each counted apart"
+        if engine.pack
+        else "a filter has rows of its own, however short (pack=True lays them side by side)",
         f"leakage of {engine.leakage_mw} mW, the whole 32 Mb memory, for the whole inference",
         "write time and energy are parameters: sources disagree on whether SOT-MRAM writes are slow",
     )

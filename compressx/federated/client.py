@@ -29,7 +29,7 @@ from compressx.federated.trusted import messages, rounds, sessions
 from compressx.federated.trusted.attest import Verifier
 from compressx.federated.trusted.refused import Refused
 from compressx.federated.trusted.rounds import Plan
-from compressx.federated.trusted.sealing import write_durably
+from compressx.federated.trusted.sealing import Sealer, write_durably
 from compressx.federated.trusted.sessions import NEVER, Hello, Session
 
 NpArray = npt.NDArray[Any]
@@ -62,7 +62,12 @@ class Client:
       seed: shared by all, of orders and keys.
       identity: its enrolled key.
       verifier: accepts or refuses the enclave's quote.
-      folder: where it remembers, or None to remember in memory only.
+      folder: where it remembers, or None to remember in memory only. What it remembers holds its update, and is sealed
+        with its identity and for its plan.
+
+    Raises:
+      ValueError: the plan has another number of examples for it.
+      Refused: what it remembers was changed, or is of another plan, number or identity.
     """
 
     def __init__(
@@ -94,9 +99,10 @@ class Client:
         self._seen = (NEVER, bytes(32))
         self._pending: Pending | None = None
         self._file = Path(folder) / f"client-{number:06d}.state" if folder else None
+        self._sealer = Sealer(identity.private_bytes_raw(), plan.hash())
         self.seconds = {"train": 0.0, "pack": 0.0, "seal": 0.0, "open": 0.0}
         if self._file is not None and self._file.exists():
-            self._load(self._file.read_bytes())
+            self._load(self._unsealed(self._file))
 
     # -- protocol ----------------------------------------------------------------------------------------------------
 
@@ -241,7 +247,14 @@ class Client:
         for m in self._memory:
             out.write(m.astype("<f4").tobytes())
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(self._file, out.getvalue())
+        write_durably(self._file, self._sealer.seal(b"client %d" % self.number, out.getvalue()))
+
+    def _unsealed(self, file: Path) -> bytes:
+        try:
+            return self._sealer.open(b"client %d" % self.number, file.read_bytes())
+        except Refused:
+            told = f"{file} was changed, or is of another plan or identity; without it this client begins anew"
+            raise Refused("sealed", told) from None
 
     def _load(self, data: bytes) -> None:
         length, size = struct.unpack_from("<II", data)

@@ -21,7 +21,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from flwr.common import (
     GetPropertiesIns,
     GetPropertiesRes,
     Parameters,
+    ReconnectIns,
     Status,
 )
 
@@ -45,10 +45,15 @@ from compressx.federated.algorithm import Algorithm
 from compressx.federated.client import Client
 from compressx.federated.host import Aggregating, Traffic
 from compressx.federated.tls import Certificates
+from compressx.federated.trusted import messages
 from compressx.federated.trusted.refused import Refused
 from compressx.federated.trusted.rounds import Plan
 
 log = logging.getLogger("compressx.federated")
+
+GREETING = 15.0  # seconds within which a connection has to say hello
+FAREWELL = 10.0  # seconds in which all clients hear that it is over
+SPARE = 2**20  # bytes of Flower's own in a message
 
 
 class FederatedServer(flwr.server.Server):
@@ -82,19 +87,34 @@ class FederatedServer(flwr.server.Server):
         self._lock = threading.Lock()
         self._numbers: dict[str, int] = {}  # Flower's connection -> client
         self._offers: dict[str, bytes] = {}
-        self._busy: dict[str, Future[None]] = {}
+        # A thread for each connection, none of which is waited for: whoever is silent holds up nobody but itself.
+        self._busy: dict[str, threading.Thread] = {}
         self._strikes: dict[str, int] = {}
         self._asked: set[str] = set()  # in this round, since their last hello
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[Any, float]:
         """All rounds that the enclave has not closed yet; Flower calls this."""
         begin = time.monotonic()
-        with ThreadPoolExecutor(max_workers=max(2, len(self.plan.roster))) as pool:
-            while (round_ := self.enclave.status()[0]) < self.plan.rounds:
-                self._round(pool, round_)
+        while (round_ := self.enclave.status()[0]) < self.plan.rounds:
+            self._round(round_)
         return flwr.server.History(), time.monotonic() - begin
 
-    def _round(self, pool: ThreadPoolExecutor, round_: int) -> None:
+    def disconnect_all_clients(self, timeout: float | None) -> None:
+        """Tells every client that it is over; waits for the silent no longer than `FAREWELL` seconds in all."""
+        end = time.monotonic() + (FAREWELL if timeout is None else min(FAREWELL, timeout))
+        threads = []
+        for proxy in list(self.client_manager().all().values()):
+            say = lambda proxy=proxy: proxy.reconnect(ReconnectIns(seconds=None), timeout=FAREWELL, group_id=None)
+            threads.append(threading.Thread(target=_quietly, args=(say,), daemon=True))
+            threads[-1].start()
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _start(self, cid: str, work: Callable[..., None], *args: Any) -> None:
+        self._busy[cid] = threading.Thread(target=work, args=(cid, *args), daemon=True)
+        self._busy[cid].start()
+
+    def _round(self, round_: int) -> None:
         wanted = {int(c) for c in algorithm.participants(self.seed, self.alg, len(self.plan.roster), round_)}
         end = time.monotonic() + self.deadline
         self._asked.clear()
@@ -105,13 +125,13 @@ class FederatedServer(flwr.server.Server):
                 break
             for cid, proxy in list(self.client_manager().all().items()):
                 busy = self._busy.get(cid)
-                if busy is not None and not busy.done():
+                if busy is not None and busy.is_alive():
                     continue
                 if cid not in self._numbers and self._strikes.get(cid, 0) < 3:
-                    self._busy[cid] = pool.submit(self._greet, cid, proxy)
+                    self._start(cid, self._greet, proxy)
                 elif self._numbers.get(cid) in wanted - counted and cid not in self._asked:
                     self._asked.add(cid)
-                    self._busy[cid] = pool.submit(self._exchange, cid, proxy, round_)
+                    self._start(cid, self._exchange, proxy, round_)
             time.sleep(0.02)
         closed = self.enclave.close()
         self._write(event="round", **closed._asdict(), bytes=vars(self.traffic).copy())
@@ -120,7 +140,8 @@ class FederatedServer(flwr.server.Server):
     def _greet(self, cid: str, proxy: Any) -> None:
         """Hello and offer; the offer travels with the first model."""
         try:
-            reply = proxy.get_properties(GetPropertiesIns({"op": "hello"}), timeout=self.deadline, group_id=None)
+            patience = min(GREETING, self.deadline)
+            reply = proxy.get_properties(GetPropertiesIns({"op": "hello"}), timeout=patience, group_id=None)
             hello = reply.properties["hello"]
             offer = self.enclave.hello(hello)
         except (Refused, KeyError, TypeError) as error:
@@ -151,7 +172,7 @@ class FederatedServer(flwr.server.Server):
             with self._lock:
                 self.traffic.model_down += len(frame)
             ins = FitIns(Parameters([offer, frame], "compressx"), {})
-            reply = proxy.fit(ins, timeout=None, group_id=round_)
+            reply = proxy.fit(ins, timeout=self.deadline, group_id=round_)
             if reply.status.code != Code.OK:
                 raise Refused("client", f"client {number} says: {reply.status.message}")
             update = reply.parameters.tensors[0]
@@ -175,12 +196,26 @@ class FederatedServer(flwr.server.Server):
                 file.write(json.dumps(record) + "\n")
 
 
+def _quietly(call: Callable[[], Any]) -> None:
+    """A call whose failure is of no account: its client has gone."""
+    try:
+        call()
+    except Exception as error:
+        log.info("a client was not reached: %s", error)
+
+
+def message_bytes(plan: Plan) -> int:
+    """More than any message of a plan's federation takes: what the transport may hold of one connection."""
+    return messages.largest_bytes(plan.layers) + SPARE
+
+
 def serve(server: FederatedServer, address: str, certificates: Certificates) -> None:
     """Runs Flower's gRPC server over TLS until every round is closed; then tells the clients that it is over."""
     flwr.server.start_server(
         server_address=address,
         server=server,
-        config=flwr.server.ServerConfig(num_rounds=server.plan.rounds),
+        config=flwr.server.ServerConfig(num_rounds=server.plan.rounds, round_timeout=FAREWELL),
+        grpc_max_message_length=message_bytes(server.plan),
         certificates=(certificates.authority, certificates.server, certificates.key),
     )
 
@@ -219,7 +254,11 @@ def join(client: Client, address: str, authority: bytes, patience: float = 600.0
     while True:
         try:
             flwr.client.start_client(
-                server_address=address, client=answering, root_certificates=authority, insecure=False
+                server_address=address,
+                client=answering,
+                root_certificates=authority,
+                insecure=False,
+                grpc_max_message_length=message_bytes(client.plan),
             )
             return
         except (grpc.RpcError, StopIteration) as error:

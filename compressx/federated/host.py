@@ -4,6 +4,7 @@
 same bytes; a network engine replaces only the carrying.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -22,6 +23,8 @@ from compressx.federated.trusted.refused import Refused
 from compressx.federated.trusted.rounds import Closed, Plan
 
 Array = npt.NDArray[Any]
+
+PATIENCE = 60.0  # seconds for an aggregator to finish the request that it is at
 
 
 class Aggregating(Protocol):
@@ -105,6 +108,8 @@ class Enclave:
 
     def hello(self, data: bytes) -> bytes:
         """See `Aggregator.hello`."""
+        if len(data) > process.SMALL:
+            raise Refused("size", f"a hello of {len(data)} bytes")
         return self._ask(process.HELLO, data)
 
     def model(self, client: int) -> bytes:
@@ -137,8 +142,13 @@ class Enclave:
     def stop(self) -> None:
         """Ends the process; its sealed state stays."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait()
+            with contextlib.suppress(OSError):  # it has ended already, and what ended it is the error to tell
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()

@@ -1,11 +1,14 @@
 """The federation as real processes: Flower's gRPC server and clients over TLS, the aggregator in a process of its own.
 
     F="--config=configs/federated.py:digits --workdir=runs/nodes"
-    python -m experiments.federated.nodes $F --role=setup            keys, certificates and the plan, once
+    python -m experiments.federated.nodes $F --role=enroll --number=3    on each client: its own key
+    python -m experiments.federated.nodes $F --role=setup            on the server: certificates, the plan, once
     python -m experiments.federated.nodes $F --role=server           on the server
     python -m experiments.federated.nodes $F --role=client --number=3    on each client, in any order; again if it died
     python -m experiments.federated.nodes $F --role=local            all of it on this machine
 
+A client's private key is made where the client is, and never leaves it: `enroll` writes `clients/K/identity.key` and
+`public/keys/K.hex`, and the second alone is given to the server.
 The server may be killed and started again at any time. In the work directory: `public/` is everybody's, `server/` the
 server's, `clients/K/` client K's; a deployment copies each to where it belongs. With `--enclave=sgx` the aggregator
 runs under Gramine (see `compressx/federated/gramine`), and clients need `--root`, `--measurement` and `--tcb_command`;
@@ -30,7 +33,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compressx.federated import tls
 from compressx.federated.client import Client
-from compressx.federated.host import Enclave
+from compressx.federated.host import Enclave, EnclaveStopped
 from compressx.federated.trusted import attest, quotes
 from compressx.federated.trusted.attest import Verifier
 from compressx.federated.trusted.quotes import Policy
@@ -42,7 +45,7 @@ from experiments.common.training import ConfigError, state
 from experiments.federated import config as setup
 from experiments.federated.config import Config
 
-flags.DEFINE_enum("role", "local", ["setup", "server", "client", "local"], "what this process is")
+flags.DEFINE_enum("role", "local", ["enroll", "setup", "server", "client", "local"], "what this process is")
 flags.DEFINE_integer("number", 0, "of the client")
 flags.DEFINE_string("address", "localhost:18080", "HOST:PORT of the server")
 flags.DEFINE_float("deadline", 600.0, "seconds after which a round closes with its quorum")
@@ -53,21 +56,44 @@ flags.DEFINE_string("measurement", "", "sgx: MRENCLAVE expected, hex")
 flags.DEFINE_string("tcb_command", "", "sgx: program that reads a quote and prints the platform's TCB status")
 
 
-def make_keys(config: Config, options: Options, host: str, simulated: bool) -> None:
-    """Everything that has to be agreed on before the first round; does nothing where it is there."""
+def enroll(folder: Path, number: int) -> None:
+    """A client's key, made where the client is; does nothing where it is there."""
+    own, public = folder / "clients" / str(number) / "identity.key", folder / "public" / "keys" / f"{number}.hex"
+    for path in (own, public):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not own.exists():
+        write_secret(own, Ed25519PrivateKey.generate().private_bytes_raw())
+    identity = Ed25519PrivateKey.from_private_bytes(own.read_bytes())
+    write_durably(public, identity.public_key().public_bytes_raw().hex().encode(), mode=0o644)
+
+
+def enrolled(folder: Path, count: int) -> list[str]:
+    """The public keys of all clients, in hex.
+
+    Raises:
+      ConfigError: one is missing, or is no key.
+    """
+    keys = []
+    for number in range(count):
+        path = folder / "public" / "keys" / f"{number}.hex"
+        if not path.exists():
+            told = f"{path} does not exist: run --role=enroll --number={number} on that client, and bring it"
+            raise ConfigError(told)
+        text = path.read_text().strip()
+        if len(text) != 64 or set(text) - set("0123456789abcdef"):
+            raise ConfigError(f"{path} holds no public key of 32 bytes in hex")
+        keys.append(text)
+    return keys
+
+
+def make_plan(config: Config, options: Options, host: str, simulated: bool) -> None:
+    """What has to be agreed on before the first round, from the clients' public keys; once."""
     folder = options.workdir
     if (folder / "public" / "plan.json").exists():
         return
     setting = setup.make(config, options)
-    for name in ("public", "server/enclave"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    keys = []
-    for k in range(len(setting.split)):
-        own = folder / "clients" / str(k)
-        own.mkdir(parents=True, exist_ok=True)
-        identity = Ed25519PrivateKey.generate()
-        write_secret(own / "identity.key", identity.private_bytes_raw())
-        keys.append(identity.public_key().public_bytes_raw().hex())
+    keys = enrolled(folder, len(setting.split))
+    (folder / "server" / "enclave").mkdir(parents=True, exist_ok=True)
     certificates = tls.make((host,) if host != "localhost" else ("localhost", "127.0.0.1"))
     (folder / "public" / "authority.pem").write_bytes(certificates.authority)
     (folder / "server" / "server.pem").write_bytes(certificates.server)
@@ -78,7 +104,7 @@ def make_keys(config: Config, options: Options, host: str, simulated: bool) -> N
         root = attest.SimulatedAttester(b"", b"", identity=machine[32:]).root
         (folder / "public" / "simulated_root.pem").write_bytes(root)
     plan = setup.make_plan(config, config.algorithm, setting, keys)
-    write_durably(folder / "public" / "plan.json", plan.to_bytes())
+    write_durably(folder / "public" / "plan.json", plan.to_bytes(), mode=0o644)
 
 
 def write_secret(path: Path, data: bytes) -> None:
@@ -93,6 +119,23 @@ def read_plan(folder: Path) -> Plan:
     if not path.exists():
         raise ConfigError(f"{path} does not exist; run --role=setup first")
     return Plan.from_bytes(path.read_bytes())
+
+
+def agreed(plan: Plan, config: Config, setting: setup.Setting) -> None:
+    """A client joins the plan of its own configuration alone: a plan is a file that somebody else hands out.
+
+    Raises:
+      ConfigError: a field of the plan differs, named with both values.
+    """
+    keys = [plan.roster[k][0] if k in plan.roster else "" for k in range(len(setting.split))]
+    own = setup.make_plan(config, config.algorithm, setting, keys)
+    for field in dataclasses.fields(Plan):
+        given, wanted = getattr(plan, field.name), getattr(own, field.name)
+        if given != wanted:
+            raise ConfigError(
+                f"public/plan.json has {field.name}={str(given)[:200]}, this client's configuration "
+                f"{str(wanted)[:200]}: it joins no other plan than its own"
+            )
 
 
 def server(config: Config, options: Options, address: str, deadline: float, simulated: bool) -> None:
@@ -146,6 +189,7 @@ def client(
     setting = setup.make(config, options)
     if number not in plan.roster:
         raise ConfigError(f"number={number} is impossible; the plan has clients 0 to {len(plan.roster) - 1}")
+    agreed(plan, config, setting)
     own = folder / "clients" / str(number)
     identity = Ed25519PrivateKey.from_private_bytes((own / "identity.key").read_bytes())
     mine = {k: v[setting.split[number]] for k, v in setting.train.items()}
@@ -193,10 +237,18 @@ def run(config: Config, options: Options) -> None:
     f = flags.FLAGS
     simulated = f.enclave == "simulated"
     driver.claim(options.workdir, dataclasses.asdict(config))
+    if f.role == "enroll" and not 0 <= f.number < config.split.clients:
+        raise ConfigError(f"number={f.number} is impossible; there are clients 0 to {config.split.clients - 1}")
+    for number in {"enroll": [f.number], "local": range(config.split.clients)}.get(f.role, ()):
+        enroll(options.workdir, number)
     if f.role in ("setup", "local"):
-        make_keys(config, options, f.address.rpartition(":")[0], simulated)
+        make_plan(config, options, f.address.rpartition(":")[0], simulated)
     if f.role == "server":
-        server(config, options, f.address, f.deadline, simulated)
+        try:
+            server(config, options, f.address, f.deadline, simulated)
+        except EnclaveStopped as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # the transport's threads wait for clients, who are to find the connection closed
     elif f.role == "client":
         make = simulated_verifier if simulated else sgx_verifier(f.root, f.measurement, f.tcb_command)
         client(config, options, f.number, f.address, f.patience, make)

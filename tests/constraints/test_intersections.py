@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import compressx as cx
-from compressx._admm import find_state
+from compressx._admm_state import find_state
 from compressx._harden import check, structures
 from compressx.constraints.polarization import mixed_fragments, polarity
 

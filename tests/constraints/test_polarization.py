@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 import compressx as cx
 from compressx import views
-from compressx._admm import changes, find_state, watch_refreshes
+from compressx._admm_state import find_state
 from compressx._harden import check, project, structures
 from compressx._retrain import find_state as retrain_state
 from compressx.constraints.polarization import (
@@ -29,6 +29,7 @@ from compressx.constraints.polarization import (
     polarity,
     required,
 )
+from experiments.common.training.refreshes import changes, watch_refreshes
 
 ORDERS = {"W": "chw", "H": "cwh", "C": "hwc"}  # slowest axis first
 orders = pytest.mark.parametrize("order", list(ORDERS))

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import compressx as cx
 from compressx import views
-from compressx._admm import find_state
+from compressx._admm_state import find_state
 from compressx._harden import check, structures
 from compressx.constraints.unification import FREE, PRUNED, UNIFIED, assign
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from compressx.crossbar.design import Adc, Design
+from compressx.crossbar.design import Adc, Design, Device
 from compressx.crossbar.ir_drop import with_wires
 from compressx.crossbar.mvm import crossbar_matmul
 from compressx.crossbar.noise import Variation, conductance, monte_carlo, perturb
@@ -123,3 +123,41 @@ def test_wires_only_weaken(rng):
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_no_cell_conducts_less_than_nothing():
+    levels = jnp.zeros((50, 50), jnp.int8)
+    for ratio, leak in ((None, 0.0), (10.0, 0.3)):
+        g = np.asarray(conductance(KEY, levels, Variation("gaussian", 0.5, on_off=ratio), 3)) + leak
+        assert g.min() == 0 and (g > 0).any()
+
+
+def test_a_device_s_resistances_are_its_on_off_ratio(rng):
+    design = POLAR.but(device=Device(2, r_on=1e4, r_off=1e5))
+    w, _ = _case(rng, design)
+    programmed = program(w, design, rows=np.arange(20), prove=False)
+    stated = perturb(KEY, programmed, Variation()).cells.cells
+    asked = perturb(KEY, program(w, POLAR, rows=np.arange(20), prove=False), Variation(on_off=10.0)).cells.cells
+    np.testing.assert_array_equal(stated, asked)
+    np.testing.assert_allclose(perturb(KEY, programmed, Variation(on_off=100.0)).leak, 0.03)
+    wired = with_wires(programmed, None, 5.0, 5.0, 2)
+    np.testing.assert_array_equal(wired.cells.cells, with_wires(programmed, 1e4, 5.0, 5.0, 2).cells.cells)
+    with pytest.raises(ValueError, match="r_on=None"):
+        with_wires(program(w, POLAR, prove=False), None, 5.0, 5.0, 2)
+
+
+def test_wires_see_the_leak_and_the_reference_comes_last(rng):
+    """The column currents are those of the circuit with leaking cells, less what cells without wires leak."""
+    from tests.crossbar.test_ir_drop import _nodal
+
+    w, _ = _case(rng, POLAR)
+    programmed = program(w, POLAR, rows=np.arange(20), prove=False)
+    leaky = perturb(KEY, programmed, Variation(on_off=5.0))
+    seen = np.asarray(with_wires(leaky, 1e4, 30.0, 50.0, 1).cells.cells, np.float64)
+    levels, unit, leak = np.asarray(programmed.cells.cells, np.float64), 1 / (1e4 * 3), 3 / 5
+    for group in range(len(levels)):
+        driven = (np.arange(8) + 8 * group < 20).astype(float)
+        for f in range(levels.shape[3]):
+            g = (levels[group, :, :, f] * (1 - 1 / 5) + leak * driven[:, None]) * unit
+            wanted = _nodal(np.maximum(g, 1e-15), 30.0, 50.0, driven) / unit - leak * driven.sum()
+            np.testing.assert_allclose(driven @ seen[group, :, :, f], wanted, rtol=1e-4)

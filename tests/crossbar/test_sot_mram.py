@@ -129,3 +129,16 @@ def test_refuses():
         Engine(width=100)
     with pytest.raises(ValueError, match="no room"):
         sot_mram.layer_work(mapping.dense_layer("fc", np.ones((2, 2))), Engine(rows=8), 8, 8)
+
+
+def test_short_filters_side_by_side_take_fewer_operations(rng):
+    layer = mapping.dense_layer("fc", np.ones((25, 20)), uses=7)
+    plain, packed = (sot_mram.layer_work(layer, Engine(pack=p), 8, 4) for p in (False, True))
+    assert plain.ands == 7 * 20 * 32 and packed.ands == 7 * 1 * 32  # 20 filters of 25 in 512 columns
+    assert plain.utilisation == pytest.approx(25 / 512) and packed.utilisation == pytest.approx(500 / 512)
+    assert packed.dynamic_nj < plain.dynamic_nj and packed.ns < plain.ns and packed.programmed == 4
+    long = mapping.dense_layer("fc", np.ones((600, 20)))
+    both = [sot_mram.layer_work(long, Engine(pack=p), 8, 4) for p in (False, True)]
+    assert both[0] == both[1] and both[0].utilisation == pytest.approx(600 / 1024)
+    report = sot_mram.network([layer, long], Engine(pack=True))
+    assert 0 < report.utilisation < 1 and any("side by side" in line for line in report.assumptions)

@@ -1,6 +1,7 @@
 """Every attack on a running federation is refused before a decrypted value is used."""
 
 import gc
+import shutil
 import struct
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 from compressx.federated.host import Loopback
 from compressx.federated.trusted import attest, messages, sessions
+from compressx.federated.trusted.aggregator import Aggregator
 from compressx.federated.trusted.quotes import Policy
 from compressx.federated.trusted.refused import Refused
+from compressx.federated.trusted.sealing import NOTHING, FileCounter
 from compressx.federated.trusted.sessions import NEVER, Hello
 from tests.federated import world
 
@@ -344,6 +347,38 @@ def test_an_older_state_is_refused(federation) -> None:
     for name, data in old.items():
         (sealed / name).write_bytes(data)
     assert reason(w.aggregator) == "rollback"  # an old state in its place
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_of_two_aggregators_on_copies_of_one_state_one_closes_the_round(tmp_path, restarted) -> None:
+    """Else the difference of the two models that they release would be one victim's update."""
+    w = world.make(tmp_path, rounds=2, quorum=2, release=True)
+    w.aggregator()
+    shutil.copytree(w.folder / "sealed", w.folder / "copy")
+    counter = FileCounter(w.folder / "counter")
+    fork = lambda: Aggregator(w.plan, w.initial, w.attester, w.folder / "copy", counter)
+    first, second = w.aggregator(), fork()
+    Loopback(first, {k: Cheap(w, k) for k in (0, 1, 2)}).round([0, 1, 2])
+    if restarted:
+        assert reason(fork) == "rollback"
+        return
+    attack = Loopback(second, {k: Cheap(w, k) for k in (0, 1)})
+    assert reason(lambda: attack.round([0, 1])) == "rollback"
+    assert second.status()[0] == 0 and reason(second.close) == "rollback"
+    for released, initial in zip(second.release(), w.initial, strict=True):
+        np.testing.assert_array_equal(released, initial.reshape(-1))
+    assert reason(fork) == "rollback"  # nor from what it had written before it was refused
+
+
+def test_a_counter_moves_by_compare_and_swap_alone(tmp_path) -> None:
+    counter, a, b = FileCounter(tmp_path / "counter"), (1, b"a" * 32), (1, b"b" * 32)
+    assert counter.read() == NOTHING
+    counter.swap(NOTHING, a)
+    assert counter.read() == a and reason(lambda: counter.swap(NOTHING, b)) == "rollback"
+    assert reason(lambda: counter.swap(b, (2, b"c" * 32))) == "rollback" and counter.read() == a
+    for text in ("", "2", "x y", "0 " + "00" * 32, "2 " + "zz" * 32, "2 00"):
+        (tmp_path / "counter").write_text(text)
+        assert reason(counter.read) == "rollback"
 
 
 def test_a_turned_back_counter_is_noticed_by_clients(federation) -> None:

@@ -17,6 +17,7 @@ from compressx.federated.trusted import sessions
 from configs import federated as configs
 from experiments.common.driver import Options
 from experiments.federated import config as setup
+from experiments.federated import nodes as enrolment
 
 pytestmark = pytest.mark.slow
 CLIENTS = 10
@@ -61,6 +62,8 @@ class Nodes:
 
 def test_ten_processes_a_killed_server_and_a_killed_client(tmp_path) -> None:
     nodes = Nodes(tmp_path / "run")
+    for k in range(CLIENTS):
+        enrolment.enroll(nodes.folder, k)
     assert nodes.start("--role=setup").wait() == 0
     server = nodes.start("--role=server")
     clients = {k: nodes.start("--role=client", f"--number={k}") for k in range(CLIENTS)}

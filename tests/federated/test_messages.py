@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from compressx.federated import algorithm
 from compressx.federated.simulate import delta_bytes, message_bytes
-from compressx.federated.trusted import messages, oblivious
+from compressx.federated.trusted import messages, oblivious, rounds
 from compressx.federated.trusted.messages import BITMAP, DELTA, DENSE, FLOAT32, INT8, SHARED, UPDATE, Layer
 from compressx.federated.trusted.refused import Refused
 
@@ -212,6 +212,7 @@ class Traced(np.ndarray):
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         plain = [np.asarray(x) for x in inputs]
+        kwargs = {k: tuple(map(np.asarray, v)) if k == "out" else v for k, v in kwargs.items()}
         Traced.log.append((ufunc.__name__, method, [(x.shape, x.strides, x.dtype.str) for x in plain]))
         return np.asarray(getattr(ufunc, method)(*plain, **kwargs)).view(Traced)
 
@@ -246,3 +247,48 @@ def test_what_is_touched_does_not_depend_on_the_indices(rng) -> None:
     assert oblivious_traces[0] == oblivious_traces[1] and len(oblivious_traces[0]) > 50
     plain = [trace(scatter, bits, values) for bits in pairs]
     assert plain[0] != plain[1]  # the recorder does see a data-dependent access
+
+
+class Watched:
+    """NumPy, whose new arrays are `Traced`."""
+
+    def __getattr__(self, name):
+        found = getattr(np, name)
+        if name not in ("frombuffer", "zeros", "unpackbits", "ascontiguousarray"):
+            return found
+        return lambda *args, **kwargs: np.asarray(found(*args, **kwargs)).view(Traced)
+
+
+@pytest.mark.parametrize("oblivious_round", [True, False])
+def test_a_whole_round_touches_the_same_whatever_the_supports(rng, monkeypatch, oblivious_round: bool) -> None:
+    """From the bytes of two uploads to the next model: every access of NumPy's, in order."""
+    layers = (messages.Layer("a", 300, 30), messages.Layer("b", 20, 20))
+    model = [np.zeros(300, np.float32), np.zeros(20, np.float32)]
+    plan = rounds.Plan(
+        layers, {0: ("00", 3), 1: ("01", 2)}, 1, "update", padded=True, oblivious=oblivious_round,
+        initial=rounds.model_hash(model).hex(),
+    )  # fmt: skip
+    state = rounds.initial(plan, model)
+    logs, results, wanted = [], [], []
+    for _ in range(2):
+        uploads, mean = {}, np.zeros(300)
+        for client, share in ((0, 0.6), (1, 0.4)):
+            mask = np.zeros(300, bool)
+            mask[rng.permutation(300)[:30]] = True
+            values = np.where(mask, rng.normal(size=300), 0).astype(np.float32)
+            mean += share * values
+            uploads[client] = messages.write(
+                [values, np.ones(20, np.float32)], layers, kind=messages.UPDATE, values=messages.FLOAT32,
+                masks=[mask, None], codes=(messages.BITMAP,), pad=rounds.upload_size(plan, 0),
+            )  # fmt: skip
+        with monkeypatch.context() as patch:
+            for module in (messages, rounds, oblivious):
+                patch.setattr(module, "np", Watched())
+            Traced.log = []
+            read = {client: rounds.read_upload(plan, state, data) for client, data in uploads.items()}
+            after, _ = rounds.close(plan, state, read)
+        logs.append(Traced.log)
+        results.append(np.asarray(after.layers[0]))
+        wanted.append(mean)
+    np.testing.assert_allclose(results, wanted, atol=1e-6)
+    assert len(logs[0]) > 100 and (logs[0] == logs[1]) == oblivious_round

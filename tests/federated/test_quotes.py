@@ -1,9 +1,11 @@
 """Quotes: read, verified in order, and every attack on them refused."""
 
+import base64
 import datetime
 import hashlib
 import struct
 
+import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -219,3 +221,42 @@ def test_gramine_files_are_used_as_gramine_wants_them(machine, tmp_path) -> None
 
 def test_every_simulated_machine_has_quotes_of_one_size() -> None:
     assert len({len(attest.SimulatedAttester(bytes(32), bytes(32)).quote(bytes(64))) for _ in range(6)}) == 1
+
+
+def test_only_intels_quoting_enclave_may_vouch(machine) -> None:
+    who = quotes.QuotingEnclave()
+    good = Report(who.flags, 3, bytes(32), who.signer, who.product, 3, DATA)
+    accepts = lambda qe, **more: machine.verifier(**more).verify(machine.quote(qe=qe), DATA)
+    assert accepts(good) and accepts(good._replace(flags=who.flags | quotes.MODE64))
+    for bad in (
+        good._replace(signer=SIGNER),
+        good._replace(product=2),
+        good._replace(flags=quotes.INITIALISED),
+        good._replace(flags=who.flags | quotes.LAUNCH_KEY),
+    ):
+        assert reason(lambda bad=bad: accepts(bad)) == "quoting enclave"
+    with pytest.raises(Refused, match="security version 3"):
+        quotes.verify(
+            machine.quote(qe=good), version=quotes.DCAP, vendor=quotes.INTEL_QE, root=machine.root,
+            policy=Policy(MEASUREMENT), report_data=DATA, now=NOW, tcb=lambda *_: "UpToDate",
+            quoting=who._replace(svn=4),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [quotes.PROVISION_KEY, quotes.LAUNCH_KEY])
+def test_an_aggregator_with_keys_of_the_platform_is_refused(machine, key: int) -> None:
+    report = machine.report._replace(flags=quotes.INITIALISED | quotes.MODE64 | key)
+    assert reason(lambda: machine.verifier().verify(machine.quote(report), DATA)) == "attributes"
+
+
+def test_crafted_certificates_are_refused_whatever_the_library_raises(machine) -> None:
+    """Bytes of a certificate exchanged one by one: its version, its algorithms, its times, its extensions."""
+    rng = np.random.default_rng(0)
+    verifier, der = machine.verifier(), machine.leaf.public_bytes(serialization.Encoding.DER)
+    rest = machine.chain(machine.mid, machine.root)
+    for at in range(0, len(der) - 1, 3):
+        bad = bytearray(der)
+        bad[at] ^= int(rng.integers(1, 256))
+        pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(bytes(bad)) + b"-----END CERTIFICATE-----\n"
+        with pytest.raises(Refused):
+            verifier.verify(machine.quote(chain=pem + rest), DATA)

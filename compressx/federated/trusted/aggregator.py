@@ -8,8 +8,9 @@
 An update counts from the moment its sealed copy is on the disk: an aggregator that is killed and started again finds
 it there. A second one of the same client and round is refused, so is one of any other round.
 
-Rollback: the state's round must be the counter's (or one more: killed between the two). A host that turns back the
-counter too is noticed by any client that saw more: its hello names the newest state it holds.
+Rollback and fork: the state's round and hash must be the counter's (or its round one more: killed between the two), and
+the counter moves by compare-and-swap, so that of two aggregators on copies of one state only one closes a round. A host
+that turns back the counter too is noticed by any client that saw more: its hello names the newest state it holds.
 """
 
 import re
@@ -23,7 +24,7 @@ from compressx.federated.trusted.attest import Attester
 from compressx.federated.trusted.messages import Message
 from compressx.federated.trusted.refused import Refused
 from compressx.federated.trusted.rounds import Array, Closed, Plan, State
-from compressx.federated.trusted.sealing import Counter, Sealer, write_durably
+from compressx.federated.trusted.sealing import NOTHING, Counter, Sealer, write_durably
 from compressx.federated.trusted.sessions import NEVER, Offer, Session
 
 
@@ -42,6 +43,7 @@ class Aggregator:
         self._knows_masks: set[int] = set()
         self._nonces: set[bytes] = set()
         self._lock = threading.RLock()
+        self._stands: tuple[int, bytes] = NOTHING
         self._state = self._restore(layers)
         self._accepted: dict[int, Message] = self._journal()
 
@@ -169,11 +171,17 @@ class Aggregator:
     def _write(self, state: State) -> None:
         record = self._sealer.seal(b"state" + struct.pack("<I", state.round), rounds.pack_state(state))
         write_durably(self._path(state.round), record)
-        self._counter.advance(state.round + 1)
+        self._advance(state)
+
+    def _advance(self, state: State) -> None:
+        new = (state.round + 1, state.hash)
+        self._counter.swap(self._stands, new)
+        self._stands = new
 
     def _restore(self, layers: Sequence[Array]) -> State:
         numbers = [int(m[1]) for p in self._folder.iterdir() if (m := re.fullmatch(r"state-(\d{6})\.sealed", p.name))]
-        floor = self._counter.read()  # one more than the newest round that was sealed
+        self._stands = self._counter.read()  # one more than the newest round that was sealed, and its hash
+        floor = self._stands[0]
         if not numbers:
             if floor:
                 raise Refused("rollback", f"no state is left, and the counter is at {floor}")
@@ -184,8 +192,12 @@ class Aggregator:
         if number + 1 < floor or number > floor:
             raise Refused("rollback", f"the newest state is of round {number}, and the counter is at {floor}")
         record = self._sealer.open(b"state" + struct.pack("<I", number), self._path(number).read_bytes())
-        self._counter.advance(number + 1)
-        return rounds.unpack_state(record)
+        state = rounds.unpack_state(record)
+        if number == floor:  # killed between the state and the counter
+            self._advance(state)
+        elif state.hash != self._stands[1]:
+            raise Refused("rollback", f"the counter knows another state of round {number} than the one that is here")
+        return state
 
     def _journal(self) -> dict[int, Message]:
         found = {}

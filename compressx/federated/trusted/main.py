@@ -14,21 +14,36 @@ import fcntl
 import os
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from compressx.federated.trusted.refused import Refused
+
 HELLO, MODEL, UPDATE, CLOSE, STATUS, RELEASE, LOADED = range(7)
-MAX_REQUEST = 2**30
+MAX_REPLY = 2**31
+SMALL = 4096  # more than any request but an update
 
 
-def read_frame(stream: IO[bytes]) -> tuple[int, bytes] | None:
-    """Operation or status, and payload; None at the end of the stream."""
+def read_frame(stream: IO[bytes], limit: Callable[[int], int] = lambda kind: MAX_REPLY) -> tuple[int, bytes] | None:
+    """Operation or status, and payload; None at the end of the stream.
+
+    Args:
+      stream: bytes.
+      limit: of the payload, by operation.
+
+    Raises:
+      Refused: the payload is longer; it was passed over, and the stream can be read further.
+    """
     head = stream.read(5)
     if len(head) < 5:
         return None
     length, kind = struct.unpack("<IB", head)
-    if length > MAX_REQUEST:
-        raise ValueError(f"a frame of {length} bytes; at most {MAX_REQUEST} are allowed")
+    if length > limit(kind):
+        left = length
+        while left and (part := stream.read(min(left, 2**16))):
+            left -= len(part)
+        raise Refused("size", f"a request of {length} bytes; operation {kind} takes at most {limit(kind)}")
     payload = stream.read(length)
     return (kind, payload) if len(payload) == length else None
 
@@ -64,9 +79,8 @@ def main() -> None:
 
     import numpy as np
 
-    from compressx.federated.trusted import attest
+    from compressx.federated.trusted import attest, messages
     from compressx.federated.trusted.aggregator import Aggregator
-    from compressx.federated.trusted.refused import Refused
     from compressx.federated.trusted.rounds import Plan
     from compressx.federated.trusted.sealing import FileCounter, write_durably
 
@@ -113,9 +127,13 @@ def main() -> None:
             return json.dumps(sorted({name.partition(".")[0] for name in sys.modules})).encode()
         raise Refused("structure", f"operation {kind} is not known")
 
+    # An update is at most a message of the model, in a sealed frame; whatever is longer is never held in memory.
+    largest = messages.largest_bytes(plan.layers) + SMALL
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
-    while (frame := read_frame(requests)) is not None:
+    while True:
         try:
+            if (frame := read_frame(requests, lambda kind: largest if kind == UPDATE else SMALL)) is None:
+                break
             write_frame(replies, 0, answer(*frame))
         except Refused as error:
             write_frame(replies, 1, str(error).encode())

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from compressx.federated.trusted import oblivious
 from compressx.federated.trusted.refused import Refused
 
 Array = npt.NDArray[Any]
@@ -55,11 +56,19 @@ class Layer(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One layer of a parsed message: values float32, and where they go (None: one for every weight)."""
+    """One layer of a parsed message.
+
+    Attributes:
+      code: of `CODES`.
+      indices: where the values go; None: one for every weight, or as `bits` says.
+      values: float32.
+      bits: uint8 `[size]`, where the values go in order, of a bitmap that was read obliviously; else None.
+    """
 
     code: int
     indices: Array | None
     values: Array
+    bits: Array | None = None
 
 
 class Message(NamedTuple):
@@ -225,6 +234,7 @@ def parse(
     size: int = 0,
     codes: Sequence[int] = (DENSE, BITMAP, DELTA, SHARED),
     largest: float = 1e6,
+    unlisted: bool = False,
 ) -> Message:
     """Reads a message from anyone.
 
@@ -237,6 +247,7 @@ def parse(
       size: the exact size it must have (padding included); 0 for none.
       codes: the codes allowed.
       largest: magnitude above which a value is refused.
+      unlisted: keep bitmaps as they are; no index is ever formed of them, so that no access depends on a support.
 
     Raises:
       Refused: anything is not as it must be; the text names the layer.
@@ -260,14 +271,20 @@ def parse(
     pieces = []
     for k, layer in enumerate(layout):
         support = supports[k] if supports is not None else None
-        pieces.append(_parse_layer(reader, layer, layer.values(is_values), support, codes, largest))
+        pieces.append(_parse_layer(reader, layer, layer.values(is_values), support, codes, largest, unlisted))
     if reader.at != length:
         raise Refused("message", f"{length - reader.at} bytes after the last layer")
     return Message(is_kind, tuple(pieces))
 
 
 def _parse_layer(
-    reader: _Reader, layer: Layer, values: int, support: Array | None, codes: Sequence[int], largest: float
+    reader: _Reader,
+    layer: Layer,
+    values: int,
+    support: Array | None,
+    codes: Sequence[int],
+    largest: float,
+    unlisted: bool,
 ) -> Piece:
     code, count = _LAYER.unpack(reader.take(_LAYER.size, f"{layer.name}: the layer's header"))
     whole = layer.budget == layer.size
@@ -284,8 +301,10 @@ def _parse_layer(
         if not (np.isfinite(scale) and 0 <= scale <= largest):
             raise Refused("message", f"{layer.name}: a scale of {scale}")
     indices = support if code == SHARED else None
+    bits = None
     if code == BITMAP:
-        indices = _read_bitmap(reader, layer, count)
+        bits = _read_bitmap(reader, layer, count)
+        indices, bits = (None, bits) if unlisted else (np.flatnonzero(bits), None)
     elif code == DELTA:
         indices = _read_deltas(reader, layer, count)
     raw = reader.take(count * _BYTES[values], f"{layer.name}: the values")
@@ -301,7 +320,7 @@ def _parse_layer(
         raise Refused("message", f"{layer.name}: NaN, infinity or a value above {largest:g}")
     if code == DENSE and not whole and np.count_nonzero(numbers) > layer.budget:
         raise Refused("message", f"{layer.name}: {np.count_nonzero(numbers)} non-zeros, the budget is {layer.budget}")
-    return Piece(code, indices, numbers)
+    return Piece(code, indices, numbers, bits)
 
 
 def _read_bitmap(reader: _Reader, layer: Layer, count: int) -> Array:
@@ -309,7 +328,7 @@ def _read_bitmap(reader: _Reader, layer: Layer, count: int) -> Array:
     bits = np.unpackbits(raw, bitorder="little")
     if np.any(bits[layer.size :]) or int(bits.sum()) != count:
         raise Refused("message", f"{layer.name}: a bitmap of {int(bits.sum())} bits for {count} values")
-    return np.flatnonzero(bits)
+    return bits[: layer.size]
 
 
 def _read_deltas(reader: _Reader, layer: Layer, count: int) -> Array:
@@ -335,7 +354,9 @@ def _read_deltas(reader: _Reader, layer: Layer, count: int) -> Array:
 
 
 def to_dense(piece: Piece, size: int) -> Array:
-    """The layer as float32 `[size]`."""
+    """The layer as float32 `[size]`; without an access that depends on the support where it is held as bits."""
+    if piece.bits is not None:
+        return oblivious.expand(piece.bits, piece.values)
     if piece.indices is None:
         return piece.values.copy()
     out = np.zeros(size, np.float32)

@@ -4,13 +4,15 @@
     signature  signature 64 | attestation key 64 | QE report 384 | its signature 64 | auth (u16) | certificates (u16,
     u32)
 
-Checks, in this order: size, structure, certificate chain up to a pinned root, the quoting enclave's report, the quote's
-signature, debug bits, measurement or signer, report data, TCB status. Nothing costly happens before size and structure.
+Checks, in this order: size, structure, certificate chain up to a pinned root, the quoting enclave's report and who it
+is, the quote's signature, debug and key attributes, measurement or signer, report data, TCB status. Nothing costly
+happens before size and structure.
 
 Revocation lists and Intel's TCB collateral are inputs (`revoked`, `tcb`): fetching them is the caller's. A production
 verifier without a `tcb` function refuses.
 
-Source: Intel, "Intel SGX ECDSA Quote Library Reference: DCAP API", quote format version 3, appendix A.
+Sources: Intel, "Intel SGX ECDSA Quote Library Reference: DCAP API", quote format version 3, appendix A; the quoting
+enclave's signer, product and attributes are those of Intel's published QE identity.
 """
 
 import datetime
@@ -35,6 +37,7 @@ MIN_BYTES, MAX_BYTES = 1020, 8192
 DCAP, SIMULATED = 3, 0x5353  # the version field; 0x5353 is "SS", which no quoting enclave writes
 INTEL_QE = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 SIMULATED_QE = b"SIMULATED-NO-SGX"
+INITIALISED, DEBUG, MODE64, PROVISION_KEY, LAUNCH_KEY = 1, 2, 4, 0x10, 0x20  # attribute flags
 _P256 = 2
 _PEM_CHAIN = 5
 
@@ -53,12 +56,12 @@ class Report(NamedTuple):
     @property
     def debug(self) -> bool:
         """Whether its memory can be read from outside."""
-        return bool(self.flags & 2)
+        return bool(self.flags & DEBUG)
 
     @property
     def initialised(self) -> bool:
         """Whether it is a running enclave at all."""
-        return bool(self.flags & 1)
+        return bool(self.flags & INITIALISED)
 
 
 class Quote(NamedTuple):
@@ -75,6 +78,22 @@ class Quote(NamedTuple):
     auth: bytes
     certificates: bytes
     raw: bytes
+
+
+class QuotingEnclave(NamedTuple):
+    """Who may vouch for attestation keys: a quoting enclave's signer, product and attributes.
+
+    Attributes:
+      signer: MRSIGNER, 32 bytes.
+      product: ISVPRODID.
+      svn: least ISVSVN; Intel's collateral says which are up to date.
+      flags: the attribute flags, but for `MODE64`, which either may have.
+    """
+
+    signer: bytes = bytes.fromhex("8c4f5775d796503e96137f77c68a829a0056ac8ded70140b081b094490c57bff")
+    product: int = 1
+    svn: int = 0
+    flags: int = INITIALISED | PROVISION_KEY
 
 
 @dataclass(frozen=True)
@@ -158,9 +177,9 @@ def write_quote(
     """A quote signed by an attestation key that a platform key vouches for; the simulated attester and tests use it."""
     key = _raw(attestation)
     vouched = hashlib.sha256(key + auth).digest() + bytes(32)
-    qe = (
-        qe or Report(1, 3, hashlib.sha256(b"qe").digest(), hashlib.sha256(b"qe signer").digest(), 1, 1, vouched)
-    )._replace(data=vouched)
+    who = QuotingEnclave()
+    qe = qe or Report(who.flags | MODE64, 3, hashlib.sha256(b"qe").digest(), who.signer, who.product, 1, vouched)
+    qe = qe._replace(data=vouched)
     qe_body = write_report(qe)
     signed = struct.pack("<HHIHH16s20s", version, _P256, 0, 0, 0, vendor, bytes(20)) + write_report(report)
     rest = _sign(attestation, signed) + key + qe_body + _sign(platform, qe_body)
@@ -179,6 +198,7 @@ def verify(
     now: datetime.datetime,
     revoked: frozenset[int] = frozenset(),
     tcb: Callable[[Quote, x509.Certificate], str] | None = None,
+    quoting: QuotingEnclave = QuotingEnclave(),  # noqa: B008 (immutable)
 ) -> Report:
     """Checks a quote in the order of the module's description.
 
@@ -192,6 +212,7 @@ def verify(
       now: time for the certificates' validity.
       revoked: serial numbers of revoked certificates.
       tcb: `tcb(quote, leaf) -> "UpToDate"` or a reason to refuse.
+      quoting: the quoting enclave that may vouch for the key; Intel's by default.
 
     Raises:
       Refused: with the first check that fails.
@@ -207,14 +228,22 @@ def verify(
     vouched = hashlib.sha256(quote.key + quote.auth).digest() + bytes(32)
     if not hmac.compare_digest(qe.data, vouched):
         raise Refused("signature", "the quoting enclave vouches for another attestation key")
+    if qe.debug or not qe.initialised:
+        raise Refused("debug", "a quoting enclave for debugging: its keys can be read from outside")
+    if not hmac.compare_digest(qe.signer, quoting.signer) or qe.product != quoting.product:
+        raise Refused("quoting enclave", f"signer {qe.signer.hex()}, product {qe.product} are not expected")
+    if qe.flags & ~MODE64 != quoting.flags or qe.svn < quoting.svn:
+        raise Refused("quoting enclave", f"attributes {qe.flags:#x}, security version {qe.svn} are not accepted")
     try:
         key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\x04" + quote.key)
     except ValueError:
         raise Refused("signature", "the attestation key is no point of the curve") from None
     _check_signature(key, quote.signature, quote.signed, "the quote")
     report = quote.report
-    if report.debug or qe.debug or not report.initialised:
+    if report.debug or not report.initialised:
         raise Refused("debug", "a debug enclave: its memory can be read from outside")
+    if report.flags & (PROVISION_KEY | LAUNCH_KEY):
+        raise Refused("attributes", "an enclave with provisioning or launch keys, which an aggregator has not")
     if policy.measurement is not None and not hmac.compare_digest(report.measurement, policy.measurement):
         raise Refused("measurement", f"enclave {report.measurement.hex()}; {policy.measurement.hex()} is expected")
     if policy.signer is not None:
@@ -235,10 +264,19 @@ def verify(
 def _check_chain(
     pem: bytes, root: x509.Certificate, now: datetime.datetime, revoked: frozenset[int]
 ) -> x509.Certificate:
+    # Certificates are read lazily and by several layers, each of which raises what it likes on a crafted one
+    # (UnsupportedAlgorithm, InvalidVersion, ...); none of it may be anything but a refusal here.
     try:
-        chain = x509.load_pem_x509_certificates(pem.rstrip(b"\0"))
-    except ValueError:
-        raise Refused("chain", "the certificates cannot be read") from None
+        return _walk_chain(x509.load_pem_x509_certificates(pem.rstrip(b"\0")), root, now, revoked)
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused("chain", f"the certificates cannot be read: {type(error).__name__}") from None
+
+
+def _walk_chain(
+    chain: list[x509.Certificate], root: x509.Certificate, now: datetime.datetime, revoked: frozenset[int]
+) -> x509.Certificate:
     if not 2 <= len(chain) <= 4 or chain[-1] != root:
         raise Refused("chain", "the certificates do not end in the pinned root")
     for k, cert in enumerate(chain):

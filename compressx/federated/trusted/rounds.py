@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from compressx.federated.trusted import messages, oblivious
+from compressx.federated.trusted import messages
 from compressx.federated.trusted.messages import Layer, Message
 from compressx.federated.trusted.refused import Refused
 
@@ -233,6 +233,7 @@ def read_upload(plan: Plan, state: State, data: bytes) -> Message:
         supports=supports,
         size=upload_size(plan, state.round),
         codes=codes,
+        unlisted=plan.oblivious,
     )
     if plan.oblivious:
         for piece, layer in zip(message.pieces, layout, strict=True):
@@ -241,14 +242,6 @@ def read_upload(plan: Plan, state: State, data: bytes) -> Message:
                     "message", f"{layer.name}: {piece.values.size} values; oblivious rounds need {layer.budget}"
                 )
     return message
-
-
-def _dense(plan: Plan, piece: messages.Piece, layer: Layer) -> Array:
-    if plan.oblivious and piece.code == messages.BITMAP:
-        bits = np.zeros(layer.size, np.uint8)
-        bits[piece.indices] = 1
-        return oblivious.expand(bits, piece.values)
-    return messages.to_dense(piece, layer.size)
 
 
 def close(plan: Plan, state: State, accepted: Mapping[int, Message]) -> tuple[State, Closed]:
@@ -266,7 +259,8 @@ def close(plan: Plan, state: State, accepted: Mapping[int, Message]) -> tuple[St
     for k, layer in enumerate(plan.layers):  # one layer at a time: an enclave's memory is small
         mean = state.layers[k].astype(np.float64) if kind == messages.UPDATE else np.zeros(layer.size)
         for c in clients:
-            mean += (plan.roster[c][1] / total) * _dense(plan, accepted[c].pieces[k], layer).astype(np.float64)
+            whole = messages.to_dense(accepted[c].pieces[k], layer.size)
+            mean += (plan.roster[c][1] / total) * whole.astype(np.float64)
         layers.append(mean.astype(np.float32))
     before = sum(int(np.count_nonzero(x)) for x in layers)
     flat, masks, number = tuple(layers), state.masks, state.round + 1

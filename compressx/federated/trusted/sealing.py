@@ -8,6 +8,8 @@ Under Gramine the key is `_sgx_mrenclave`: only the same measurement opens the r
 starts anew. `_sgx_mrsigner` would let upgrades read them, and also every older, perhaps faulty, version.
 """
 
+import contextlib
+import fcntl
 import os
 import struct
 from pathlib import Path
@@ -57,14 +59,25 @@ class Sealer:
             raise Refused("sealed", f"the record of {what!r} was changed, or is of another enclave or policy") from None
 
 
+NOTHING = (0, bytes(32))  # what a counter holds before any state was sealed
+
+
 class Counter(Protocol):
-    """A number that only rises, kept where the host cannot lower it."""
+    """How many states were sealed and the hash of the newest, kept where the host can neither lower nor copy it.
 
-    def read(self) -> int:
-        """The number."""
+    A number alone shows a rollback, not a fork: two aggregators on copies of one state would both raise it to the same
+    number. With the hash beside it, and moved by compare-and-swap, one of the two wins and the other is refused.
+    """
 
-    def advance(self, to: int) -> None:
-        """Raises it."""
+    def read(self) -> tuple[int, bytes]:
+        """The number and the hash; `NOTHING` before the first."""
+
+    def swap(self, old: tuple[int, bytes], new: tuple[int, bytes]) -> None:
+        """Moves from `old` to `new` in one step.
+
+        Raises:
+          Refused: "rollback", where it is not at `old`.
+        """
 
 
 class FileCounter:
@@ -76,24 +89,42 @@ class FileCounter:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
 
-    def read(self) -> int:
-        """0 where there is no file yet."""
+    def read(self) -> tuple[int, bytes]:
+        """`NOTHING` where there is no file yet.
+
+        Raises:
+          Refused: "rollback", where the file is not a counter.
+        """
         try:
-            return int(self._path.read_text())
+            number, hash_ = self._path.read_text().split()
+            found = int(number), bytes.fromhex(hash_)
         except FileNotFoundError:
-            return 0
+            return NOTHING
+        except (ValueError, UnicodeDecodeError):
+            raise Refused("rollback", f"{self._path} is not a counter") from None
+        if found[0] < 1 or len(found[1]) != 32:
+            raise Refused("rollback", f"{self._path} is not a counter")
+        return found
 
-    def advance(self, to: int) -> None:
-        """Writes a larger number."""
-        if to < self.read():
-            raise Refused("rollback", f"the counter is at {self.read()} and cannot go to {to}")
-        write_durably(self._path, str(to).encode())
+    def swap(self, old: tuple[int, bytes], new: tuple[int, bytes]) -> None:
+        """See `Counter.swap`; processes on one file exclude each other."""
+        with open(self._path.with_name(f"{self._path.name}.lock"), "wb") as lock:
+            with contextlib.suppress(OSError):  # Gramine may not have it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            here = self.read()
+            if here != old:
+                raise Refused(
+                    "rollback", f"the counter is at {here[0]} ({here[1].hex()[:16]}), not at {old[0]} "
+                    f"({old[1].hex()[:16]}): another aggregator continues from a copy of this state"
+                )  # fmt: skip
+            write_durably(self._path, f"{new[0]} {new[1].hex()}".encode())
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file in one step, and returns when it is on the disk."""
+def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Writes a file in one step, for its owner's eyes unless `mode` says otherwise; returns when it is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process of this number that was killed
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

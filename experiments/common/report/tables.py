@@ -1,8 +1,9 @@
-"""`python -m experiments.common.report.tables`: the tables of README.md and docs/results.md, from summaries.
+"""`python -m experiments.common.report.tables`: the tables of README.md, from summaries.
 
 Every `docs/results/**/summary.json` is read; a row is one driver, variant and data set (and whatever else the table
 groups by), or an entry of a list in it; mean and sample standard deviation over its seeds. `docs/results/tables.toml`
-declares the tables (`report.declared` says how), and each replaces what stands between its markers in the documents.
+declares the tables (`report.declared` says how), and each replaces what stands between its markers in the document.
+The site's page of results has its tables in the same way, but only where the site is built: `docs/_ext/results.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from experiments.common.report import format as fmt
 from experiments.common.report.declared import Column, Goal, Table, TableError, read_tables
 from experiments.common.report.summary import SummaryError, lookup, read_summary, run_of
 
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENT = "README.md"
 RESULTS = "docs/results"
 DECLARATIONS = "docs/results/tables.toml"
 
@@ -74,34 +75,46 @@ def render(table: Table, results: Sequence[Result]) -> str:
     return "\n\n".join(lines)
 
 
-def update(root: Path, *, check: bool = False) -> list[Path]:
-    """Rewrites the blocks of the documents below `root`; running it twice changes nothing the second time.
+def update(root: Path, *, check: bool = False) -> bool:
+    """Rewrites README's tables; running it twice changes nothing the second time.
 
     Args:
       root: the repository.
       check: only look, write nothing.
 
     Returns:
-      The documents that changed, or would.
+      Whether it changed, or would.
 
     Raises:
       TableError, SummaryError, MarkerError: nothing is written then.
     """
+    path = root / DOCUMENT
+    if not path.exists():
+        raise TableError(f"{root} holds no {DOCUMENT}; run this in the repository or give --root")
+    old = path.read_bytes().decode("utf-8")
+    new = filled(root, old, str(path))
+    if new != old and not check:
+        _json.write_atomic(path, new.encode())
+    return new != old
+
+
+def filled(root: Path, document: str, where: str) -> str:
+    """A document with every table between its markers.
+
+    Args:
+      root: the repository.
+      document: markdown.
+      where: the document's name, for messages.
+
+    Returns:
+      The new document.
+
+    Raises:
+      TableError, SummaryError, MarkerError: a declaration, a summary or a marker is wrong.
+    """
     results = read_results(root / RESULTS)
     blocks = {table.name: render(table, results) for table in read_tables(root / DECLARATIONS)}
-    changed: list[tuple[Path, str]] = []
-    documents = [root / name for name in DOCUMENTS if (root / name).exists()]
-    if not documents:
-        raise TableError(f"{root} holds none of {', '.join(DOCUMENTS)}; run this in the repository or give --root")
-    for path in documents:
-        old = path.read_bytes().decode("utf-8")
-        new, _ = markdown.replace_blocks(old, blocks, str(path))
-        if new != old:
-            changed.append((path, new))
-    if not check:
-        for path, new in changed:
-            _json.write_atomic(path, new.encode())
-    return [path for path, _ in changed]
+    return markdown.replace_blocks(document, blocks, where)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TableError, SummaryError, markdown.MarkerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for path in changed:
-        print(f"{path}: {'not up to date; run `make tables`' if options.check else 'updated'}")
     if not changed:
         print("tables are up to date")
+    else:
+        print(f"{DOCUMENT}: {'not up to date; run `make tables`' if options.check else 'updated'}")
     return 1 if changed and options.check else 0
 
 

@@ -24,7 +24,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
     """-log softmax(logits)[label] of every row: `[n, V]`, int32 `[n] -> [n]`; first derivatives only.
 
     For large vocabularies: the gradient, exp(logits - logsumexp) - 1[label], is made in one pass and the ones are put
-    into it where they belong (what that gains on a CPU: BUILD_NOTES, "Recurrent training steps").
+    into it where they belong (what that gains on a CPU: docs/notes/open.md).
     """
     return _cross_entropy(logits, labels)[0]
 

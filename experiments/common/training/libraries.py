@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from compressx._admm import AdmmState
+from compressx._admm_state import AdmmState
 from compressx.constraints.library_use import use_of
 from compressx.constraints.pattern import Patterns
 from compressx.rules import Bound, Rules, resolve

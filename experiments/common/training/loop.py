@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from compressx._admm import by_set, changes
-from compressx._admm import find_state as find_admm
+from compressx._admm_state import by_set
+from compressx._admm_state import find_state as find_admm
 from compressx._harden import structures
 from compressx._retrain import find_state as find_retrain
 from compressx.rules import Rules
@@ -26,6 +26,7 @@ from experiments.common.training.libraries import rounds
 from experiments.common.training.mesh import agree
 from experiments.common.training.phases import DENSE, Phase, Weights, harden, settle
 from experiments.common.training.progress import Display, StopOnce
+from experiments.common.training.refreshes import changes
 from experiments.common.training.state import (
     Sums,
     TrainState,
@@ -367,7 +368,7 @@ def _diverged(phase: Phase, epoch: int, state: TrainState, loss: float) -> NoRet
 def _residuals(opt_state: Any, rules: Rules) -> dict[str, Any]:
     """rho and the residuals by leaf (the largest over its sets) and by set, once there has been an update.
 
-    With them what the last refresh changed, of leaves whose set can tell (`admm.watch_refreshes`).
+    With them what the last refresh changed, of leaves whose set can tell (`watch_refreshes`).
     """
     state = jax.device_get(find_admm(opt_state)._replace(z=(), center=(), structure={}))
     if int(state.updates) == 0:

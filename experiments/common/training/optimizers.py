@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from compressx import schedules as rho_schedules
-from compressx._admm import admm, watch_refreshes
+from compressx._admm import admm
 from compressx._retrain import retrain
 from compressx.rules import Rules
 from experiments.common.training.config import Admm, ConfigError, Fit
 from experiments.common.training.phases import Phase
+from experiments.common.training.refreshes import watch_refreshes
 
 
 def learning_rate(fit: Fit, steps: int) -> optax.Schedule:

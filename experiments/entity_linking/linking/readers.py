@@ -101,7 +101,7 @@ def deep_ed(path: Path, near: int = _NEAR) -> list[Document]:
         document  document  mention  left context  right context  CANDIDATES  id,p,title ...  GT:  rank,id,...,title
 
     with EMPTYCAND for no candidates, EMPTYCTXT for no context and a rank of -1 for a gold that is no candidate. Gold is
-    told by its id, not its rank. The order of candidates is not kept. Consecutive lines with one name are a document.
+    known by its id, not its rank. The order of candidates is not kept. Consecutive lines with one name are a document.
     """
     documents: list[Document] = []
     for number, line in enumerate(_text(path).split("\n"), 1):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from compressx._admm import find_state
+from compressx._admm_state import find_state
 from compressx.constraints import unstructured
 from experiments.common.training import optimizers
 from experiments.common.training.config import Admm, ConfigError, Fit
