@@ -15,6 +15,7 @@ subject can share a dense network: `--config.init_from=DIR`.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -61,13 +62,13 @@ SUBJECTS = {
 def make(variant: str, subject: str, rules: tuple[tuple[str, Any], ...]) -> Config:
     """The experiment on a subject with these sets; one-shot and dense at the same number of epochs beside it."""
     data, model, batch, (dense, admm, retrain) = SUBJECTS[subject]
-    warm = {"warmup": 0.05, "weight_decay": 1e-4}
+    fit = partial(Fit, lr=2e-3, warmup=0.05, weight_decay=1e-4)
     stage = Stage(
         rules,
         Admm(epochs=admm, lr=3e-3, rho=3e-2, rho_factor=4.0, rho_stages=3, every=100, refresh_every=1),
-        Fit(epochs=retrain, lr=2e-3, **warm),
+        fit(epochs=retrain),
     )
-    plan = Plan(Fit(epochs=dense, lr=2e-3, **warm), (stage,), baselines=("one_shot", "dense_same_budget"))
+    plan = Plan(fit(epochs=dense), (stage,), baselines=("one_shot", "dense_same_budget"))
     return Config(plan=plan, variant=variant, data=data, model=model, batch=batch)
 
 
@@ -83,11 +84,10 @@ VARIANTS = {
 def tiny(config: Config) -> Config:
     """The same phases of a small network on a handful of examples, without what is fitted beside it: for tests."""
     stages = tuple(Stage(s.rules, Admm(epochs=1, every=2), Fit()) for s in config.plan.stages)
-    text = config.data.subject == "text"
-    front = {"train": 1200, "test": 400, "window": 16} if text else {"train": 96, "test": 96}
+    train, test = (1200, 400) if config.data.subject == "text" else (96, 96)
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, **front),
+        data=dataclasses.replace(config.data, train=train, test=test, window=16),
         model=dataclasses.replace(config.model, width=16, heads=4, hidden=32, layers=1),
         batch=16,
         floor=False,

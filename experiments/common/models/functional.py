@@ -44,7 +44,8 @@ def functional(make: Callable[[nnx.Rngs], Any]) -> Functional:
     Raises:
       ValueError: the module has variables that are no parameters (running statistics, say).
     """
-    graph, state, others = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+    graph, *states = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param, ...)
+    state, others = states
     if jax.tree.leaves(others):
         raise ValueError(f"the module has variables beside its parameters: {', '.join(map(str, others))}")
     return Functional(make, graph, state)
