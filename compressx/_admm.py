@@ -134,6 +134,10 @@ def admm(
     Raises:
       ValueError: `every` or `refresh_every` below 1; at init, whatever `rules.resolve` finds.
 
+    Source: S. Boyd et al., "Distributed Optimization and Statistical Learning via the Alternating Direction Method
+    of Multipliers", 2011, section 3.1.1 (scaled form); for pruning: T. Zhang et al., "A Systematic DNN Weight
+    Pruning Framework using Alternating Direction Method of Multipliers", 2018.
+
     Example:
       >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
       >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]

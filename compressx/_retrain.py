@@ -54,6 +54,9 @@ def retrain(rules: Rules, hard: Hardened | Mapping[str, Any] | None = None) -> o
         would take kept weights away. Where `init` is traced (under jit, vmap, eval_shape) there are no weights to look
         at and nothing is raised: call `check(hard, rules)` before.
 
+    Source: masked retraining of T. Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating
+    Direction Method of Multipliers", 2018, made to hold for every set.
+
     Example:
       >>> params = {"dense": {"kernel": jnp.asarray([[1.0, -5.0], [4.0, 0.5]])}}
       >>> rules = [(".*/kernel", compressx.unstructured(density=0.5))]

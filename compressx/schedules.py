@@ -14,7 +14,11 @@ from jax import Array
 
 
 class RhoSchedule(NamedTuple):
-    """How rho moves: `init()` is its first value, `update(rho, primal, dual, updates)` the next (float32 scalars).
+    """How rho moves from one Z and U update to the next; all numbers are float32 `[]`.
+
+    Attributes:
+      init: `init()` is rho's first value.
+      update: `update(rho, primal, dual, updates)` is the next one.
 
     Example:
       >>> halving = compressx.schedules.RhoSchedule(lambda: jnp.float32(8), lambda rho, primal, dual, updates: rho / 2)
@@ -54,6 +58,10 @@ def constant(rho: float | Array) -> RhoSchedule:
 def of_steps(schedule: Callable[[Array], Any], every: int) -> RhoSchedule:
     """rho follows an optax schedule, a function of the number of gradient steps done; `every` is that of `admm`.
 
+    Args:
+      schedule: number of gradient steps done (int32 `[]`) -> rho.
+      every: gradient steps between two updates.
+
     Example:
       >>> schedule = compressx.schedules.of_steps(optax.linear_schedule(0.0, 1.0, 100), every=25)
       >>> float(schedule.update(schedule.init(), 1.0, 1.0, 2))  # after two updates, 50 steps
@@ -68,7 +76,17 @@ def of_steps(schedule: Callable[[Array], Any], every: int) -> RhoSchedule:
 def staged(rho: float, factor: float = 10.0, every: int = 4, maximum: float | None = None) -> RhoSchedule:
     """rho is multiplied by `factor` after every `every` updates, up to `maximum`.
 
-    The recipe of the FORMS and PatDNN groups' public code: 1e-4, then x10 at each of four stages.
+    Args:
+      rho: its first value, above 0.
+      factor: of each stage, above 0.
+      every: updates in a stage, at least 1.
+      maximum: rho never passes it; None: no bound.
+
+    Raises:
+      ValueError: rho, factor or every is not positive.
+
+    Source: public training code of the groups of W. Niu et al., "PatDNN", 2020, and G. Yuan et al., "FORMS", 2021:
+    1e-4, then x10 at each of four stages.
 
     Example:
       >>> schedule = compressx.schedules.staged(0.5, factor=4, every=2)
@@ -88,6 +106,14 @@ def residual_balancing(rho: float, ratio: float = 10.0, factor: float = 2.0) -> 
     """rho follows the residuals: x factor where primal > ratio * rho-scaled dual, / factor where the dual leads.
 
         primal ||W - Z||, dual rho * ||Z - Z_previous||
+
+    Args:
+      rho: its first value, above 0.
+      ratio: how far one residual must lead (mu in the paper), above 0.
+      factor: by which rho moves (tau in the paper), above 0.
+
+    Raises:
+      ValueError: an argument is not positive.
 
     Source: S. Boyd et al., "Distributed Optimization and Statistical Learning via the ADMM", 2011, eq. 3.13.
 
@@ -112,6 +138,12 @@ def rtmobile(rho: float = 1e-3) -> RhoSchedule:
         rho <= 0.02:  rho * 1.2 where a / b >= 0.1, else rho / 1.2
         0.02 < rho <= 0.5:  rho + 0.02
         rho > 0.5:  frozen
+
+    Args:
+      rho: its first value, above 0.
+
+    Raises:
+      ValueError: rho is not positive.
 
     Source: P. Dong et al., "RTMobile", 2020, the authors' released training code; its first rho is not published.
 

@@ -56,7 +56,19 @@ def check_constraint(constraint: Constraint, like: Any, *, nearest: bool = True,
 
 
 class Contract:
-    """A constraint with weights drawn for it; its functions are compiled once for all checks."""
+    """A constraint with weights drawn for it; its functions are compiled once for all checks.
+
+    Args:
+      constraint: the set.
+      like: a leaf it applies to (a tuple of leaves where it is joint), of which shapes and dtypes are taken.
+      seed: of the weights that are drawn.
+
+    Example:
+      >>> contract = Contract(compressx.filters(0.5), jnp.zeros((4, 6)))
+      >>> contract.draw().shape
+      (4, 6)
+      >>> contract.spec()  # one check alone: an AssertionError where it does not hold
+    """
 
     def __init__(self, constraint: Constraint, like: Any, seed: int = 0) -> None:
         self.constraint, self.like, self.seed = constraint, like, seed

@@ -113,6 +113,13 @@ def kernels() -> View:
 def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
     """Number of blocks down and across a matrix, the ragged ones at the edge counted.
 
+    Args:
+      shape: of the matrix, (rows, columns).
+      block: of a block, (rows, columns).
+
+    Returns:
+      (blocks down, blocks across).
+
     Example:
       >>> compressx.views.block_grid((10, 8), (4, 4))  # the last row of blocks is ragged
       (3, 2)
@@ -202,6 +209,13 @@ def tiles(block: Shape) -> View:
 def in_tiles(shape: Shape, block: Shape) -> Array:
     """Which entries of `tiles(block)` are weights and not padding: bool, broadcastable to the tiles.
 
+    Args:
+      shape: of the stored weight.
+      block: two or three extents, as for `tiles`.
+
+    Returns:
+      bool, of the tiles' number of axes; 1 along those that need no padding.
+
     Example:
       >>> inside = compressx.views.in_tiles((10, 8), (4, 4))
       >>> int(jnp.sum(jnp.broadcast_to(inside, (3, 4, 2, 4))))  # 10 x 8 weights, the rest is padding
@@ -225,6 +239,9 @@ def position_order(shape: Shape, order: str) -> np.ndarray:
       shape: of a weight `[..., cin, cout]` with up to two kernel axes.
       order: the axis that runs fastest. "W": kernel width, weights nested (c, i, j) with j fastest; "H": kernel height,
         (c, j, i); "C": input channel, (i, j, c), the order of the GEMM view itself. Alike for dense weights.
+
+    Returns:
+      int32 `[P]`.
 
     Raises:
       ValueError: the order is none of these, or the weight has fewer than two or more than four axes.

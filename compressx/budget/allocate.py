@@ -21,6 +21,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 def shapes(params: Any, pattern: str = ".*kernel") -> dict[str, tuple[int, ...]]:
     """`path -> shape` of the leaves whose whole path matches.
 
+    Args:
+      params: pytree of arrays or shapes.
+      pattern: regular expression for the slash-joined path.
+
+    Returns:
+      `path -> shape`, in leaf order.
+
     Raises:
       ValueError: the pattern matches no leaf.
 
@@ -86,6 +93,13 @@ def _share(sizes: Mapping[str, int], weight: Mapping[str, float], budget: int) -
 def uniform(leaf_shapes: Shapes, density: float) -> dict[str, int]:
     """Every leaf keeps the same share: floor(density * n + 1/2) of its n weights.
 
+    Args:
+      leaf_shapes: path -> shape.
+      density: share kept, in (0, 1].
+
+    Returns:
+      path -> weights to keep.
+
     Raises:
       ValueError: the density is not in (0, 1], or keeps no weight of some leaf.
 
@@ -110,6 +124,16 @@ def erk(leaf_shapes: Shapes, density: float) -> dict[str, int]:
     Small leaves stay denser; leaves that would pass density 1 stay whole and the others share what is left. The total
     is floor(density * all + 1/2), exactly.
 
+    Args:
+      leaf_shapes: path -> shape.
+      density: share of all weights kept, in (0, 1].
+
+    Returns:
+      path -> weights to keep, at least one each.
+
+    Raises:
+      ValueError: the density is not in (0, 1], or keeps fewer weights than there are leaves.
+
     Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020.
 
     Example:
@@ -126,6 +150,15 @@ def by_bytes(leaf_shapes: Shapes, budget: int, value_bytes: int = 4, index_bits:
     """ERK shares of the number of weights that fit a byte budget.
 
         bytes = kept * value_bytes + all * index_bits / 8     (index_bits = 1: a bitmask; 0: free structure)
+
+    Args:
+      leaf_shapes: path -> shape.
+      budget: bytes of all leaves together.
+      value_bytes: of a kept weight.
+      index_bits: of each weight, kept or not.
+
+    Returns:
+      path -> weights to keep, at least one each.
 
     Raises:
       ValueError: the budget does not even hold the indices and one weight a leaf.
@@ -155,6 +188,9 @@ def by_flops(leaf_shapes: Shapes, positions: Mapping[str, int], budget: int) -> 
       leaf_shapes: path -> shape.
       positions: path -> how often each weight is used in one inference (output height * width; 1 for a dense layer).
       budget: multiply-adds of one inference.
+
+    Returns:
+      path -> weights to keep, at least one each.
 
     Raises:
       ValueError: a leaf has no entry in `positions`, or the budget is below one weight a leaf.
@@ -204,6 +240,14 @@ def by_sensitivity(rows: Sequence[Row], cost: Callable[[Row], float], budget: fl
 
     Raises:
       ValueError: no rows, a cost or change that is not a number, or a budget below the cheapest choice.
+
+    Example:
+      >>> from compressx.budget.allocate import by_sensitivity, bytes_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> rows = [Row("a", 1.0, 8, 8, 8, 0.1, 0.0), Row("a", 0.5, 4, 8, 4, 0.2, 0.1)]
+      >>> rows += [Row("b", 1.0, 8, 8, 8, 0.1, 0.0), Row("b", 0.5, 4, 8, 4, 0.6, 0.5)]  # b suffers more
+      >>> [(r.path, r.density) for r in by_sensitivity(rows, bytes_cost(), budget=48)]
+      [('a', 0.5), ('b', 1.0)]
     """
     options: dict[str, list[tuple[float, float, Row]]] = {}
     for row in rows:
@@ -232,12 +276,39 @@ def by_sensitivity(rows: Sequence[Row], cost: Callable[[Row], float], budget: fl
 
 
 def bytes_cost(value_bytes: int = 4, index_bits: float = 0.0) -> Callable[[Row], float]:
-    """Bytes of a row: `weights * value_bytes + groups * index_bits / 8` (index_bits = 1: a bitmask over the groups)."""
+    """Bytes of a row: `weights * value_bytes + groups * index_bits / 8` (index_bits = 1: a bitmask over the groups).
+
+    Args:
+      value_bytes: of a weight.
+      index_bits: of a group; 1 is a bitmask, 0 a structure that costs nothing.
+
+    Returns:
+      What `by_sensitivity` takes as `cost`.
+
+    Example:
+      >>> from compressx.budget.allocate import bytes_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> bytes_cost(index_bits=1.0)(Row("a", 0.5, 8, 16, 8, 0.2, 0.1))  # 8 floats and 16 bits
+      34
+    """
     return lambda row: row.weights * value_bytes + math.ceil(row.groups * index_bits / 8)
 
 
 def flops_cost(positions: Mapping[str, int]) -> Callable[[Row], float]:
-    """Multiply-adds of a row: `weights * positions[path]`, positions as in `by_flops`."""
+    """Multiply-adds of a row: `weights * positions[path]`, positions as in `by_flops`.
+
+    Args:
+      positions: path -> how often each weight is used in one inference.
+
+    Returns:
+      What `by_sensitivity` takes as `cost`; it raises a `ValueError` for a path without positions.
+
+    Example:
+      >>> from compressx.budget.allocate import flops_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> flops_cost({"conv": 64})(Row("conv", 0.5, 8, 16, 8, 0.2, 0.1))
+      512.0
+    """
 
     def cost(row: Row) -> float:
         if row.path not in positions:
@@ -248,7 +319,20 @@ def flops_cost(positions: Mapping[str, int]) -> Callable[[Row], float]:
 
 
 def table_cost(table: Mapping[tuple[str, int], float]) -> Callable[[Row], float]:
-    """Cost by measurement: `table[path, kept]`, such as the milliseconds of that layer with so many groups."""
+    """Cost by measurement: `table[path, kept]`, such as the milliseconds of that layer with so many groups.
+
+    Args:
+      table: (path, groups kept) -> cost, in any unit.
+
+    Returns:
+      What `by_sensitivity` takes as `cost`; it raises a `ValueError` for a row that was not measured.
+
+    Example:
+      >>> from compressx.budget.allocate import table_cost
+      >>> from compressx.budget.sensitivity import Row
+      >>> table_cost({("conv", 8): 0.25})(Row("conv", 0.5, 8, 16, 8, 0.2, 0.1))
+      0.25
+    """
 
     def cost(row: Row) -> float:
         if (row.path, row.kept) not in table:

@@ -33,6 +33,12 @@ class Row(NamedTuple):
       weights: weights kept, `kept / groups` of the leaf's.
       value: the loss, or whatever `measure` returns.
       change: value minus that of the dense network.
+
+    Example:
+      >>> from compressx.budget.sensitivity import Row
+      >>> row = Row("dense", density=0.5, kept=2, groups=4, weights=6, value=1.2, change=0.2)
+      >>> row._replace(density=0.25).density
+      0.25
     """
 
     path: str
@@ -61,7 +67,7 @@ STRUCTURES: dict[str, Scores] = {
 }
 
 
-def ranks(w: Array, score: Scores) -> Array:
+def _ranks(w: Array, score: Scores) -> Array:
     """The place of every group by falling energy, int32 of the scores' shape; ties go to the lower index."""
     energy = score(w)
     order = jnp.argsort(-energy.reshape(-1), stable=True)
@@ -126,6 +132,16 @@ def sensitivity(
     Raises:
       ValueError: a path that is not in params, an unknown structure, a density out of range or that keeps nothing;
         axes that do not fit a leaf, or none for a leaf of which the structure needs to know them.
+
+    Source: pruning one layer at a time as in S. Han et al., "Learning both Weights and Connections for Efficient Neural
+    Networks", 2015, figure 6; H. Li et al., "Pruning Filters for Efficient ConvNets", 2017, section 3.2.
+
+    Example:
+      >>> from compressx.budget.sensitivity import sensitivity
+      >>> loss = lambda p: jnp.sum((p["w"] - 1.0) ** 2)
+      >>> rows = sensitivity(loss, {"w": jnp.ones((2, 2))}, ["w"], densities=[1.0, 0.5])
+      >>> [(r.kept, r.change) for r in rows]
+      [(4, 0.0), (2, 2.0)]
     """
     if isinstance(structure, str) and structure not in STRUCTURES:
         raise ValueError(f"structure must be one of {', '.join(STRUCTURES)} or a function, got {structure!r}")
@@ -147,7 +163,7 @@ def sensitivity(
     @jax.jit
     def run(values: list[Array], which: Array, kept: Array) -> tuple[Array, Array]:
         each = [_slices(values[i], a) for i, a in zip(chosen, layouts, strict=True)]
-        rank = [jax.vmap(partial(ranks, score=score))(x) for x in each]
+        rank = [jax.vmap(partial(_ranks, score=score))(x) for x in each]
 
         def pruned(pair: tuple[Array, Array]) -> Array:
             layer, k = pair

@@ -39,6 +39,13 @@ class Compact(NamedTuple):
       apply: `apply(variables, x) -> outputs`, pure; jits, differentiates, exports. Batch normalisation uses its running
         statistics: a compact network is for inference (or for tuning with the statistics frozen).
       dead: what was removed, and what was folded into biases.
+
+    Example:
+      >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
+      >>> variables = {"a": jnp.asarray([[1.0, 0.0, 2.0]]), "b": jnp.ones((3, 1))}  # the second unit is never on
+      >>> small = compressx.compaction.compact(two, variables, jnp.zeros((1, 1)))
+      >>> small.apply(small.variables, jnp.ones((1, 1))).tolist(), two(variables, jnp.ones((1, 1))).tolist()
+      ([[3.0]], [[3.0]])
     """
 
     variables: Any
@@ -49,13 +56,22 @@ class Compact(NamedTuple):
 def compact(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, ...] = ()) -> Compact:
     """Removes every channel that does not matter, and returns the smaller network.
 
-    Arguments and errors are those of `dead`, which says what goes. The network need not know: its traced program is run
-    again with smaller shapes, convolutions in the formulation that is fastest at their new size.
+    The network need not know: its traced program is run again with smaller shapes, convolutions in the formulation that
+    is fastest at their new size.
 
         small = compact(model, variables, jnp.zeros((1, 32, 32, 3)))
         logits = jax.jit(small.apply)(small.variables, images)
 
     A warning, `NothingRemoved`, names what stands in the way where weights are 0 along whole indices and none can go.
+
+    Args:
+      model, variables, x, keep: as for `dead`, which says what goes.
+
+    Returns:
+      `Compact`: smaller variables, the function that takes them, and what was removed.
+
+    Raises:
+      CompactionError: see `dead`.
 
     Example:
       >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
@@ -76,7 +92,22 @@ def compact(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str
 
 
 def cut(variables: Any, found: Dead) -> Any:
-    """The leaves without what is removed, constants folded in."""
+    """The leaves without what is removed, constants folded in.
+
+    Args:
+      variables: pytree of the whole network.
+      found: what is removed, from `dead`.
+
+    Returns:
+      The same tree; dtypes are kept.
+
+    Example:
+      >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
+      >>> variables = {"a": jnp.asarray([[1.0, 0.0, 2.0]]), "b": jnp.ones((3, 1))}
+      >>> found = compressx.compaction.dead(two, variables, jnp.zeros((1, 1)))
+      >>> compressx.compaction.cut(variables, found)["a"].tolist()
+      [[1.0, 2.0]]
+    """
     leaves, treedef = jax.tree.flatten(variables)
     out = []
     for path, leaf in zip(paths(variables), leaves, strict=True):
@@ -111,6 +142,17 @@ def smaller(
       keep: see `channels`.
       positions: path -> the positions of a smaller kernel that are not all zero; its leaf is then the matrix of those
         (see `gathered.gather`), and its convolution a product of gathered patches.
+
+    Returns:
+      A pure function; it raises a `CompactionError` where leaves do not have the shapes of `cut`.
+
+    Example:
+      >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
+      >>> variables = {"a": jnp.asarray([[1.0, 0.0, 2.0]]), "b": jnp.ones((3, 1))}
+      >>> found = compressx.compaction.dead(two, variables, jnp.zeros((1, 1)))
+      >>> apply = compressx.compaction.smaller(two, variables, found)
+      >>> apply(compressx.compaction.cut(variables, found), jnp.ones((4, 1))).ravel().tolist()
+      [3.0, 3.0, 3.0, 3.0]
     """
     spec = jax.tree.map(described, variables)
     traced: dict[Any, tuple[Channels, Plan]] = {}

@@ -25,6 +25,12 @@ class LayerCost(NamedTuple):
       weights: `positions * cout`.
       macs: multiply-adds, `weights * outputs`.
       bytes: weights, image and output, each moved once, in float32.
+
+    Example:
+      >>> dense = lambda v, x: x @ v["kernel"]
+      >>> (line,) = compressx.compaction.costs(dense, {"kernel": jnp.ones((8, 4))}, jnp.zeros((1, 8)))
+      >>> line.weights, line.macs, line.bytes  # 4 bytes of each weight, input and output
+      (32, 32, 176)
     """
 
     path: str
@@ -48,6 +54,9 @@ def costs(
       variables: arrays or shapes; kernels as they are (not gathered).
       x: inputs of batch 1, arrays or shapes.
       used: path -> positions that are not all zero, for kernels of which only those are stored; the rest use all.
+
+    Returns:
+      A `LayerCost` for each.
 
     Example:
       >>> dense = lambda v, x: x @ v["kernel"]
@@ -78,6 +87,19 @@ def peak_bytes(model: nn.Module | Function, variables: Any, x: Any) -> int:
 
     Values that depend on the variables alone are not counted; elementwise operations are taken to write their result
     beside their operands, which a compiler may avoid: an upper bound without tiling.
+
+    Args:
+      model: a flax module (in evaluation mode), or any `f(variables, x)`.
+      variables: arrays or shapes.
+      x: inputs, arrays or shapes; their batch counts.
+
+    Returns:
+      Bytes.
+
+    Example:
+      >>> dense = lambda v, x: x @ v["kernel"]
+      >>> compressx.compaction.peak_bytes(dense, {"kernel": jnp.ones((8, 4))}, jnp.zeros((1, 8)))  # 8 inputs, 4 outputs
+      48
     """
     program = trace(model, variables, x)
     fixed = set(range(len(program.paths))) | set(program.constants)

@@ -39,6 +39,9 @@ def coupled_rules(
       ValueError: `vectors` with `column_density`, or that with groups that share a weight; a weight that makes the same
         channels on two axes; a place that no group has.
 
+    Source: coupling as in H. Li et al., "Pruning Filters for Efficient ConvNets", 2017, section 3.3; groups as in G.
+    Fang et al., "DepGraph: Towards Any Structural Pruning", 2023.
+
     Example:
       >>> def layer(v, x):
       ...     return jax.nn.relu(x @ v["up"]) @ v["down"]

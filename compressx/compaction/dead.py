@@ -23,6 +23,12 @@ class Dead(NamedTuple):
       folded: path -> what the removed constant channels add to that leaf (float32, of the whole leaf's shape).
       stuck: "path[axis]" -> the operation that keeps an index at which all weights are 0: one that fixes the axis, or,
         of an axis that makes channels, one that reads a channel which is not zero for all that.
+
+    Example:
+      >>> two = lambda v, x: jnp.maximum(x @ v["a"], 0) @ v["b"]
+      >>> variables = {"a": jnp.asarray([[1.0, 0.0, 2.0]]), "b": jnp.ones((3, 1))}  # the second unit is never on
+      >>> compressx.compaction.dead(two, variables, jnp.zeros((1, 1))).kept["b"]
+      (array([0, 2], dtype=int32), None)
     """
 
     kept: dict[str, tuple[np.ndarray | None, ...]]
@@ -59,8 +65,18 @@ def dead(model: nn.Module | Function, variables: Any, x: Any, keep: tuple[str, .
       x: inputs, arrays or shapes; only the shape matters, and a batch of 1 is the fastest.
       keep: see `channels`.
 
+    Returns:
+      `Dead`: the indices that stay, and what the constants among those that go add to biases.
+
     Raises:
       CompactionError: see `channels`; or inputs without an element, of which every channel would be dead.
+
+    Example:
+      >>> biased = lambda v, x: jnp.maximum(x @ v["a"] + v["s"][None], 0) @ v["b"] + v["t"][None]
+      >>> first = {"a": jnp.asarray([[1.0, 0.0]]), "s": jnp.asarray([0.0, 3.0])}
+      >>> variables = first | {"b": jnp.ones((2, 1)), "t": jnp.zeros(1)}
+      >>> compressx.compaction.dead(biased, variables, jnp.zeros((1, 1))).folded  # the second unit is always 3
+      {'t': array([3.], dtype=float32)}
     """
     for leaf in jax.tree.leaves(x):
         if 0 in leaf.shape:

@@ -38,6 +38,12 @@ def gathered_conv(
 
     Returns:
       `[n, oh, ow, cout]`.
+
+    Example:
+      >>> x, matrix = jnp.arange(9.0).reshape(1, 3, 3, 1), jnp.asarray([[1.0]])
+      >>> corner = np.array([8])  # of a 3x3 kernel's positions the last alone is used
+      >>> compressx.compaction.gathered_conv(x, matrix, corner, (3, 3, 1), (1, 1), ((0, 0), (0, 0))).item()
+      8.0
     """
     kh, kw, cin = window
     sh, sw = strides
@@ -70,6 +76,12 @@ def gather(
 
     Returns:
       The variables, and path -> positions, as `compact.smaller` takes them.
+
+    Example:
+      >>> kernel = jnp.zeros((3, 3, 1, 2)).at[1, 1].set(2.0)
+      >>> variables, positions = compressx.compaction.gather({"kernel": kernel})
+      >>> variables["kernel"].shape, positions["kernel"].tolist()
+      ((1, 2), [4])
     """
     leaves, treedef = jax.tree.flatten(variables)
     found: dict[str, np.ndarray] = {}

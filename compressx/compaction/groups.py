@@ -18,6 +18,14 @@ class Slot(NamedTuple):
       role: "out" where a weight makes the channels, "in" where it reads them, "along" for what scales or shifts them
         (biases, normalisation, depthwise kernels).
       leaf: the number of the leaf in its tree.
+
+    Example:
+      >>> from compressx import compaction
+      >>> two = lambda v, x: x @ v["a"] @ v["b"]
+      >>> variables = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}
+      >>> (group,) = compaction.groups(compaction.channels(two, variables, jnp.ones((1, 2))))
+      >>> [(slot.path, slot.axis, slot.role) for slot in group.slots]
+      [('a', 1, 'out'), ('b', 0, 'in')]
     """
 
     path: str
@@ -35,6 +43,14 @@ class Group(NamedTuple):
       slots: where they are, in leaf order.
       steps: where the leaves are stacked along axis 0 (layers under a scan), how many slices they have: each chooses
         units of its own, all the same number.
+
+    Example:
+      >>> from compressx import compaction
+      >>> two = lambda v, x: x @ v["a"] @ v["b"]
+      >>> variables = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1))}
+      >>> (group,) = compaction.groups(compaction.channels(two, variables, jnp.ones((1, 2))))
+      >>> print(group)
+      3 units; made by a[1]; read by b[0]
     """
 
     size: int
@@ -59,6 +75,21 @@ def groups(found: Channels) -> tuple[Group, ...]:
     the slots that its units have. A residual stage is one group; the stages that shortcuts without parameters join are
     one group together; a concatenation leaves its parts in groups of their own. Heads are a group and so are the
     dimensions of every head; where one kernel makes heads and a layer's width side by side, these are two.
+
+    Args:
+      found: from `channels`.
+
+    Returns:
+      The groups, in the order in which their channels are first made.
+
+    Source: groups of coupled layers as in G. Fang et al., "DepGraph: Towards Any Structural Pruning", 2023.
+
+    Example:
+      >>> from compressx import compaction
+      >>> added = lambda v, x: (x @ v["a"] + x @ v["c"]) @ v["b"]  # a sum couples the outputs of a and c
+      >>> variables = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 1)), "c": jnp.ones((2, 3))}
+      >>> [str(g) for g in compaction.groups(compaction.channels(added, variables, jnp.ones((1, 2))))]
+      ['3 units; made by a[1], c[1]; read by b[0]']
     """
     named, steps = _named(found)
     makers = [at for at in named if found.roles[at] == "out"]

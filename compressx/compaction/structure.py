@@ -42,6 +42,14 @@ class Amounts(NamedTuple):
       columns: per kernel (by path), positions of what the channels leave; None: all.
       weights: of all kernels together after compaction.
       total: before.
+
+    Example:
+      >>> from compressx import compaction
+      >>> units = np.arange(4)  # of the four channels between two convolutions
+      >>> found = [compaction.Group(4, (compaction.Slot("a", 3, units, "out"), compaction.Slot("b", 2, units, "in")))]
+      >>> params = {"a": np.ones((3, 3, 1, 4)), "b": np.ones((3, 3, 4, 1))}
+      >>> compaction.amounts(found, compaction.kernels(found, params), "filters", rate=2.0)
+      Amounts(channels=(2,), columns={'a': None, 'b': None}, weights=36, total=72)
     """
 
     channels: tuple[int, ...]
@@ -53,9 +61,24 @@ class Amounts(NamedTuple):
 def kernels(found: Sequence[Group], params: Any) -> tuple[Kernel, ...]:
     """The convolutions of a network, with their groups.
 
+    Args:
+      found: from `compaction.groups`.
+      params: arrays or shapes, the tree that was analysed.
+
+    Returns:
+      A `Kernel` for each leaf of four axes, in leaf order.
+
     Raises:
       ValueError: a kernel that touches only a part of a group, or one channel twice: its size after pruning would
         depend on which channels stay.
+
+    Example:
+      >>> from compressx import compaction
+      >>> units = np.arange(4)  # of the four channels between two convolutions
+      >>> found = [compaction.Group(4, (compaction.Slot("a", 3, units, "out"), compaction.Slot("b", 2, units, "in")))]
+      >>> params = {"a": np.ones((3, 3, 1, 4)), "b": np.ones((3, 3, 4, 1))}
+      >>> [(k.path, k.makes, k.reads) for k in compaction.kernels(found, params)]
+      [('a', (0,), ()), ('b', (), (0,))]
     """
     out = []
     for path, leaf in zip(paths(params), jax.tree.leaves(params), strict=True):
@@ -122,8 +145,20 @@ def amounts(
       share: see above, in 0..1.
       least: channels of a group and positions of a kernel that stay at least, where there are so many.
 
+    Returns:
+      `Amounts`: channels of each group, positions of each kernel, and the weights that leaves.
+
     Raises:
       ValueError: an unknown kind, a rate below 1, or one that even `least` does not reach.
+
+    Example:
+      >>> from compressx import compaction
+      >>> units = np.arange(4)  # of the four channels between two convolutions
+      >>> found = [compaction.Group(4, (compaction.Slot("a", 3, units, "out"), compaction.Slot("b", 2, units, "in")))]
+      >>> params = {"a": np.ones((3, 3, 1, 4)), "b": np.ones((3, 3, 4, 1))}
+      >>> kept = compaction.amounts(found, compaction.kernels(found, params), "columns", rate=3.0)
+      >>> kept.columns, kept.weights, kept.total
+      ({'a': 4, 'b': 8}, 24, 72)
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -202,8 +237,21 @@ def structure_rules(
       selection: see `constraints.network_structure`.
       seed: likewise.
 
+    Returns:
+      One (pattern, constraint), a list of rules.
+
     Raises:
       ValueError: the pattern matches other leaves than the structure holds.
+
+    Example:
+      >>> from compressx import compaction
+      >>> units = np.arange(4)  # of the four channels between two convolutions
+      >>> found = [compaction.Group(4, (compaction.Slot("a", 3, units, "out"), compaction.Slot("b", 2, units, "in")))]
+      >>> params = {"a": np.ones((3, 3, 1, 4)), "b": np.ones((3, 3, 4, 1))}
+      >>> kept = compaction.amounts(found, compaction.kernels(found, params), "filters", rate=2.0)
+      >>> [(pattern, constraint)] = compaction.structure_rules(found, params, kept)
+      >>> pattern, constraint.spec["kind"]
+      ('a|b', 'network_structure')
     """
     first = np.cumsum([0, *(g.size for g in found)])
     names = paths(params)

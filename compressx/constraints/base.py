@@ -240,6 +240,8 @@ def intersection(*constraints: Constraint) -> Constraint:
     Raises:
       ValueError: two sets both fix the signs, ties or levels, one refuses the other, or there are too many.
 
+    Source: a Z and a U for each set: W. Niu et al., "PatDNN", 2020 (extended ADMM).
+
     Example:
       >>> both = compressx.unstructured(density=0.5) & compressx.quantize(2)  # the same as intersection(a, b)
       >>> w = jnp.asarray([[1.0, -5.0, 2.0, 4.0]])
@@ -389,7 +391,7 @@ def violations(constraint: Constraint, w: Any, structure: Any) -> Array:
       structure: that of the set, as `Constraint.each` takes it.
 
     Returns:
-      int32 [].
+      int32 `[]`.
 
     Example:
       >>> int(compressx.violations(compressx.unstructured(keep=1), jnp.asarray([[1.0, 2.0, 3.0]]), ()))

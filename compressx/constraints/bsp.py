@@ -41,6 +41,8 @@ def bsp_columns(
         ranks all columns of the strip together.
       scope: "leaf"; or "rule", the matrices of the rule joined along their outputs (see `constraints.gates`).
 
+    Source: P. Dong et al., "RTMobile: Beyond Real-Time Mobile Acceleration of RNNs for Speech Recognition", 2020.
+
     Example:
       >>> w = jnp.asarray([[9.0, 9.0, 1.0, 1.0], [1.0, 1.0, 9.0, 9.0]])  # [in, out]: two strips of outputs
       >>> print(compressx.bsp_columns(keep=1, strips=2).project(w, ()))
@@ -79,6 +81,8 @@ def bsp_rows(
       scope: "leaf" or "rule", as in `bsp_columns`.
       chained: start from a step-1 model: what is zero at `init` stays zero, and rows are ranked by what is left. The
         set is then rows within that mask, and this is its exact projection.
+
+    Source: P. Dong et al., "RTMobile: Beyond Real-Time Mobile Acceleration of RNNs for Speech Recognition", 2020.
 
     Example:
       >>> w = jnp.asarray([[9.0, 1.0, 2.0], [9.0, 1.0, 2.0]])  # [in, out]: a row of the papers is an output
@@ -129,6 +133,8 @@ def bsp(
       column_density, keep_columns, column_strips, column_blocks: of `bsp_columns`.
       row_density, keep_rows, row_strips, row_blocks: of `bsp_rows`.
       scope: "leaf" or "rule".
+
+    Source: P. Dong et al., "RTMobile: Beyond Real-Time Mobile Acceleration of RNNs for Speech Recognition", 2020.
 
     Example:
       >>> w = jnp.asarray([[9.0, 8.0, 1.0, 1.0], [1.0, 1.0, 9.0, 7.0]])  # [in, out]

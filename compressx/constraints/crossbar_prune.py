@@ -44,6 +44,8 @@ def crossbar_aware(
     Raises:
       ValueError: a size is below 1, `cells_per_weight` does not divide `cols`, or both densities are None.
 
+    Source: G. Yuan et al., "FORMS", 2021, section III (structured pruning that frees whole crossbars).
+
     Example:
       >>> w = jnp.arange(1.0, 41.0).reshape(10, 4)
       >>> z = compressx.crossbar_aware(column_density=0.3, rows=4, cols=16).project(w, ())

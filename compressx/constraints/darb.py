@@ -51,6 +51,9 @@ def block_max(size: int, *, axis: str = "outputs", scope: str = "leaf") -> Const
       axis: "outputs" or "inputs", along which blocks run.
       scope: "leaf"; or "rule", the matrices of the rule joined along their outputs (see `constraints.gates`).
 
+    Source: A. Ren et al., "DARB: A Density-Adaptive Regular-Block Pruning for Deep Neural Networks", 2020 (block-max
+    weight masking).
+
     Example:
       >>> w = jnp.asarray([[1.0, -5.0, 2.0, 4.0], [3.0, 0.5, -3.0, 1.0]])
       >>> print(compressx.block_max(2).project(w, ()))
@@ -101,6 +104,9 @@ def darb(
 
     Raises:
       ValueError: an impossible argument; for a leaf, a density that the allowed sizes cannot reach.
+
+    Source: A. Ren et al., "DARB: A Density-Adaptive Regular-Block Pruning for Deep Neural Networks", 2020; the rule
+    is our reading of it.
 
     Example:
       >>> w = jnp.asarray([[8.0, 7.0, 6.0, 5.0], [0.1, 0.2, 0.3, 0.4]])
@@ -165,6 +171,9 @@ def balanced_block_max(density: float, *, size: int = 8, axis: str = "outputs", 
       density: share of weights kept, at most 1 / size; below it some blocks are empty.
       size: length of a block.
       axis, scope: as in `block_max`.
+
+    Source: one weight a block as in A. Ren et al., "DARB", 2020; that every position within a block is used equally
+    often is our own.
 
     Example:
       >>> w = jnp.asarray([[4.0, 1.0, 3.0, 2.0]])

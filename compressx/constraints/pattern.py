@@ -156,6 +156,8 @@ def pattern_connectivity(
       density, keep, balance: as in `connectivity`; counted in each leaf, also with scope="rule".
       library, k, entries, kernel, scope, aligned, shrink: as in `pattern`.
 
+    Source: W. Niu et al., "PatDNN", 2020 (both sets); the joint projection in closed form is derived here.
+
     Example:
       >>> w = jnp.ones((3, 3, 2, 2)).at[:, :, 0, 1].set(2.0)
       >>> constraint = compressx.pattern_connectivity(keep=1)

@@ -62,6 +62,9 @@ def polarize(fragment: int, *, order: str = "W", rule: str = "sum") -> Constrain
     Returns:
       A SIGN constraint whose structure is a `Polarity`.
 
+    Source: G. Yuan et al., "FORMS: Fine-grained Polarized ReRAM-based In-situ Computation for Mixed-signal DNN
+    Accelerator", 2021, section III, equation 2.
+
     Example:
       >>> w = jnp.asarray([[3.0], [-1.0], [-4.0], [2.0]])  # two fragments of one filter
       >>> constraint = compressx.polarize(2)

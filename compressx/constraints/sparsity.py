@@ -127,6 +127,9 @@ def block(block: tuple[int, int], density: float | None = None, *, keep: int | N
       density: share of blocks kept.
       keep: number of blocks kept, instead of a density.
 
+    Source: blocks of weights as in S. Narang, E. Undersander, G. Diamos, "Block-Sparse Recurrent Neural Networks",
+    2017.
+
     Example:
       >>> w = jnp.arange(1.0, 9.0).reshape(2, 4)
       >>> print(compressx.block((2, 2), keep=1).project(w, ()))
@@ -151,6 +154,9 @@ def filters(density: float | None = None, *, keep: int | None = None) -> Constra
     Args:
       density: share of filters kept, in (0, 1].
       keep: number of filters kept, instead of a density.
+
+    Source: W. Wen et al., "Learning Structured Sparsity in Deep Neural Networks", 2016 (filters as groups); as an
+    ADMM set: T. Zhang et al., "StructADMM", 2018.
 
     Example:
       >>> w = jnp.asarray([[1.0, -5.0, 2.0], [4.0, 0.5, -3.0]])  # [in, out]
@@ -185,6 +191,9 @@ def columns(density: float | None = None, *, keep: int | None = None) -> Constra
       density: share of positions kept, in (0, 1].
       keep: number of positions kept, instead of a density.
 
+    Source: W. Wen et al., "Learning Structured Sparsity in Deep Neural Networks", 2016 (filter shapes); as an ADMM
+    set: T. Zhang et al., "StructADMM", 2018.
+
     Example:
       >>> w = jnp.ones((3, 3, 2, 4)).at[1, 1].set(2.0)  # [kh, kw, cin, cout]
       >>> z = compressx.columns(keep=2).project(w, ())
@@ -209,6 +218,9 @@ def channels(density: float | None = None, *, keep: int | None = None) -> Constr
     Args:
       density: share of input channels kept, in (0, 1].
       keep: number of input channels kept, instead of a density.
+
+    Source: W. Wen et al., "Learning Structured Sparsity in Deep Neural Networks", 2016 (channels as groups); as an
+    ADMM set: T. Zhang et al., "StructADMM", 2018.
 
     Example:
       >>> w = jnp.ones((3, 3, 2, 4)).at[:, :, 1].set(2.0)  # [kh, kw, cin, cout]

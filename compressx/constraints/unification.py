@@ -57,6 +57,9 @@ def unify(block: Sequence[int], fraction: float, *, zeros: str = "tie") -> Const
       zeros: "tie" is the paper's set: a zero in a unified block takes its magnitude, with sign +. "keep" leaves zeros
         at zero and out of mean and cost, so that the set can be intersected with pruning and polarization.
 
+    Source: S. Lin et al., "Efficient Micro-Structured Weight Unification and Pruning for Neural Network
+    Compression", 2021; the closed forms of the projection are derived here.
+
     Example:
       >>> w = jnp.asarray([[1.0, -1.5, 1.0, -9.0]])
       >>> print(compressx.unify((1, 2), fraction=0.5).project(w, ()))  # the block that costs least
@@ -77,6 +80,9 @@ def prune_blocks(block: Sequence[int], fraction: float) -> Constraint:
     Args:
       block: see `unify`.
       fraction: share of blocks pruned, in (0, 1); K = floor(fraction * blocks + 1/2).
+
+    Source: S. Lin et al., "Efficient Micro-Structured Weight Unification and Pruning for Neural Network
+    Compression", 2021.
 
     Example:
       >>> w = jnp.asarray([[1.0, -1.5, 1.0, -9.0]])

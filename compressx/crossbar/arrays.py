@@ -47,6 +47,12 @@ class Programmed:
       in_order: all inputs are in use, in their order.
       read_noise: standard deviation of a column's sum at every conversion, in cell units.
       leak: what each driven cell conducts at the lowest level, in cell units; `cells` are without it.
+
+    Example:
+      >>> from compressx.crossbar.program import program
+      >>> arrays = program([[1, 0], [-2, 0]], compressx.crossbar.isaac())
+      >>> arrays.inputs, arrays.filters, arrays.proven_share  # nothing can clip: no column is simulated
+      (2, 2, 1.0)
     """
 
     rows: Array
@@ -164,6 +170,20 @@ def rows_of(order: Any, w: Any) -> np.ndarray:
     """Rows in use in the order of a polarized structure (`Polarity.order`): it, up to the last row with a weight.
 
     A row that became empty later stays where it is, or the groups after it would close the gap and mix signs.
+
+    Args:
+      order: int `[P]`, row of the matrix at each index of the fragments' order.
+      w: the weight, its last axis the filters: `[P, F]` or `[kh, kw, cin, cout]`.
+
+    Returns:
+      int `[k]`, what `program` takes as `rows`.
+
+    Source: row order of G. Yuan et al., "FORMS", 2021, section III (one order of weights and inputs for a layer).
+
+    Example:
+      >>> order = np.array([2, 0, 1])  # row 2 lies on the first word line
+      >>> compressx.crossbar.rows_of(order, np.array([[0.0], [0.0], [1.0]])).tolist()
+      [2]
     """
     order, w = np.asarray(order), np.asarray(w)
     used = np.flatnonzero(w.reshape(-1, w.shape[-1])[order].any(axis=1))

@@ -32,8 +32,15 @@ class Target(NamedTuple):
 
     Attributes:
       design: the engine.
-      scale: step of the weights, `[]`; input_scale: of the inputs.
-      rows: order of the rows where signs are polarized (`program.rows_of`); None: all, in order.
+      scale: step of the weights, `[]`.
+      input_scale: step of the inputs, `[]`.
+      rows: order of the rows where signs are polarized (`rows_of`); None: all, in order.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> target = crossbar.Target(crossbar.isaac(), scale=0.01, input_scale=0.05)
+      >>> target.design.name, target.rows
+      ('ISAAC', None)
     """
 
     design: Design
@@ -51,6 +58,22 @@ def training_hardware(
       targets: by module path, as for `layers.hardware`.
       key: of this step; a layer folds its path's checksum in.
       variation: what is drawn; None: ideal devices, so that only the converters' errors are trained for.
+
+    Returns:
+      A context manager: calls of the model's `apply` inside it compute the named layers on the simulated engine.
+
+    Raises:
+      ValueError: inside the context, where a target names a recurrent layer, a grouped convolution or anything but a
+        Dense or Conv layer.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from compressx import crossbar
+      >>> design = crossbar.Design(rows=2, active_rows=2, weight_bits=4, input_bits=2, signs="polarized")
+      >>> params = {"kernel": jnp.full((2, 1), 1.6), "bias": jnp.zeros(1)}
+      >>> with crossbar.training_hardware({"": crossbar.Target(design, 0.5, 1.0)}, jax.random.key(0)):
+      ...     print(nn.Dense(1).apply({"params": params}, jnp.ones((1, 2))))  # 1.6 is stored as 3 steps of 0.5
+      [[3.]]
     """
 
     calls: Counter[str] = Counter()
@@ -110,10 +133,29 @@ def train_matmul(
     need weights that are single-signed already, rows in order.
 
     Args:
-      x: `[n, P]`; w: `[P, F]`; scale, input_scale: steps of both.
+      x: float32 `[n, P]`, inputs.
+      w: float32 `[P, F]`, weights.
+      scale, input_scale: float32 `[]`, steps of the weights and of the inputs.
       design: the engine.
       key, variation: draw of devices; None: ideal ones, whose gradient is that of the plain product.
       reads: key of the read noise; None: `key`.
+
+    Returns:
+      float32 `[n, F]`, in units of 1.
+
+    Raises:
+      ValueError: a variation is given without a key.
+
+    Source: noise on the weights in the forward pass: V. Joshi et al., "Accurate Deep Neural Network Inference using
+    Computational Phase-change Memory", 2020; the gradient through the drawn cell is that of reparameterisation, D.
+    P. Kingma, M. Welling, "Auto-Encoding Variational Bayes", 2014, section 2.4.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> design = crossbar.Design(rows=2, active_rows=2, weight_bits=4, input_bits=2, signs="polarized")
+      >>> x, w, one = jnp.array([[1.0, 2.0]]), jnp.array([[3.2], [1.0]]), jnp.float32(1.0)
+      >>> float(crossbar.train_matmul(x, w, one, one, design)[0, 0])  # 3.2 is stored as 3
+      5.0
     """
     low, high = design.weight_range
     whole = jnp.clip(jnp.round(w / scale), low, high).astype(jnp.int32)

@@ -15,8 +15,19 @@ _ISAAC_IMA = f"{ISAAC_PAPER}, table of parts"
 class Part:
     """A component of an MCU (the unit that holds a few arrays), all its instances together.
 
-    `kind` says how it follows a design (`scaling.fitted`): "adc", "dac", "hold", "array", "columns" (one for each
-    column), "rows"; "" is the same for every design.
+    Attributes:
+      name: of the component.
+      spec: how many, and of what size.
+      mw: power in milliwatts.
+      mm2: area in square millimetres.
+      source: of both numbers.
+      kind: how it follows a design (`scaling.fitted`): "adc", "dac", "hold", "array", "columns" (one for each column),
+        "rows"; "" is the same for every design.
+
+    Example:
+      >>> adc = compressx.crossbar.isaac_chip().parts[0]
+      >>> adc.name, adc.spec, adc.mw
+      ('ADC', '8 x 8 bit, 1.2 GS/s', 16.0)
     """
 
     name: str
@@ -34,15 +45,23 @@ class Chip:
     Attributes:
       name: for reports.
       parts: of one MCU.
-      digital_mw, digital_mm2: of a tile, outside its MCUs (buffer, bus, router, activation, pooling, output registers).
+      digital_mw, digital_mm2: milliwatts and square millimetres of a tile outside its MCUs (buffer, bus, router,
+        activation, pooling, output registers).
+      cycle_ns: nanoseconds of one input cycle of one group of active rows: all columns of an array converted once.
       link_mw, link_mm2: of the chip's links (HyperTransport).
-      mcus: per tile; tiles: per chip; arrays: per MCU.
-      cycle_ns: one input cycle of one group of active rows: all columns of an array converted once.
+      mcus: of a tile.
+      tiles: of the chip.
+      arrays: of an MCU.
       overhead_stages: pipeline stages besides the input cycles; ISAAC's 22 stages are 16 input cycles and 6 others.
       pooling_stages: further stages where a layer pools (FORMS: 26 in all).
       array_rows, array_cols, adc_bits, dac_bits: of the arrays and converters that the parts were made for; where
         `adc_bits` is None, they are taken to be made for whatever design runs on them.
       notes: what was assumed.
+
+    Example:
+      >>> chip = compressx.crossbar.isaac_chip()
+      >>> chip.total_arrays, round(chip.mw / 1000, 1), round(chip.mm2, 1)  # arrays, watts, mm2
+      (16128, 65.8, 85.1)
     """
 
     name: str
@@ -112,7 +131,18 @@ class Chip:
 
 
 def isaac_chip() -> Chip:
-    """ISAAC as FORMS' tables list it, with the array power that makes its sum come out (2.40 mW, ISAAC's own)."""
+    """ISAAC as FORMS' tables list it, with the array power that makes its sum come out (2.40 mW, ISAAC's own).
+
+    Returns:
+      A `Chip` of 168 tiles of 12 MCUs of 8 arrays.
+
+    Source: A. Shafiee et al., "ISAAC: A Convolutional Neural Network Accelerator with In-Situ Analog Arithmetic in
+    Crossbars", 2016; as listed by G. Yuan et al., "FORMS", 2021, tables III and IV.
+
+    Example:
+      >>> round(compressx.crossbar.isaac_chip().tile_mw, 2)  # 288.96 mW of MCUs and 40.85 mW besides
+      329.81
+    """
     return Chip(
         "ISAAC",
         parts=(
@@ -141,7 +171,19 @@ def isaac_chip() -> Chip:
 
 
 def forms_chip() -> Chip:
-    """FORMS with fragments of 8; `scaling.fitted` makes the converters of 4 and 16, which the paper does not list."""
+    """FORMS with fragments of 8; `scaling.fitted` makes the converters of 4 and 16, which the paper does not list.
+
+    Returns:
+      A `Chip` of 168 tiles of 12 MCUs of 8 arrays.
+
+    Source: G. Yuan et al., "FORMS: Fine-grained Polarized ReRAM-based In-situ Computation for Mixed-signal DNN
+    Accelerator", 2021, tables III and IV, cycle time from section IV.
+
+    Example:
+      >>> chip = compressx.crossbar.forms_chip()
+      >>> round(chip.mcus_mw, 2), round(chip.cycle_ns, 2)  # mW of a tile's MCUs as the paper states it; ns
+      (280.05, 15.24)
+    """
     return Chip(
         "FORMS",
         parts=(
@@ -214,7 +256,16 @@ class Inconsistency:
 
 
 def known_inconsistencies() -> tuple[Inconsistency, ...]:
-    """The contradictions found in FORMS' hardware numbers, recomputed here from the same tables."""
+    """The contradictions found in FORMS' hardware numbers, recomputed here from the same tables.
+
+    Returns:
+      One `Inconsistency` for each: where, what is stated, what follows from other numbers, how it is treated here.
+
+    Example:
+      >>> found = compressx.crossbar.known_inconsistencies()
+      >>> [(i.stated, i.recomputed) for i in found if i.where == "text, chip power against ISAAC"]
+      [('+0.08 %', '+0.84 %')]
+    """
     forms, isaac = forms_chip(), isaac_chip()
     stated_area = 12 * (forms.mcu_mm2 - 0.00024 + 0.000024)
     printed = 12 * (isaac.mcu_mw - 2.40 + 2.43)

@@ -57,6 +57,13 @@ class Plan:
       mapped: the layers as they were placed.
       frames: how many pass a stage together.
       signed: layers whose inputs come in two planes, positive and negative.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> design, layer = crossbar.isaac(), crossbar.dense_layer("w", np.ones((256, 16)))
+      >>> plan = crossbar.plan([crossbar.map_layer(layer, design)], design, crossbar.isaac_chip())
+      >>> plan.arrays, plan.bottleneck.ns, round(plan.fps)
+      (2, 1600.0, 625000)
     """
 
     design: Design
@@ -159,9 +166,23 @@ def plan(
       signed: names of layers with negative inputs, fed as two planes one after the other (a design with two's
         complement inputs needs no second plane, and ignores this).
 
+    Returns:
+      A `Plan`: copies of each layer, and from them frames per second, latency, power and energy.
+
     Raises:
       ValueError: nothing is mapped, the chips or frames are too few, `sweeps` names a layer that is not there, or no
         rule leads from the chip's parts to the design.
+
+    Source: copies of layers and pipeline as in A. Shafiee et al., "ISAAC", 2016; the search for the copies is our own.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> design = crossbar.isaac()
+      >>> conv = crossbar.conv_layer("conv", np.ones((3, 3, 3, 8)), (8, 8))
+      >>> top = crossbar.dense_layer("top", np.ones((8, 10)))
+      >>> plan = crossbar.plan(crossbar.map_network([conv, top], design), design, crossbar.isaac_chip())
+      >>> {s.name: (s.copies, s.ns) for s in plan.stages}  # the convolution has 64 pixels, and a copy for each
+      {'conv': (64, 1600.0), 'top': (1, 1600.0)}
     """
     chip = fitted(chip, design)
     layers = [m for m in mapped if m.arrays]
@@ -256,7 +277,20 @@ def balance(uses: Sequence[int], arrays: Sequence[int], cycles: Sequence[float],
 
 
 def peak_gops(design: Design, chip: Chip) -> float:
-    """Giga-operations a second with all arrays full and busy: 2 x arrays x rows x weights a row / time of a product."""
+    """Giga-operations a second with all arrays full and busy: 2 x arrays x rows x weights a row / time of a product.
+
+    Args:
+      design: array size, columns of a weight and input cycles.
+      chip: how many arrays, and nanoseconds of a cycle.
+
+    Returns:
+      10^9 operations a second; a multiplication and its addition are two.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> round(crossbar.peak_gops(crossbar.isaac(), crossbar.isaac_chip()))
+      41288
+    """
     weights = design.cols // design.columns_per_weight
     planes = 2 if design.inputs == "sign_planes" else 1
     ns = design.cycles * planes * design.groups * chip.cycle_ns
@@ -291,6 +325,22 @@ def compare(a: Plan, b: Plan) -> dict[str, float]:
     The time of one is sweeps x skipping x clock:
       sweeps: cycles of an array-use without skipping; skipping: what zero skipping saves; clock: time of a cycle.
     chip: arrays at hand, a / b; balance: the rest, how much better `a` keeps its arrays busy.
+
+    Args:
+      a: the plan that is judged.
+      b: the plan it is judged by.
+
+    Returns:
+      `fps`, the ratio, and each factor by name; the factors multiply to the ratio.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> design, chip = crossbar.isaac(), crossbar.isaac_chip()
+      >>> place = lambda w: crossbar.plan([crossbar.map_layer(crossbar.dense_layer("w", w), design)], design, chip)
+      >>> pruned = np.where(np.arange(256)[:, None] < 128, 1.0, 0.0) * np.ones((256, 16))
+      >>> ratio = crossbar.compare(place(pruned), place(np.ones((256, 16))))
+      >>> ratio["prune"], ratio["fps"]  # half of the arrays; one layer that is used once gains no time
+      (2.0, 1.0)
     """
     arrays = _array_uses(b) / _array_uses(a)
     prune, columns = _kept_uses(b) / _kept_uses(a), b.design.columns_per_weight / a.design.columns_per_weight

@@ -31,6 +31,16 @@ class Adc:
         digitally, which halves the largest sum (ISAAC).
       low, high: ends of the clip range in codes; None: 0..2^bits - 1, or -2^(bits-1)..2^(bits-1) - 1 where sums are
         signed (sign scheme "differential_analog").
+
+    Raises:
+      ValueError: bits, step, encoding or clip range is not possible.
+
+    Source: encoding "flip": A. Shafiee et al., "ISAAC", 2016.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> crossbar.Adc(4).limits(signed=False), crossbar.Adc(4).limits(signed=True)
+      ((0, 15), (-8, 7))
     """
 
     bits: int
@@ -65,6 +75,13 @@ class Device:
       r_on, r_off: resistances of the top and the bottom level in ohm; None where no source gives them. They set the
         on/off ratio of `noise.Variation` and the conductances of `ir_drop`; the ideal simulation needs neither.
       source: where the numbers come from.
+
+    Raises:
+      ValueError: the bits are not in 1..6, or not 0 < r_on < r_off.
+
+    Example:
+      >>> compressx.crossbar.Device(cell_bits=2).top
+      3
     """
 
     cell_bits: int = 2
@@ -106,6 +123,18 @@ class Design:
         whose codes are then signed; "polarized" has magnitudes of one sign in every group of `active_rows` rows, and a
         sign bit that adds or subtracts the code (FORMS, section IV).
       sources: (field, source) pairs of what a preset sets.
+
+    Raises:
+      ValueError: a field is out of range, or fields exclude each other; the message names design and field.
+
+    Source: the scheme "offset" and the sliced weights: A. Shafiee et al., "ISAAC", 2016; "polarized": G. Yuan et
+    al., "FORMS", 2021, section IV; pairs of arrays: P. Chi et al., "PRIME", 2016.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> design = crossbar.Design(rows=64, cols=64, active_rows=8, weight_bits=4, signs="polarized")
+      >>> design.slices, design.groups, design.cycles, design.lossless_bits
+      (2, 8, 8, 5)
     """
 
     name: str = "custom"

@@ -34,6 +34,14 @@ def effective_conductance(g: Array, r_word: float, r_bit: float) -> Array:
 
     Returns:
       Geff, with current[j] = sum_i v[i] Geff[i, j]; g itself where both resistances are 0. float32 or float64 as g.
+
+    Raises:
+      ValueError: a resistance is negative.
+
+    Example:
+      >>> g = jnp.full((1, 1), 0.5)  # one cell of 2 ohm between two segments of 1 ohm: 4 ohm in all
+      >>> float(compressx.crossbar.effective_conductance(g, r_word=1.0, r_bit=1.0)[0, 0])
+      0.25
     """
     if r_word < 0 or r_bit < 0:
         raise ValueError(f"resistances must be at least 0, got r_word={r_word}, r_bit={r_bit}")
@@ -81,6 +89,20 @@ def with_wires(
       r_on: resistance of the highest level in ohm; a cell unit is 1 / (r_on * top) siemens. None: the device's.
       r_word, r_bit: ohm of a segment.
       filters_per_array: filters whose columns lie side by side in an array; the last array may hold fewer.
+
+    Returns:
+      `Programmed` whose cells are effective conductances, float32 in cell units.
+
+    Raises:
+      ValueError: the design subtracts currents (`differential_analog`), or columns of `programmed` are proven.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar.program import program
+      >>> arrays = program([[1]], crossbar.Design(rows=1, active_rows=1, weight_bits=2, signs="polarized"), prove=False)
+      >>> seen = crossbar.with_wires(arrays, r_on=1e3, r_word=1e3, r_bit=1e3, filters_per_array=1)
+      >>> round(float(seen.cells.cells[0, 0, 0, 0]), 2)  # level 1 of 0..3: a cell of 3 kOhm behind 2 kOhm of wire
+      0.6
     """
     design = programmed.design
     if design.signed_sums:

@@ -39,6 +39,12 @@ class Deployed:
       input_scale: float32 `[]`: input = input_scale * integer.
       key: for read noise, or None. It is folded with the number of the call and of the group of filters; another batch
         needs another key (`network.read_again`).
+
+    Example:
+      >>> from compressx import crossbar
+      >>> layer = crossbar.deploy(np.array([[0.5], [-1.0]]), 0.5, crossbar.isaac(), input_scale=1.0)
+      >>> len(layer.groups), float(layer.scale), layer.groups[0].filters
+      (1, 0.5, 1)
     """
 
     groups: tuple[Programmed | Planes, ...]
@@ -64,13 +70,22 @@ def deploy(
       scale: a number, or one for each of the last axis.
       design: the engine.
       input_scale: step of the inputs (`calibrate`).
-      rows: order of the rows (`program.rows_of`), where signs are polarized.
+      rows: order of the rows (`rows_of`), where signs are polarized.
       groups: `feature_group_count`; `rows` then holds for every group.
       name: of the weights, for messages.
       options: of `program` (path, prove).
 
+    Returns:
+      `Deployed`, which `simulate` and `hardware` take by module path.
+
     Raises:
       ValueError: a weight is not on the grid, or what `program` refuses.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> layer = crossbar.deploy(np.array([[0.5], [-1.0]]), 0.5, crossbar.isaac(), input_scale=1.0)
+      >>> np.asarray(layer.groups[0].limbs)[0].tolist()  # the weights in steps of 0.5
+      [[1.0], [-2.0]]
     """
     if not input_scale > 0:
         raise ValueError(f"{name}: input_scale must be positive, got {input_scale}")
@@ -167,6 +182,15 @@ def simulate(apply: Callable[..., Any], deployed: Mapping[str, Deployed]) -> Cal
 
     Raises:
       ValueError: when called: a deployed path is no Dense or Conv layer, and no recurrent matrix, of the model.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from compressx import crossbar
+      >>> kernel = jnp.array([[0.5], [-1.0]])
+      >>> layers = {"": crossbar.deploy(kernel, 0.5, crossbar.isaac(), input_scale=1.0)}  # "" is the model itself
+      >>> run = crossbar.simulate(nn.Dense(1, use_bias=False).apply, layers)
+      >>> run({"params": {"kernel": kernel}}, jnp.array([[3.0, 1.0]])).tolist()
+      [[0.5]]
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -192,6 +216,23 @@ def hardware(
       deployed: layer by module path.
       used: collects the paths that were called.
       seen: collects what the word lines of each layer saw (`layer_inputs`), an entry for each group of filters.
+
+    Returns:
+      A context manager, for `model.apply` inside a function that is traced.
+
+    Raises:
+      ValueError: inside the context, where a layer cannot be simulated: a convolution that is not 2-D, inputs that do
+        not divide into the groups, read noise in a recurrent layer.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from compressx import crossbar
+      >>> kernel, used = jnp.array([[0.5], [-1.0]]), set()
+      >>> layers = {"": crossbar.deploy(kernel, 0.5, crossbar.isaac(), input_scale=1.0)}
+      >>> with crossbar.hardware(layers, used):
+      ...     y = nn.Dense(1, use_bias=False).apply({"params": {"kernel": kernel}}, jnp.array([[3.0, 1.0]]))
+      >>> y.tolist(), used
+      ([[0.5]], {''})
     """
 
     calls: Counter[str] = Counter()
@@ -256,10 +297,26 @@ def calibrate(
 
     scale = max |x| / largest input of the design; unsigned designs take only layers whose inputs are not negative.
 
+    Args:
+      apply: `model.apply`.
+      design: whose largest input the scales reach.
+      args, kwargs: of `apply`: the variables and one batch of examples.
+
     Returns:
       (scales, inputs) by module path; inputs are as the layer got them, before rounding; recurrent ones at all steps.
       A layer that is called several times has the inputs of all calls, along the first axis; where its calls differ in
       another axis, as rows `[n, features]`.
+
+    Raises:
+      ValueError: a layer of a design with unsigned inputs has negative ones.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from compressx import crossbar
+      >>> variables = {"params": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}}
+      >>> scales, _ = crossbar.calibrate(nn.Dense(1).apply, crossbar.forms(), variables, jnp.array([[0.0, 13107.0]]))
+      >>> round(scales[""], 4)  # 16-bit inputs: 13107 / 65535
+      0.2
     """
     calls: dict[str, list[Array]] = {}
 

@@ -27,6 +27,14 @@ class Layer:
       rows: what `program` is given as `rows`: the rows that every group lays on its word lines, in this order, those
         without a weight too; None: each group's rows with a weight.
       dynamic: a product of two activations (attention): it is counted, and no array holds it.
+
+    Raises:
+      ValueError: shapes, `uses` or `rows` are not possible; the message names the layer.
+
+    Example:
+      >>> kept = np.ones((1, 27, 16), bool)  # one group of a 3x3 convolution of 3 channels to 16
+      >>> compressx.crossbar.Layer("conv", kept, uses=64).macs
+      27648
     """
 
     name: str
@@ -66,11 +74,19 @@ class Mapped:
       rows, cols: of the dense matrix of a group.
       kept_rows, kept_cols: rows that are programmed and columns that are not all zero, per group: int `[groups]`.
       weights: non-zero weights of all groups.
-      arrays: physical arrays; dense_arrays: the same without compaction.
+      arrays: physical arrays.
+      dense_arrays: the same without compaction.
       cells: cells inside compacted matrices (what has to be programmed, zeros among them).
       nonzero_cells: cells of non-zero weights, all slices counted.
       array_cells: cells of an array.
       dynamic: a product of two activations, in no array.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> layer = crossbar.dense_layer("w", np.eye(256)[:, :16])  # 16 of 256 rows hold a weight
+      >>> placed = crossbar.map_layer(layer, crossbar.isaac())
+      >>> placed.dense_arrays, placed.arrays, placed.utilisation, placed.density
+      (2, 1, 0.125, 0.0078125)
     """
 
     name: str
@@ -131,7 +147,23 @@ def word_lines(matrix: np.ndarray, rows: Any = None, name: str = "weights") -> n
 
 
 def dense_layer(name: str, weight: Any, uses: int = 1) -> Layer:
-    """A dense layer `[in, out]`."""
+    """A dense layer `[in, out]`.
+
+    Args:
+      name: path of the weight.
+      weight: `[in, out]`; only where it is zero counts.
+      uses: products for one inference: of a dense layer on tokens, the number of tokens.
+
+    Returns:
+      A `Layer` of one group.
+
+    Raises:
+      ValueError: the weight is empty or has not two axes.
+
+    Example:
+      >>> compressx.crossbar.dense_layer("top/kernel", np.ones((64, 10))).macs
+      640
+    """
     w = _weight(name, weight, 2)
     return Layer(name, (w != 0)[None], uses)
 
@@ -153,6 +185,17 @@ def conv_layer(
       strides: rows, columns.
       padding: "SAME", "VALID" or ((top, bottom), (left, right)).
       groups: `feature_group_count`; output channels are divided among the groups in order.
+
+    Returns:
+      A `Layer` whose rows are the kernel's (i, j, cin) in this order, the last fastest.
+
+    Raises:
+      ValueError: the weight has not four axes, the groups do not divide the outputs, or the kernel leaves no output.
+
+    Example:
+      >>> layer = compressx.crossbar.conv_layer("conv", np.ones((3, 3, 3, 16)), input_size=(32, 32), strides=(2, 2))
+      >>> layer.kept.shape, layer.uses
+      ((1, 27, 16), 256)
     """
     w = _weight(name, weight, 4)
     kh, kw, cin, cout = w.shape
@@ -169,6 +212,20 @@ def recurrent_layers(name: str, kernels: Mapping[str, Any], steps: int) -> list[
     """A recurrent cell: each of its matrices `[in, gates]` is a layer of its own, used once a time step.
 
     Input and recurrent matrices stay apart, since a GRU's reset gate acts on the recurrent product alone.
+
+    Args:
+      name: path of the cell.
+      kernels: matrix by name, each `[in, gates]`.
+      steps: time steps of one inference.
+
+    Returns:
+      A `Layer` for each matrix, named `name/key`.
+
+    Example:
+      >>> kernels = {"wi": np.ones((8, 12)), "wh": np.ones((4, 12))}
+      >>> layers = compressx.crossbar.recurrent_layers("gru", kernels, steps=50)
+      >>> [(layer.name, layer.uses) for layer in layers]
+      [('gru/wi', 50), ('gru/wh', 50)]
     """
     return [dense_layer(f"{name}/{key}", kernel, steps) for key, kernel in kernels.items()]
 
@@ -195,6 +252,19 @@ def map_layer(layer: Layer, design: Design, squeeze: bool = True) -> Mapped:
       layer: what is stored.
       design: array size and columns per weight.
       squeeze: leave out rows and columns that are all zero (rows among `layer.rows` stay).
+
+    Returns:
+      `Mapped`: arrays with and without compaction, and how full they are.
+
+    Source: rows and columns compacted as in G. Yuan et al., "FORMS", 2021, section III.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> w = np.ones((256, 32))
+      >>> w[128:] = 0
+      >>> placed = crossbar.map_layer(crossbar.dense_layer("w", w), crossbar.isaac())
+      >>> placed.dense_arrays, placed.arrays  # 8 cells a weight: 16 weights side by side
+      (4, 2)
     """
     groups, rows, cols = layer.kept.shape
     if layer.dynamic:
@@ -241,7 +311,20 @@ def _arrays(rows: np.ndarray, cols: np.ndarray, design: Design) -> int:
 
 
 def map_network(layers: Sequence[Layer], design: Design, squeeze: bool = True) -> list[Mapped]:
-    """All layers, in order."""
+    """All layers, in order.
+
+    Args:
+      layers, design, squeeze: as for `map_layer`.
+
+    Returns:
+      `Mapped` for each layer.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> layers = [crossbar.dense_layer(n, np.ones((128, 16))) for n in ("a", "b")]
+      >>> [m.arrays for m in crossbar.map_network(layers, crossbar.isaac())]
+      [1, 1]
+    """
     return [map_layer(layer, design, squeeze) for layer in layers]
 
 
@@ -255,6 +338,13 @@ class Reduction:
       signs: 2 where the baseline has positive and negative arrays and the design has one, else 1.
       baseline_arrays: arrays of the dense network on the baseline.
       arrays: arrays of the compacted network on the design.
+
+    Source: G. Yuan et al., "FORMS", 2021, table of crossbar reductions.
+
+    Example:
+      >>> factors = compressx.crossbar.Reduction(prune=2.0, bits=4.0, signs=2.0, baseline_arrays=30, arrays=2)
+      >>> factors.product, factors.measured, factors.rounding
+      (16.0, 15.0, 0.9375)
     """
 
     prune: float
@@ -280,7 +370,28 @@ class Reduction:
 
 
 def reduction(layers: Sequence[Layer], design: Design, baseline_bits: int = 32) -> Reduction:
-    """Factors of the reduction from a dense network of `baseline_bits` in split arrays to this network here."""
+    """Factors of the reduction from a dense network of `baseline_bits` in split arrays to this network here.
+
+    Args:
+      layers: of the network, pruned.
+      design: on which the compacted network lies.
+      baseline_bits: bits of a weight of the baseline, which has positive and negative arrays.
+
+    Returns:
+      `Reduction`: the factors, and both numbers of arrays.
+
+    Raises:
+      ValueError: no weight is left.
+
+    Source: factors of G. Yuan et al., "FORMS", 2021, table of crossbar reductions.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> layer = crossbar.dense_layer("w", np.ones((128, 64)))
+      >>> found = crossbar.reduction([layer], crossbar.forms(8))  # from 32 bits and two arrays to 8 bits and one
+      >>> found.bits, found.signs, found.baseline_arrays, found.arrays
+      (4.0, 2.0, 16, 2)
+    """
     mapped = map_network(layers, design)
     wide = ceil(baseline_bits / design.device.cell_bits)
     kept = sum(r * c for m in mapped for r, c in zip(m.kept_rows, m.kept_cols, strict=True))
@@ -317,6 +428,21 @@ def occupancy(layer: Layer, design: Design, group: int = 0) -> np.ndarray:
 
     Rows as they lie on the word lines, columns compacted in order; a weight that straddles two arrays counts in both by
     its columns.
+
+    Args:
+      layer: what is stored.
+      design: size of an array, columns of a weight.
+      group: which group of the layer's filters.
+
+    Returns:
+      float64 `[row arrays, column arrays]`, each in 0..1.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> w = np.ones((256, 16))
+      >>> w[128:, 8:] = 0
+      >>> crossbar.occupancy(crossbar.dense_layer("w", w), crossbar.isaac()).tolist()
+      [[1.0], [0.5]]
     """
     kept = layer.kept[group]
     kept = kept[layer.laid(group)][:, kept.any(axis=0)]

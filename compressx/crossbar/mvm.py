@@ -34,8 +34,21 @@ def crossbar_matmul(x: Array, programmed: Programmed, key: Array | None = None) 
       programmed: the weights on crossbars, with their design.
       key: for read noise; needed where the programmed arrays have any, ignored otherwise.
 
+    Returns:
+      `[..., F]`, int32 or float32 as described.
+
     Raises:
       ValueError: the last axis is not P; an integer result may pass int32 (use floats, or `crossbar_parts`).
+
+    Source: bit-serial inputs, sliced weights and flipped columns: A. Shafiee et al., "ISAAC", 2016; polarized groups:
+    G. Yuan et al., "FORMS", 2021, section IV.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar.program import program
+      >>> arrays = program([[3], [-2]], crossbar.forms(4).but(active_rows=1))
+      >>> crossbar.crossbar_matmul(jnp.array([[5, 1]], jnp.int32), arrays).tolist()
+      [[13]]
     """
     if jnp.issubdtype(x.dtype, jnp.floating):
         return _straight_through(x, programmed, key)
@@ -53,6 +66,24 @@ def crossbar_parts(x: Array, programmed: Programmed, key: Array | None = None) -
 
     Bit-serial inputs add up cycle by cycle, so the low and the high bits of the inputs are products of their own; each
     part holds as many cycles as provably fit.
+
+    Args:
+      x: int32 `[..., P]`, inputs.
+      programmed: the weights on crossbars.
+      key: for read noise.
+
+    Returns:
+      (shift, int32 `[..., F]`) for each part, lowest cycles first.
+
+    Raises:
+      ValueError: the last axis is not P, or the arrays have read noise and there is no key.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar.program import program
+      >>> parts = crossbar.crossbar_parts(jnp.array([[70]], jnp.int32), program([[3]], crossbar.isaac()))
+      >>> sum(int(part[0, 0]) << shift for shift, part in parts)
+      210
     """
     design = programmed.design
     if x.shape[-1:] != (programmed.inputs,):
@@ -190,6 +221,10 @@ class Saturation(NamedTuple):
     Attributes:
       clipped: int64 `[B, K, S]`, of each column of the simulated filters.
       conversions: all conversions, those of proven columns among them.
+
+    Example:
+      >>> compressx.crossbar.Saturation(clipped=np.array([[[3]]]), conversions=24).share
+      0.125
     """
 
     clipped: np.ndarray
@@ -207,7 +242,24 @@ def _count_clipped(x: Array, cells: Cells, design: Design) -> Array:
 
 
 def saturation(x: Array, programmed: Programmed) -> Saturation:
-    """How many conversions of integer inputs `[..., P]` clip; integer cells."""
+    """How many conversions of integer inputs `[..., P]` clip; integer cells.
+
+    Args:
+      x: integers `[..., P]`.
+      programmed: arrays of integer cells (no drawn devices).
+
+    Returns:
+      `Saturation`: clipped conversions by column, and how many there were.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar.program import program
+      >>> narrow = crossbar.Design(rows=4, active_rows=4, adc=crossbar.Adc(2), weight_bits=2, signs="polarized")
+      >>> arrays = program([[3], [3], [3], [3]], narrow)  # sums up to 12, codes up to 3
+      >>> found = crossbar.saturation(jnp.array([[1, 1, 1, 1], [1, 0, 0, 0]], jnp.int32), arrays)
+      >>> int(found.clipped.sum()), found.conversions  # 8 input bits, one converted each cycle
+      (1, 16)
+    """
     design = programmed.design
     flat = programmed.drive(x.reshape(-1, x.shape[-1])).astype(jnp.int32)
     planes = [flat] if design.inputs != "sign_planes" else [jnp.maximum(flat, 0), jnp.maximum(-flat, 0)]

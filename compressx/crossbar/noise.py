@@ -38,11 +38,21 @@ class Variation:
       kind: "lognormal" (a factor exp(N(0, sigma^2)); FORMS: sigma 0.1) or "gaussian" (added, in shares of the range).
       sigma: its standard deviation, at least 0.
       read_noise: standard deviation of a column's sum at each conversion, in cell units.
-      drift_time: t / t0, at least 1; drift_mean, drift_spread: of the exponent nu.
+      drift_time: t / t0, at least 1.
+      drift_mean, drift_spread: of the exponent nu.
       stuck_on, stuck_off: shares of cells.
       on_off: r_off / r_on, above 1; None: that of `design.device`, infinite where it states no resistances.
       adc_gain, adc_offset: standard deviations of each column's ADC: of the gain around 1, and of the offset in cell
         units.
+
+    Raises:
+      ValueError: a field is out of range; the message names it.
+
+    Source: log-normal variation with sigma 0.1: G. Yuan et al., "FORMS", 2021, evaluation.
+
+    Example:
+      >>> compressx.crossbar.Variation(sigma=0.1, stuck_off=0.01).kind
+      'lognormal'
     """
 
     kind: str = "lognormal"
@@ -113,6 +123,23 @@ def perturb(key: Array, programmed: Programmed, variation: Variation) -> Program
       key: one device per key.
       programmed: ideal arrays from `program(..., prove=False)`.
       variation: what is drawn. With analog pairs a level's two cells (one of them 0) are drawn apart.
+
+    Returns:
+      `Programmed` with float32 cells, and gain, offset and read noise where the variation has them.
+
+    Raises:
+      ValueError: columns of `programmed` are proven, so that their cells were not kept.
+
+    Source: log-normal variation: G. Yuan et al., "FORMS", 2021; drift (t / t0)^-nu of phase-change memory as in V.
+    Joshi et al., 2020.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar.program import program
+      >>> arrays = program([[3]], crossbar.Design(rows=1, active_rows=1, weight_bits=2, signs="polarized"), prove=False)
+      >>> device = crossbar.perturb(jax.random.key(0), arrays, crossbar.Variation(on_off=3.0))
+      >>> float(device.cells.cells[0, 0, 0, 0])  # levels 0..3 are spread by 1 - 1/3, the leak subtracted
+      2.0
     """
     levels, design = programmed.cells.cells, programmed.design
     cells, converters = jax.random.split(key)
@@ -142,6 +169,11 @@ class Estimate(NamedTuple):
       mean, std: of the values (std with n - 1).
       low, high: confidence interval of the mean (Student's t).
       level: its confidence.
+
+    Example:
+      >>> found = compressx.crossbar.monte_carlo(jax.random.uniform, jax.random.key(0), count=4)
+      >>> found.values.shape, bool(found.low < found.mean < found.high)
+      ((4,), True)
     """
 
     values: np.ndarray
@@ -160,6 +192,25 @@ def monte_carlo(
         mean +- t_{(1 + level)/2, n - 1} * std / sqrt(n)
 
     `metric` draws its device from the key, as in `lambda k: accuracy(perturb(k, programmed, variation))`.
+
+    Args:
+      metric: `key -> []`, a number for the device drawn from the key; it is traced.
+      key: all devices are drawn from it.
+      count: devices, at least 2.
+      batch: devices that are simulated together.
+      level: confidence of the interval, in (0, 1).
+
+    Returns:
+      `Estimate`: all values, their mean and its confidence interval.
+
+    Raises:
+      ValueError: count or level is out of range, or the metric gives more than one number.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> found = crossbar.monte_carlo(lambda key: jnp.float32(0.9), jax.random.key(0), count=4)
+      >>> round(found.mean, 3), found.std, found.level
+      (0.9, 0.0, 0.95)
     """
     if count < 2:
         raise ValueError(f"an interval needs at least 2 devices, got count={count}")

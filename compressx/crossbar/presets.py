@@ -13,7 +13,19 @@ FORMS_FRAGMENTS = {4: 3, 8: 4, 16: 5}  # rows of a fragment: bits of its ADC; FO
 
 
 def isaac() -> Design:
-    """ISAAC: 128 x 128 arrays of 2-bit cells, 16-bit weights with an offset, 16-bit inputs, 8-bit ADC with flip."""
+    """ISAAC: 128 x 128 arrays of 2-bit cells, 16-bit weights with an offset, 16-bit inputs, 8-bit ADC with flip.
+
+    Returns:
+      A `Design`, with the source of each field.
+
+    Source: A. Shafiee et al., "ISAAC: A Convolutional Neural Network Accelerator with In-Situ Analog Arithmetic in
+    Crossbars", 2016.
+
+    Example:
+      >>> design = compressx.crossbar.isaac()
+      >>> design.slices, design.cycles, design.lossless_bits  # cells a weight, cycles an input, bits of its ADC
+      (8, 16, 8)
+    """
     return Design(
         name="ISAAC",
         device=Device(2, source=ISAAC_PAPER),
@@ -41,6 +53,19 @@ def forms(fragment: int = 8, encoding: str = "flip", weight_bits: int = 8) -> De
         the paper does not mention it. "saturating" takes the widths at face value; "ideal" never clips.
       weight_bits: bits of the magnitude. The paper says "8-bit weights" and keeps the sign elsewhere; whether the sign
         is one of the 8 is not said.
+
+    Returns:
+      A `Design`, with the source of each field.
+
+    Raises:
+      ValueError: the fragment does not divide 128 rows.
+
+    Source: G. Yuan et al., "FORMS: Fine-grained Polarized ReRAM-based In-situ Computation for Mixed-signal DNN
+    Accelerator", 2021, section IV.
+
+    Example:
+      >>> {m: compressx.crossbar.forms(m).adc.bits for m in (4, 8, 16)}
+      {4: 3, 8: 4, 16: 5}
     """
     if not 1 <= fragment <= 128 or 128 % fragment:
         raise ValueError(f"a fragment must divide the 128 rows of FORMS' arrays, got {fragment}")
@@ -71,7 +96,19 @@ def forms(fragment: int = 8, encoding: str = "flip", weight_bits: int = 8) -> De
 
 
 def prime_like() -> Design:
-    """Like PRIME: 4-bit cells in pairs, inputs in two 3-bit halves, 6-bit outputs, positive minus negative array."""
+    """Like PRIME: 4-bit cells in pairs, inputs in two 3-bit halves, 6-bit outputs, positive minus negative array.
+
+    Returns:
+      A `Design`, with the source of each field.
+
+    Source: P. Chi et al., "PRIME: A Novel Processing-in-memory Architecture for Neural Network Computation in
+    ReRAM-based Main Memory", 2016.
+
+    Example:
+      >>> design = compressx.crossbar.prime_like()
+      >>> design.columns_per_weight, design.cycles, design.signed_sums
+      (4, 2, True)
+    """
     paper = 'P. Chi et al., "PRIME", ISCA 2016'
     return Design(
         name="PRIME-like",
@@ -93,7 +130,19 @@ def prime_like() -> Design:
 
 
 def puma_like() -> Design:
-    """Like PUMA: ISAAC's array and ADC with 16-bit weights and inputs."""
+    """Like PUMA: ISAAC's array and ADC with 16-bit weights and inputs.
+
+    Returns:
+      A `Design`, with the source of each field.
+
+    Source: A. Ankit et al., "PUMA: A Programmable Ultra-efficient Memristor-based Accelerator for Machine Learning
+    Inference", 2019.
+
+    Example:
+      >>> design = compressx.crossbar.puma_like()
+      >>> design.name, design.weight_bits, design.rows, design.cols
+      ('PUMA-like', 16, 128, 128)
+    """
     return isaac().but(
         name="PUMA-like",
         sources=(
@@ -116,8 +165,18 @@ PRESETS = {
 def preset(name: str) -> Design:
     """The design of that name.
 
+    Args:
+      name: one of `PRESETS`.
+
+    Returns:
+      A `Design`.
+
     Raises:
       ValueError: there is none; the message lists the names.
+
+    Example:
+      >>> compressx.crossbar.preset("forms-8").active_rows
+      8
     """
     if name not in PRESETS:
         raise ValueError(f"no design {name!r}; there are {', '.join(PRESETS)}, or build a Design(...)")

@@ -30,7 +30,20 @@ def program(
       prove: False simulates every column, also those that cannot clip.
       name: of the weights, for messages.
 
+    Returns:
+      `Programmed`, for `crossbar_matmul`.
+
     Raises:
       ValueError: a weight is out of range, a group of a polarized design has both signs, or `rows` leaves out weights.
+
+    Source: weights lie as in A. Shafiee et al., "ISAAC", 2016, and G. Yuan et al., "FORMS", 2021, section IV.
+
+    Example:
+      >>> from compressx.crossbar import forms
+      >>> from compressx.crossbar.program import program
+      >>> w = np.array([[0, 0], [3, 0], [1, 0]])  # a row and a column are empty
+      >>> arrays = program(w, forms(4))
+      >>> arrays.rows.tolist(), arrays.place.tolist(), arrays.proven_share
+      ([1, 2], [0, 1], 1.0)
     """
     return lay_out(w, design, rows, path or tune.pick_path(design), prove, name)

@@ -38,8 +38,19 @@ def and_popcount_matmul(
       x_bits, w_bits: 1..8 each; with a sign the top plane counts negative (one signed bit: 0 and -1).
       x_signed, w_signed: two's complement or unsigned.
 
+    Returns:
+      int32 `[n, F]`.
+
     Raises:
       ValueError: widths are out of range, shapes do not fit, or k is so long that int32 could overflow.
+
+    Source: products by AND and count of bit planes as in S. Zhou et al., "DoReFa-Net", 2016, section 2.1; that SOT-MRAM
+    senses the AND of two rows: S. Angizi et al., ISVLSI 2019.
+
+    Example:
+      >>> x, w = jnp.array([[5, 3]], jnp.int32), jnp.array([[2], [-1]], jnp.int32)
+      >>> compressx.crossbar.and_popcount_matmul(x, w, x_bits=4, w_bits=3).tolist()
+      [[7]]
     """
     for name, bits in (("x_bits", x_bits), ("w_bits", w_bits)):
         if not 1 <= bits <= 8:
@@ -119,20 +130,36 @@ class Planes:
 
 @dataclass(frozen=True)
 class Engine:
-    """A memory that computes. Every time is of one operation on `width` bits, every energy likewise.
+    """A memory that computes: its size, and time and energy of each operation on `width` bits.
 
     Attributes:
-      rows, cols: of a sub-array; width: bits of an operation, cols x the sub-arrays that work together.
-      read_ns, write_ns, read_nj, write_nj: of a row.
-      and_nj: of sensing two rows together; and_ns: its time (None: that of a read, since both sense once).
+      rows, cols: of a sub-array.
+      width: bits of an operation, cols x the sub-arrays that work together.
+      read_ns, write_ns: nanoseconds of a row.
+      read_nj, write_nj: nanojoules of a row.
+      and_nj: of sensing two rows together.
+      and_ns: its time; None: that of a read, since both sense once.
       count_ns, count_nj: of counting, shifting and adding one result. The table has no such entry: 0 hides the count
         behind the next AND and leaves its energy out; set them if you know them.
-      leakage_mw: of the whole memory, as long as an inference takes.
+      leakage_mw: milliwatts of the whole memory, as long as an inference takes.
       parallel: groups of sub-arrays (`width` bits each) that work together.
       pack: filters whose planes are short lie side by side in one row, as many as `width` holds, each over a copy of
         the input planes; the counter then counts each filter's columns apart. Without it a dot product of 25 takes an
         AND of the whole width.
       source: of the numbers.
+
+    Raises:
+      ValueError: a size is below 1, a time or energy below 0, or the width is no multiple of the columns.
+
+    Source: numbers of S. Angizi et al., ISVLSI 2019, table of 45 nm memories.
+
+    Example:
+      >>> from compressx import crossbar
+      >>> from compressx.crossbar import sot_mram
+      >>> layer = crossbar.dense_layer("w", np.ones((512, 10)))
+      >>> work = sot_mram.layer_work(layer, crossbar.Engine(), x_bits=8, w_bits=8)
+      >>> work.ands, work.writes, round(work.ns)  # 10 filters x 8 x 8 planes; 8 planes of inputs; nanoseconds
+      (640, 8, 1845)
     """
 
     rows: int = 256
@@ -256,6 +283,22 @@ def layer_work(layer: Layer, engine: Engine, x_bits: int, w_bits: int) -> Work:
         rows written a use = B_a * (stacks);   k = max(1, floor(width / L)) with `engine.pack`, else 1
 
     Every stack keeps its own copy of the input planes of its slice of L. Operations of `parallel` stacks overlap.
+
+    Args:
+      layer: what is stored, and how often it is used.
+      engine: the memory.
+      x_bits, w_bits: of inputs and weights.
+
+    Returns:
+      `Work` of one inference.
+
+    Raises:
+      ValueError: a sub-array has no row left for weights.
+
+    Example:
+      >>> from compressx.crossbar import Engine, dense_layer, sot_mram
+      >>> sot_mram.layer_work(dense_layer("w", np.ones((512, 10))), Engine(), x_bits=4, w_bits=4).ands  # 10 x 4 x 4
+      160
     """
     subarrays = ands = writes = programmed = weights = used = 0
     room = engine.rows - x_bits
@@ -298,7 +341,22 @@ def network(
     x_bits: int | Mapping[str, int] = 8,
     w_bits: int | Mapping[str, int] = 8,
 ) -> Report:
-    """All layers; bits as one number, or by layer name."""
+    """Counts the work of all layers; they run one after another.
+
+    Args:
+      layers: of the network.
+      engine: the memory; None: the default one.
+      x_bits, w_bits: of inputs and weights, one number or by layer name.
+
+    Returns:
+      `Report`: latency, energy and sub-arrays.
+
+    Example:
+      >>> from compressx.crossbar import dense_layer, sot_mram
+      >>> report = sot_mram.network([dense_layer("a", np.ones((512, 10))), dense_layer("b", np.ones((10, 10)))])
+      >>> report.ands, round(report.uj, 2)  # microjoules, leakage included
+      (1280, 2.86)
+    """
     engine = engine or Engine()
     of = lambda bits, name: bits if isinstance(bits, int) else bits[name]
     work = tuple(layer_work(layer, engine, of(x_bits, layer.name), of(w_bits, layer.name)) for layer in layers)

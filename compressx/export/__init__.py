@@ -50,6 +50,12 @@ def stablehlo(
     Raises:
       ImportError: flatbuffers is not installed (`pip install 'compressx[export]'`).
       ValueError: `shape` does not describe inputs, or the network depends on the number of its inputs.
+
+    Example:
+      >>> dense = lambda v, x: x @ v["kernel"]
+      >>> data = compressx.export.stablehlo(dense, {"kernel": jnp.eye(2)}, (2,), platforms=("cpu",))
+      >>> jax.export.deserialize(bytearray(data)).call(jnp.array([[1.0, 2.0]])).tolist()
+      [[1.0, 2.0]]
     """
     try:
         import flatbuffers
@@ -91,6 +97,13 @@ def onnx(
       ImportError: onnx is not installed.
       ValueError: the network does something that has no counterpart here (the text names the operation), depends on
         the number of its inputs, or takes more than the 2 GiB that a single ONNX file may hold.
+
+    Example:
+      >>> import onnx
+      >>> dense = lambda v, x: x @ v["kernel"]
+      >>> model = onnx.load_from_string(compressx.export.onnx(dense, {"kernel": jnp.eye(2)}, (2,)))
+      >>> model.graph.input[0].name, model.graph.output[0].name, model.opset_import[0].version
+      ('x', 'y', 18)
     """
     try:
         from compressx.export import onnx_graph
@@ -108,6 +121,18 @@ def portable(module: nn.Module | Function, variables: Any) -> Callable[[Any], An
     """`x -> f(variables, x)` of a module in evaluation mode, with every convolution left to the runtime.
 
     None is unrolled for this machine.
+
+    Args:
+      module: called as `module.apply(variables, x)`; or a function `f(variables, x)`.
+      variables: its parameters and batch statistics.
+
+    Returns:
+      A function of the inputs alone, to be traced, lowered or exported.
+
+    Example:
+      >>> f = compressx.export.portable(lambda v, x: x @ v["kernel"], {"kernel": jnp.eye(2)})
+      >>> f(jnp.array([[1.0, 2.0]])).tolist()
+      [[1.0, 2.0]]
     """
 
     function = function_of(module)

@@ -57,6 +57,18 @@ class Algorithm:
       rho_final: in its last; geometric between.
       every: local steps between Z and U updates.
       value_type: "float32", "float16" or "int8" on the wire; running statistics are always float32.
+
+    Raises:
+      ValueError: a setting is impossible, or settings exclude each other; the message names it.
+
+    Source: S. Lin et al., "ESMFL: Efficient and Secure Models for Federated Learning", 2020 (sparse models and an
+    enclave; its exact schedule is not published); H. B. McMahan et al., 2017 (FedAvg); T. Li et al., 2020 (`mu`).
+
+    Example:
+      >>> from compressx.federated.algorithm import Algorithm
+      >>> alg = Algorithm(rounds=10, sparsify="common", density=((".*kernel", 0.1),), prune_round=6, admm_rounds=4)
+      >>> [alg.kind(round_) for round_ in (0, 3, 6)]
+      ['dense', 'admm', 'masked']
     """
 
     rounds: int = 20
@@ -125,6 +137,12 @@ class Upload(NamedTuple):
       masks: support of each leaf with a budget; None for the others and where nothing is sparse.
       memory: what was not sent, by leaf with a budget (`update`), for the next round.
       loss: mean over the steps, float32 [].
+
+    Example:
+      >>> from compressx.federated.algorithm import Upload
+      >>> up = Upload(leaves=(jnp.ones(3),), masks=(None,), memory=(), loss=jnp.float32(0.5))
+      >>> len(up.leaves), up.memory
+      (1, ())
     """
 
     leaves: tuple[Array, ...]
@@ -136,8 +154,22 @@ class Upload(NamedTuple):
 def layout(alg: Algorithm, model: Any) -> tuple[Layer, ...]:
     """The layers of a model `{"params": ..., "batch_stats": ...}` and their budgets; all but the parameters are exact.
 
+    Args:
+      alg: whose densities give the budgets.
+      model: a tree of arrays or shapes.
+
+    Returns:
+      A `Layer` (path, size, budget, exact) for each leaf, in leaf order.
+
     Raises:
       ValueError: a density pattern matches nothing, or something that is no weight.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> alg = algorithm.Algorithm(sparsify="update", density=((".*kernel", 0.25),))
+      >>> model = {"params": {"kernel": np.zeros((4, 4))}, "batch_stats": {"mean": np.zeros(4)}}
+      >>> [tuple(layer) for layer in algorithm.layout(alg, model)]
+      [('batch_stats/mean', 4, 4, True), ('params/kernel', 16, 4, False)]
     """
     names, leaves = paths(model), jax.tree.leaves(model)
     for pattern, _ in alg.density:
@@ -154,7 +186,28 @@ def layout(alg: Algorithm, model: Any) -> tuple[Layer, ...]:
 
 
 def participants(seed: int, alg: Algorithm, clients: int, round_: int) -> NpArray:
-    """The clients of a round, sorted."""
+    """The clients of a round, sorted.
+
+    Args:
+      seed: of the run.
+      alg: how many take part.
+      clients: how many there are.
+      round_: its number, from 0.
+
+    Returns:
+      int `[participants]`.
+
+    Raises:
+      ValueError: more are to take part than there are.
+
+    Source: H. B. McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", 2017,
+    algorithm 1.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> algorithm.participants(0, algorithm.Algorithm(participants=2), clients=5, round_=0).size
+      2
+    """
     if alg.participants > clients:
         raise ValueError(f"participants={alg.participants} is impossible with {clients} clients")
     if not alg.participants:
@@ -164,12 +217,42 @@ def participants(seed: int, alg: Algorithm, clients: int, round_: int) -> NpArra
 
 
 def local_steps(alg: Algorithm, examples: int) -> int:
-    """Steps of a client with so many examples."""
+    """Steps of a client with so many examples.
+
+    Args:
+      alg: epochs and batch.
+      examples: of the client.
+
+    Returns:
+      At least 1.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> algorithm.local_steps(algorithm.Algorithm(local_epochs=2.0, batch=8), examples=20)
+      5
+    """
     return max(1, round(alg.local_epochs * examples / alg.batch))
 
 
 def local_rows(seed: int, alg: Algorithm, round_: int, client: int, examples: int) -> NpArray:
-    """Which of its examples a client takes in each step: int32 `[steps, batch]`, permutation after permutation."""
+    """Which of its examples a client takes in each step: int32 `[steps, batch]`, permutation after permutation.
+
+    Args:
+      seed: of the run.
+      alg: epochs and batch.
+      round_: its number, from 0.
+      client: its number.
+      examples: that it has.
+
+    Returns:
+      int32 `[steps, batch]`.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> rows = algorithm.local_rows(0, algorithm.Algorithm(batch=2), round_=0, client=3, examples=4)
+      >>> rows.shape, sorted(rows.ravel().tolist())  # one epoch: every example once
+      ((2, 2), [0, 1, 2, 3])
+    """
     steps = local_steps(alg, examples)
     rng = np.random.default_rng((seed, 2, round_, client))
     passes = -(-steps * alg.batch // examples)
@@ -178,12 +261,26 @@ def local_rows(seed: int, alg: Algorithm, round_: int, client: int, examples: in
 
 
 def round_key(seed: int, round_: Any, client: Any) -> Array:
-    """The key of a client's round."""
+    """The key of a client's round.
+
+    Args:
+      seed: of the run.
+      round_: its number; int or int32 `[]`, traced or not.
+      client: its number, likewise.
+
+    Returns:
+      A key of `jax.random`.
+
+    Example:
+      >>> from compressx.federated.algorithm import round_key
+      >>> bool((jax.random.key_data(round_key(0, 1, 2)) == jax.random.key_data(round_key(0, 2, 1))).all())
+      False
+    """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), round_), client)
 
 
 @factory
-def held_support(k: int) -> Constraint:
+def _held_support(k: int) -> Constraint:
     """The weights within the support of the k largest magnitudes of the first weights: the same set for all clients."""
     base = support(lambda w: top_k_mask(jnp.abs(w), k))
     return base._replace(
@@ -194,7 +291,20 @@ def held_support(k: int) -> Constraint:
 
 
 def quantise(x: Array, values: str) -> Array:
-    """What arrives of a leaf that is sent with such values; as `messages.to_values`, in JAX."""
+    """What arrives of a leaf that is sent with such values; as `messages.to_values`, in JAX.
+
+    Args:
+      x: float32, any shape.
+      values: "float32", "float16" or "int8"; int8 has one scale for the leaf.
+
+    Returns:
+      float32 of x's shape.
+
+    Example:
+      >>> from compressx.federated.algorithm import quantise
+      >>> quantise(jnp.array([0.0, 63.6, 127.0]), "int8").tolist()
+      [0.0, 64.0, 127.0]
+    """
     if values == "float32":
         return x
     if values == "float16":
@@ -205,12 +315,42 @@ def quantise(x: Array, values: str) -> Array:
 
 
 def arrive(leaves: Sequence[Array], layers: Sequence[Layer], values: str) -> tuple[Array, ...]:
-    """What arrives of a message's leaves; the exact ones as they are."""
+    """What arrives of a message's leaves; the exact ones as they are.
+
+    Args:
+      leaves: float32 arrays.
+      layers: from `layout`, in the same order.
+      values: the message's type of values.
+
+    Returns:
+      float32 arrays.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> layers = algorithm.layout(algorithm.Algorithm(), {"params": {"w": np.zeros(2)}})
+      >>> algorithm.arrive([jnp.array([1.0, 1e6])], layers, "float16")[0].tolist()  # float16 ends at 65504
+      [1.0, 65504.0]
+    """
     return tuple(x if layer.exact else quantise(x, values) for x, layer in zip(leaves, layers, strict=True))
 
 
 def top_masks(leaves: Sequence[Array], layers: Sequence[Layer]) -> tuple[Array | None, ...]:
-    """The mask of each layer's `budget` largest magnitudes; None for layers without a budget."""
+    """The mask of each layer's `budget` largest magnitudes; None for layers without a budget.
+
+    Args:
+      leaves: float32 arrays.
+      layers: from `layout`, in the same order.
+
+    Returns:
+      bool, shaped as the leaf, or None.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> alg = algorithm.Algorithm(sparsify="update", density=((".*", 0.5),))
+      >>> layers = algorithm.layout(alg, {"params": {"w": np.zeros(4)}})
+      >>> algorithm.top_masks([jnp.array([1.0, -3.0, 2.0, 0.5])], layers)[0].tolist()
+      [False, True, True, False]
+    """
     return tuple(
         top_k_mask(jnp.abs(x), layer.budget) if layer.budget < layer.size else None
         for x, layer in zip(leaves, layers, strict=True)
@@ -218,7 +358,20 @@ def top_masks(leaves: Sequence[Array], layers: Sequence[Layer]) -> tuple[Array |
 
 
 def masked(leaves: Sequence[Array], masks: Sequence[Array | None]) -> tuple[Array, ...]:
-    """Zeros outside the masks."""
+    """The leaves with zeros outside the masks.
+
+    Args:
+      leaves: arrays.
+      masks: bool arrays of the leaves' shapes, or None for a leaf that stays whole.
+
+    Returns:
+      Arrays of the leaves' shapes.
+
+    Example:
+      >>> from compressx.federated.algorithm import masked
+      >>> [x.tolist() for x in masked([jnp.ones(2), jnp.ones(2)], [jnp.array([True, False]), None])]
+      [[1.0, 0.0], [1.0, 1.0]]
+    """
     return tuple(x if m is None else jnp.where(m, x, 0.0) for x, m in zip(leaves, masks, strict=True))
 
 
@@ -241,6 +394,22 @@ def make_local(loss: Loss, alg: Algorithm, layers: Sequence[Layer], treedef: Any
       `local(leaves, masks, memory, data, rows, steps, lr, rho, key) -> Upload`: the model as received, the common masks
       (None without), the client's memory (() without), data with leading axis n, rows int32 `[>= steps, batch]`, and
       scalars. Rows from `steps` on are not used.
+
+    Source: local SGD: H. B. McMahan et al., 2017, algorithm 1; proximal term `mu`: T. Li et al., "Federated
+    Optimization in Heterogeneous Networks", 2020, algorithm 2; error feedback: S. U. Stich et al., "Sparsified SGD with
+    Memory", 2018.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> loss = lambda params, state, batch, key: (jnp.sum((params["params"]["w"] - batch["x"][0]) ** 2), state)
+      >>> alg, model = algorithm.Algorithm(batch=1, momentum=0.0), {"params": {"w": jnp.zeros(1)}}
+      >>> leaves, treedef = jax.tree.flatten(model)
+      >>> local = algorithm.make_local(loss, alg, algorithm.layout(alg, model), treedef, algorithm.DENSE)
+      >>> data, rows = {"x": jnp.ones((1, 1))}, jnp.zeros((1, 1), jnp.int32)
+      >>> steps, lr, rho = jnp.int32(1), jnp.float32(0.25), jnp.float32(0.0)
+      >>> up = local(tuple(leaves), (None,), (), data, rows, steps, lr, rho, jax.random.key(0))
+      >>> up.leaves[0].tolist()  # a step of 0.25 times the gradient of (w - 1)^2
+      [0.5]
     """
     budgets = [layer.budget if layer.budget < layer.size else 0 for layer in layers]
     own = alg.sparsify == "client"
@@ -250,7 +419,7 @@ def make_local(loss: Loss, alg: Algorithm, layers: Sequence[Layer], treedef: Any
     def transform(rho: Any) -> optax.GradientTransformationExtraArgs:
         pull = []
         if kind == ADMM or (kind == MASKED and own):
-            make = (lambda k: unstructured(keep=k)) if own else held_support
+            make = (lambda k: unstructured(keep=k)) if own else _held_support
             rules = [(re.escape(x.name), make(b)) for x, b in zip(layers, budgets, strict=True) if b]
             pull = [admm(rules, rho=rho, every=every)]
         # The penalty comes after the momentum, with which a strong one would overshoot; stable for lr * rho < 2.
@@ -321,7 +490,25 @@ def make_local(loss: Loss, alg: Algorithm, layers: Sequence[Layer], treedef: Any
 
 
 def no_memory(alg: Algorithm, layers: Sequence[Layer], leaves: Sequence[Any]) -> tuple[NpArray, ...]:
-    """A client's memory before its first round."""
+    """A client's memory before its first round.
+
+    Args:
+      alg: with `sparsify="update"`, or there is no memory.
+      layers: from `layout`.
+      leaves: arrays or shapes, in the same order.
+
+    Returns:
+      Zeros, float32, shaped as each leaf with a budget; () where nothing is kept.
+
+    Source: S. U. Stich, J.-B. Cordonnier, M. Jaggi, "Sparsified SGD with Memory", 2018.
+
+    Example:
+      >>> from compressx.federated import algorithm
+      >>> alg = algorithm.Algorithm(sparsify="update", density=((".*", 0.5),))
+      >>> layers = algorithm.layout(alg, {"params": {"w": np.zeros(4)}})
+      >>> [m.shape for m in algorithm.no_memory(alg, layers, [np.zeros(4)])]
+      [(4,)]
+    """
     if alg.sparsify != "update":
         return ()
     return tuple(np.zeros(x.shape, np.float32) for x, y in zip(leaves, layers, strict=True) if y.budget < y.size)

@@ -35,7 +35,7 @@ from compressx.federated.trusted.sessions import NEVER, Hello, Session
 NpArray = npt.NDArray[Any]
 
 
-class Pending(NamedTuple):
+class _Pending(NamedTuple):
     """An update that was sent: for which state, and the message."""
 
     round: int
@@ -68,6 +68,20 @@ class Client:
     Raises:
       ValueError: the plan has another number of examples for it.
       Refused: what it remembers was changed, or is of another plan, number or identity.
+
+    Example:
+      >>> from compressx.federated import algorithm, client
+      >>> from compressx.federated.trusted import attest, quotes, rounds
+      >>> alg, model = algorithm.Algorithm(rounds=1), {"params": {"w": jnp.zeros(2)}}
+      >>> key, machine = client.Ed25519PrivateKey.generate(), attest.SimulatedAttester(b"m" * 32, b"s" * 32)
+      >>> roster = {0: (key.public_key().public_bytes_raw().hex(), 4)}
+      >>> plan = rounds.Plan(algorithm.layout(alg, model), roster, rounds=1)
+      >>> trusts = attest.SimulatedVerifier(machine.root, quotes.Policy(machine.measurement()))
+      >>> loss = lambda params, state, batch, key: (jnp.sum(params["params"]["w"] ** 2), state)
+      >>> one = client.Client(0, plan, alg, model, loss, {"x": np.ones((4, 2))}, 0, key, trusts)
+      >>> hello = one.hello()
+      >>> hello == one.hello()  # each hello is used once
+      False
     """
 
     def __init__(
@@ -97,7 +111,7 @@ class Client:
         self._masks: tuple[NpArray | None, ...] | None = None
         self._memory = algorithm.no_memory(alg, plan.layers, leaves)
         self._seen = (NEVER, bytes(32))
-        self._pending: Pending | None = None
+        self._pending: _Pending | None = None
         self._file = Path(folder) / f"client-{number:06d}.state" if folder else None
         self._sealer = Sealer(identity.private_bytes_raw(), plan.hash())
         self.seconds = {"train": 0.0, "pack": 0.0, "seal": 0.0, "open": 0.0}
@@ -161,7 +175,7 @@ class Client:
             (counted,) = struct.unpack("<I", payload[:4])
             self._settle(counted)
             message = self._train(round_, leaves, masks)
-            self._seen, self._pending = (round_, state), Pending(round_, state, message)
+            self._seen, self._pending = (round_, state), _Pending(round_, state, message)
             self._save()
         begin = time.perf_counter()
         sealed = self._session.seal(round_, state, message)
@@ -261,7 +275,7 @@ class Client:
         head = json.loads(data[8 : 8 + length])
         at = 8 + length
         self._seen = (int(head["round"]), bytes.fromhex(head["state"]))
-        self._pending = Pending(*self._seen, data[at : at + size])
+        self._pending = _Pending(*self._seen, data[at : at + size])
         at += size
         memory = []
         for shape in head["memory"]:

@@ -67,6 +67,16 @@ class FederatedServer(flwr.server.Server):
       deadline: seconds after which a round closes with the quorum.
       journal: a file that gets a line of JSON for every round and every refusal, or None.
       after: called after every round.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> from compressx.federated import flower
+      >>> finished = SimpleNamespace(status=lambda: (3, ()))  # an enclave that has closed three rounds
+      >>> plan = flower.Plan((flower.messages.Layer("w", 2, 2),), {0: ("", 1)}, rounds=3)
+      >>> server = flower.FederatedServer(finished, plan, flower.Algorithm(rounds=3), seed=0)
+      >>> history, seconds = server.fit(num_rounds=3, timeout=None)  # Flower calls it; nothing is left to do
+      >>> server.traffic.total
+      0
     """
 
     def __init__(
@@ -205,12 +215,42 @@ def _quietly(call: Callable[[], Any]) -> None:
 
 
 def message_bytes(plan: Plan) -> int:
-    """More than any message of a plan's federation takes: what the transport may hold of one connection."""
+    """More than any message of a plan's federation takes: what the transport may hold of one connection.
+
+    Args:
+      plan: whose layers are sent.
+
+    Returns:
+      Bytes, `SPARE` for Flower's own among them.
+
+    Example:
+      >>> from compressx.federated import flower
+      >>> plan = flower.Plan((flower.messages.Layer("w", 1000, 100),), {0: ("", 1)}, rounds=1)
+      >>> flower.message_bytes(plan) > 4000  # a thousand floats
+      True
+    """
     return messages.largest_bytes(plan.layers) + SPARE
 
 
 def serve(server: FederatedServer, address: str, certificates: Certificates) -> None:
-    """Runs Flower's gRPC server over TLS until every round is closed; then tells the clients that it is over."""
+    """Runs Flower's gRPC server over TLS until every round is closed; then tells the clients that it is over.
+
+    Args:
+      server: with its enclave and plan.
+      address: `host:port`.
+      certificates: whose server certificate names the host.
+
+    Example:
+      >>> import socket
+      >>> from types import SimpleNamespace
+      >>> from compressx.federated import flower, tls
+      >>> finished = SimpleNamespace(status=lambda: (1, ()))  # an enclave that has closed the only round
+      >>> plan = flower.Plan((flower.messages.Layer("w", 2, 2),), {0: ("", 1)}, rounds=1)
+      >>> server = flower.FederatedServer(finished, plan, flower.Algorithm(rounds=1), seed=0)
+      >>> with socket.create_server(("localhost", 0)) as free:
+      ...     address = f"localhost:{free.getsockname()[1]}"
+      >>> flower.serve(server, address, tls.make())
+    """
     flwr.server.start_server(
         server_address=address,
         server=server,
@@ -221,8 +261,20 @@ def serve(server: FederatedServer, address: str, certificates: Certificates) -> 
 
 
 class FlowerClient(flwr.client.Client):
-    """Answers Flower's calls with a `Client`'s sealed bytes; a refusal goes back as text, without stopping the
-    process."""
+    """A Flower client that answers with a `Client`'s sealed bytes.
+
+    A refusal goes back as text, without stopping the process.
+
+    Args:
+      client: with `hello` and `answer`.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> from compressx.federated.flower import FlowerClient
+      >>> answering = FlowerClient(SimpleNamespace(hello=lambda: b"hello"))
+      >>> answering.get_properties(None).properties, answering.calls
+      ({'hello': b'hello'}, 1)
+    """
 
     def __init__(self, client: Client) -> None:
         self.client, self.calls = client, 0
@@ -247,8 +299,25 @@ class FlowerClient(flwr.client.Client):
 def join(client: Client, address: str, authority: bytes, patience: float = 600.0) -> None:
     """Runs a client until the server says that it is over; a lost connection is tried again.
 
+    Args:
+      client: that answers.
+      address: of the server, `host:port`.
+      authority: PEM of the certificate that clients trust (`tls.Certificates.authority`).
+      patience: seconds.
+
     Raises:
       ConnectionError: no server was there for `patience` seconds.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> from compressx.federated import flower, tls
+      >>> plan = flower.Plan((flower.messages.Layer("w", 2, 2),), {0: ("", 1)}, rounds=1)
+      >>> client = SimpleNamespace(hello=lambda: b"hello", plan=plan)  # a `Client` in earnest
+      >>> try:
+      ...     flower.join(client, "localhost:1", tls.make().authority, patience=0.0)
+      ... except ConnectionError as error:
+      ...     print(str(error).split(" for ")[0])
+      no server at localhost:1
     """
     answering, calls, last = FlowerClient(client), 0, time.monotonic()
     while True:

@@ -28,7 +28,15 @@ PATIENCE = 60.0  # seconds for an aggregator to finish the request that it is at
 
 
 class Aggregating(Protocol):
-    """What a host may ask of an aggregator, in its process or elsewhere."""
+    """What a host may ask of an aggregator, in its process or elsewhere.
+
+    Example:
+      >>> from compressx.federated.host import Enclave
+      >>> from compressx.federated.trusted.aggregator import Aggregator
+      >>> asked = ("hello", "model", "update", "close", "status", "release")
+      >>> all(hasattr(kind, name) for kind in (Aggregator, Enclave) for name in asked)
+      True
+    """
 
     def hello(self, data: bytes) -> bytes: ...
     def model(self, client: int) -> bytes: ...
@@ -39,7 +47,19 @@ class Aggregating(Protocol):
 
 
 class EnclaveStopped(RuntimeError):
-    """The aggregator's process ended; its last words are in the message."""
+    """The aggregator's process ended; its last words are in the message.
+
+    Example:
+      >>> from compressx.federated.host import Enclave, EnclaveStopped
+      >>> from compressx.federated.trusted.messages import Layer
+      >>> from compressx.federated.trusted.rounds import Plan
+      >>> with Enclave("run", Plan((Layer("w", 2, 2),), {0: ("", 1)}, 1), [np.zeros(2)], simulated=True) as enclave:
+      ...     try:
+      ...         enclave.status()
+      ...     except EnclaveStopped as error:
+      ...         print(error)
+      the aggregator ended (code 3): policy: the first model is not the one the plan names
+    """
 
 
 class Enclave:
@@ -51,6 +71,20 @@ class Enclave:
       initial: the first model's layers.
       simulated: SIMULATED machine instead of SGX.
       command: what runs the process; for SGX `("gramine-sgx", "aggregator")`.
+
+    Raises:
+      EnclaveStopped: by any call, where the process has ended.
+      Refused: by any call, as `Aggregator` says.
+
+    Example:
+      >>> from compressx.federated.host import Enclave
+      >>> from compressx.federated.trusted import messages, rounds
+      >>> first = [np.zeros(2, np.float32)]
+      >>> hash_ = rounds.model_hash(first).hex()
+      >>> plan = rounds.Plan((messages.Layer("w", 2, 2),), {0: ("", 1)}, rounds=1, initial=hash_)
+      >>> with Enclave("run", plan, first, simulated=True) as enclave:
+      ...     print(enclave.status(), "jax" in enclave.loaded())
+      (0, ()) False
     """
 
     def __init__(
@@ -170,7 +204,19 @@ class Enclave:
 
 @dataclass
 class Traffic:
-    """Bytes of our messages as the transport carried them, by direction and purpose."""
+    """Bytes of our messages as the transport carried them, by direction and purpose.
+
+    Attributes:
+      hello_up: of hellos, from clients.
+      offer_down: of offers, to clients.
+      model_down: of sealed models.
+      update_up: of sealed updates.
+
+    Example:
+      >>> from compressx.federated.host import Traffic
+      >>> Traffic(hello_up=100, offer_down=900, model_down=4000, update_up=400).total
+      5400
+    """
 
     hello_up: int = 0
     offer_down: int = 0
@@ -183,7 +229,7 @@ class Traffic:
         return self.hello_up + self.offer_down + self.model_down + self.update_up
 
 
-class Answering(Protocol):
+class _Answering(Protocol):
     """A client as the host sees it."""
 
     def hello(self) -> bytes: ...
@@ -191,9 +237,28 @@ class Answering(Protocol):
 
 
 class Loopback:
-    """Rounds without a network. `sessions` remembers which clients have one."""
+    """Rounds without a network: each message is handed over in this process, and counted.
 
-    def __init__(self, enclave: Aggregating, clients: Mapping[int, Answering]) -> None:
+    Args:
+      enclave: the aggregator.
+      clients: number -> client, each with `hello` and `answer`.
+
+    Attributes:
+      sessions: the clients that have one.
+      traffic: bytes so far.
+
+    Example:
+      >>> from types import SimpleNamespace
+      >>> from compressx.federated.host import Loopback
+      >>> mute = {"status": lambda: (0, ()), "hello": lambda data: b"offer", "model": lambda number: b"model"}
+      >>> aggregator = SimpleNamespace(**mute, update=len, close=lambda: "closed")  # an `Aggregator` in earnest
+      >>> client = SimpleNamespace(hello=lambda: b"hello", answer=lambda offer, frame: b"update")
+      >>> loop = Loopback(aggregator, {0: client})
+      >>> loop.round([0]), loop.traffic
+      ('closed', Traffic(hello_up=5, offer_down=5, model_down=5, update_up=6))
+    """
+
+    def __init__(self, enclave: Aggregating, clients: Mapping[int, _Answering]) -> None:
         self.enclave, self.clients = enclave, dict(clients)
         self.sessions: set[int] = set()
         self.traffic = Traffic()

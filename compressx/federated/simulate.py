@@ -34,6 +34,12 @@ class SimState(NamedTuple):
       masks: as in `trusted.rounds.State`, shaped as the leaves.
       memory: of every client with error feedback, `[clients, ...]` for each leaf with a budget; else ().
       knows_masks: bool `[clients]`, who holds the common masks.
+
+    Example:
+      >>> from compressx.federated.simulate import SimState
+      >>> state = SimState(leaves=(jnp.ones(3),), masks=(None,), memory=(), knows_masks=np.zeros(2, bool))
+      >>> state.knows_masks.tolist()  # nobody holds the common masks yet
+      [False, False]
     """
 
     leaves: tuple[Array, ...]
@@ -52,6 +58,13 @@ class Ledger(NamedTuple):
       residual: float32 `[rounds]`, ||W - P(W)|| / ||W|| of the averaged model over the layers with budgets.
       density: float32 `[rounds, 2]`, non-zeros of the averaged model over its weights with budgets, before and after
         pruning.
+
+    Example:
+      >>> from compressx.federated.simulate import Ledger
+      >>> one = np.zeros(1, np.float32)
+      >>> ledger = Ledger(np.array([[64, 64]]), np.array([[16, 16]]), one, one, np.ones((1, 2), np.float32))
+      >>> int(ledger.down.sum() + ledger.up.sum())  # bytes of the round, both ways
+      160
     """
 
     down: NpArray
@@ -62,7 +75,23 @@ class Ledger(NamedTuple):
 
 
 def delta_bytes(mask: Array) -> Array:
-    """Bytes of a mask's positions in the DELTA code (int32)."""
+    """Bytes of a mask's positions in the DELTA code (int32).
+
+    Args:
+      mask: bool, any shape.
+
+    Returns:
+      int32 `[]`: 1 byte a position, 2 to 4 where the gap to the one before is 128, 2^14 or 2^21 and more.
+
+    Source: the code is LEB128, of differences; DWARF debugging format, version 5, section 7.6.
+
+    Example:
+      >>> from compressx.federated.simulate import delta_bytes
+      >>> mask = np.zeros(300, bool)
+      >>> mask[[0, 5, 299]] = True
+      >>> int(delta_bytes(jnp.asarray(mask)))  # gaps of 1, 5 and 294
+      4
+    """
     flat = mask.reshape(-1)
     index = jnp.arange(flat.size, dtype=jnp.int32)
     last = lax.cummax(jnp.where(flat, index, -1))
@@ -97,6 +126,17 @@ def message_bytes(
       padded: filled up.
       oblivious: DELTA is not allowed.
       dense_allowed: DENSE is, for layers with a budget.
+
+    Returns:
+      Bytes, header included, encryption not.
+
+    Example:
+      >>> from compressx.federated.simulate import message_bytes
+      >>> from compressx.federated.trusted.messages import FLOAT32, Layer
+      >>> dense = message_bytes([Layer("w", 1000, 1000)], FLOAT32, None)
+      >>> sparse = message_bytes([Layer("w", 1000, 100)], FLOAT32, [100])  # 100 positions of a byte each
+      >>> dense - sparse
+      3500
     """
     if positions is None:
         layers = [layer._replace(budget=layer.size) for layer in layers]
@@ -128,6 +168,19 @@ class Simulation:
       width: clients that are vmapped together; must divide the participants.
       padded: messages are padded.
       oblivious: no DELTA code upwards.
+
+    Raises:
+      ValueError: the width does not divide the participants, or what `algorithm.layout` refuses.
+
+    Example:
+      >>> from compressx.federated.simulate import Simulation
+      >>> from compressx.federated.algorithm import Algorithm
+      >>> loss = lambda params, state, batch, key: (jnp.sum((params["params"]["w"] - batch["x"][0]) ** 2), state)
+      >>> alg, data = Algorithm(rounds=1, batch=1, momentum=0.0, lr=0.25), {"x": np.array([[1.0], [3.0]], np.float32)}
+      >>> run = Simulation(loss, alg, {"params": {"w": jnp.zeros(1)}}, data, [np.array([0]), np.array([1])], seed=0)
+      >>> state, ledger = run.run(run.start(), first=0, number=1)
+      >>> run.model(state)["params"]["w"].tolist(), ledger.up.shape  # half way to the mean, 2
+      ([1.0], (1, 2))
     """
 
     def __init__(
@@ -313,5 +366,19 @@ _positions_jit = jax.jit(_positions)
 
 
 def with_sparsity(alg: Algorithm, **changes: Any) -> Algorithm:
-    """The algorithm with other settings: how a run makes its baselines."""
+    """The algorithm with other settings: how a run makes its baselines.
+
+    Args:
+      alg: of the run.
+      changes: fields of `Algorithm`.
+
+    Returns:
+      A new `Algorithm`.
+
+    Example:
+      >>> from compressx.federated.algorithm import Algorithm
+      >>> from compressx.federated.simulate import with_sparsity
+      >>> with_sparsity(Algorithm(), sparsify="update", density=((".*kernel", 0.1),)).pruning  # only updates are sparse
+      False
+    """
     return dataclasses.replace(alg, **changes)

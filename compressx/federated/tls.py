@@ -12,7 +12,19 @@ from cryptography.x509.oid import NameOID
 
 
 class Certificates(NamedTuple):
-    """PEM: the authority clients trust, the server's certificate, the server's private key."""
+    """Certificates of a server, as PEM.
+
+    Attributes:
+      authority: that clients trust.
+      server: the server's certificate.
+      key: the server's private key.
+
+    Example:
+      >>> from compressx.federated.tls import make
+      >>> certificates = make(["localhost", "127.0.0.1"])
+      >>> certificates.authority.splitlines()[0].decode()
+      '-----BEGIN CERTIFICATE-----'
+    """
 
     authority: bytes
     server: bytes
@@ -20,7 +32,22 @@ class Certificates(NamedTuple):
 
 
 def make(names: Sequence[str] = ("localhost",), days: int = 30) -> Certificates:
-    """Fresh certificates for host names or addresses."""
+    """Fresh certificates for host names or addresses.
+
+    Args:
+      names: host names or addresses of the server, at least one.
+      days: for which the certificates hold.
+
+    Returns:
+      `Certificates`, with new keys on the curve P-256 each time.
+
+    Example:
+      >>> from cryptography import x509
+      >>> from compressx.federated.tls import make
+      >>> server = x509.load_pem_x509_certificate(make(["localhost"], days=1).server)
+      >>> server.subject.rfc4514_string()
+      'CN=localhost'
+    """
     now = datetime.datetime.now(datetime.UTC)
     authority_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "compressx federation")])

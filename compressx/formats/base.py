@@ -107,6 +107,12 @@ COMPUTED = tuple(name for name in DTYPES if not name.startswith(("float8", "comp
 def nbytes(packed: Packed) -> int:
     """Bytes of the real arrays, indices included.
 
+    Args:
+      packed: a weight in any format.
+
+    Returns:
+      Bytes, as in memory: what a file adds by itself (names, header) or saves by entropy coding is not in it.
+
     Example:
       >>> compressx.formats.nbytes(compressx.formats.pack(np.eye(64, dtype=np.float32), format="dense"))
       16384

@@ -37,9 +37,13 @@ from compressx.tree import Key, keys, path_name
 
 
 class Sizes(NamedTuple):
-    """Bytes of a saved model: its leaves dense, packed (indices included), all arrays as stored, and the whole file.
+    """Bytes of a saved model.
 
-    `packed` counts the leaves only; `stored` counts structures too, after entropy coding.
+    Attributes:
+      dense: of the leaves as they are in memory.
+      packed: of the leaves in their formats, indices included.
+      stored: of all arrays in the file, structures too, after entropy coding.
+      file: of the whole file.
 
     Example:
       >>> sizes = compressx.save_model("model.safetensors", {"kernel": np.eye(64, dtype=np.float32)}, [])

@@ -75,6 +75,12 @@ def on_levels(inner: Format, name: str) -> Format:
 def in_floats(packed: Packed) -> Packed:
     """A packed weight with floats in place of codes, for readers of `fkw`, `bspc`, ...; other formats as they are.
 
+    Args:
+      packed: a weight in any format.
+
+    Returns:
+      `Packed` in the format without codes (`fkw` of `fkw-coded`), or `packed` itself.
+
     Raises:
       CompressedFileError: the arrays are inconsistent.
 

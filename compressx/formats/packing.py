@@ -99,6 +99,9 @@ def unpack(packed: Packed, max_bytes: int = MAX_BYTES, workspace: int | None = N
       workspace: what unpacking may take on the way, beside the weight, the arrays and a few MiB; None: twice
         `max_bytes`.
 
+    Returns:
+      The weight, of the shape and dtype that was packed.
+
     Raises:
       CompressedFileError: the packed data is inconsistent, or takes more; nothing of that size has been made then.
 

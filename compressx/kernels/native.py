@@ -31,7 +31,16 @@ def _library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """True if the native kernels run here; compiles them at the first call, some seconds once per machine."""
+    """True if the native kernels run here; compiles them at the first call, some seconds once per machine.
+
+    Returns:
+      Whether convolutions run natively; False on another backend than the CPU, without a compiler, or with
+      `COMPRESSX_NATIVE=off`.
+
+    Example:
+      >>> isinstance(compressx.kernels.available(), bool)
+      True
+    """
     return jax.default_backend() == "cpu" and _library() is not None
 
 
@@ -58,6 +67,16 @@ def active_path() -> str:
     """What convolutions run on: `native/avx512`, `native/avx2`, `native/generic`, or `xla`.
 
     On a GPU or TPU that is `xla`, though single layers may run on Pallas: their own `path` says so.
+
+    Returns:
+      The path, a word for reports.
+
+    Raises:
+      ValueError: `COMPRESSX_ISA` is unknown, or the processor lacks it.
+
+    Example:
+      >>> compressx.kernels.active_path().split("/")[0] in ("native", "xla")
+      True
     """
     return f"native/{isa()}" if available() else "xla"
 

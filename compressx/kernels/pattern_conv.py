@@ -50,6 +50,13 @@ def reference(
 
     Returns:
       float64 `[n, oh, ow, cout]`.
+
+    Example:
+      >>> from compressx import kernels
+      >>> one = kernels.Geometry(size=(1, 1), strides=(1, 1), pads=((0, 0), (0, 0)))
+      >>> x, w = np.array([1.0, 2.0]).reshape(1, 1, 1, 2), np.array([3.0, 0.0]).reshape(1, 1, 2, 1)
+      >>> kernels.reference(x, w, one, bias=np.array([-1.0])).item()
+      2.0
     """
     (kh, kw), (sh, sw), pads, groups = geometry
     n, h, width, cin = x.shape
@@ -96,9 +103,30 @@ def xla(
     scale: jax.Array | None = None,
     precision: Any = None,
 ) -> jax.Array:
-    """The same as XLA's dense convolution with the zeros in place: the fastest that XLA alone offers; the fallback.
+    """The convolution of `reference` as XLA's dense one with the zeros in place: the fastest that XLA alone offers.
 
-    `scale` `[cout]` multiplies the sums before the bias is added; `precision` is the product's, as in lax.
+    It is what runs where no kernel does.
+
+    Args:
+      x: float32 `[n, h, w, cin]`.
+      w: float32 `[kh, kw, cin / groups, cout]`, zeros in place.
+      geometry: size, strides, pads, groups.
+      bias: `[cout]`.
+      activation: one of `ACTIVATIONS`.
+      residual: `[n, oh, ow, cout]`, added before the activation.
+      residual_after: the residual is added after the activation instead.
+      scale: `[cout]`, multiplies the sums before the bias is added.
+      precision: of the product, as in `jax.lax`.
+
+    Returns:
+      `[n, oh, ow, cout]`; differentiable in images and weights.
+
+    Example:
+      >>> from compressx import kernels
+      >>> one = kernels.Geometry(size=(1, 1), strides=(1, 1), pads=((0, 0), (0, 0)))
+      >>> x, w = jnp.array([1.0, 2.0]).reshape(1, 1, 1, 2), jnp.array([3.0, 0.0]).reshape(1, 1, 2, 1)
+      >>> kernels.xla(x, w, one, bias=jnp.array([-1.0])).item()
+      2.0
     """
     y = exact.linear(exact.dense_conv(geometry, precision), x, w, geometry.groups)
     return finish(y, bias, activation, residual, residual_after, scale)
@@ -266,6 +294,15 @@ class Convolution:
     Attributes:
       path: `native/<instruction set>`, `pallas/<gpu, tpu or interpret>` or `xla`.
       plan: how it is run natively, or None.
+
+    Source: W. Niu et al., "PatDNN", 2020 (filter kernel reorder, load redundancy elimination).
+
+    Example:
+      >>> w = np.zeros((3, 3, 1, 2), np.float32)
+      >>> w[1, 1] = 2.0  # the middle tap alone
+      >>> conv = compressx.kernels.prepare(w, (1, 2, 2, 1), path="xla")
+      >>> conv.path, conv(jnp.ones((1, 2, 2, 1))).ravel().tolist()
+      ('xla', [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     """
 
     def __init__(
@@ -354,7 +391,22 @@ _differentiable.defvjp(lambda conv, x, residual: (_differentiable(conv, x, resid
 
 
 def supports(w: Packed | np.ndarray, geometry: Geometry, shape: tuple[int, ...]) -> bool | str:
-    """True where the native path runs the layer here, or the reason why not."""
+    """True where the native path runs the layer here, or the reason why not.
+
+    Args:
+      w: packed weight, or `[kh, kw, cin / groups, cout]`; only its shape matters.
+      geometry: size, strides, pads, groups.
+      shape: of the images, `[n, h, w, cin]`.
+
+    Returns:
+      True, or a sentence.
+
+    Example:
+      >>> from compressx import kernels
+      >>> valid = kernels.Geometry(size=(3, 3), strides=(1, 1), pads=((0, 0), (0, 0)))
+      >>> kernels.supports(np.ones((3, 3, 1, 1), np.float32), valid, (1, 2, 2, 1))
+      'kernels (3, 3) do not fit images of 2x2 with pads ((0, 0), (0, 0))'
+    """
     dims = tuple(w.shape)
     if len(dims) != 4 or len(shape) != 4 or 0 in dims or 0 in shape:
         return f"needs images [n, h, w, cin] and kernels [kh, kw, cin, cout], got {list(shape)} and {list(dims)}"
@@ -397,9 +449,14 @@ def prepare(
       path: "xla", "native", "pallas", or None for the native one where it runs, else Pallas on a GPU or TPU that
         supports the layer and has half of its blocks or more to skip, else XLA. "pallas" on a CPU interprets.
 
+    Returns:
+      A `Convolution`, called with images of that shape.
+
     Raises:
       ValueError: shapes that do not fit each other, or a path that does not run here.
       CompressedFileError: packed arrays that are damaged.
+
+    Source: W. Niu et al., "PatDNN", 2020 (filter kernel reorder, load redundancy elimination, tuning).
 
     Example:
       >>> conv = compressx.kernels.prepare(np.ones((3, 3, 1, 2), np.float32), (1, 4, 4, 1), path="xla")

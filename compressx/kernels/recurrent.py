@@ -347,7 +347,20 @@ def native_cell(
 
 
 class Product:
-    """A prepared matrix `[inputs, outputs]`: `product(x)` is `x @ w` for float32 `[n, inputs]`. No native gradient."""
+    """A prepared matrix `[inputs, outputs]`: `product(x)` is `x @ w` for float32 `[n, inputs]`. No native gradient.
+
+    Attributes:
+      path: `native/<instruction set>` or `xla`.
+      shape: (inputs, outputs).
+
+    Raises:
+      ValueError: when called with anything but float32 `[n, inputs]`.
+
+    Example:
+      >>> product = compressx.kernels.prepare_product(np.array([[2.0], [0.0]], np.float32), path="xla")
+      >>> product.shape, product(jnp.array([[3.0, 1.0]])).tolist()
+      ((2, 1), [[6.0]])
+    """
 
     def __init__(self, w: Packed | np.ndarray, threads: int, path: str):
         self.path, self.threads = path, threads
@@ -375,6 +388,13 @@ class Recurrent:
 
     Attributes:
       path: `native/<instruction set>` or `xla`.
+
+    Source: P. Dong et al., "RTMobile", 2020 (matrix reorder, load elimination).
+
+    Example:
+      >>> cell = compressx.kernels.prepare_recurrent("lstm", [np.zeros((2, 8), np.float32)], path="xla")
+      >>> cell.hidden, cell.path
+      (2, 'xla')
     """
 
     def __init__(self, cell: str, gates: Sequence[Packed | np.ndarray], threads: int, path: str):
@@ -454,6 +474,12 @@ def prepare_product(w: Packed | np.ndarray, *, threads: int = 0, path: str | Non
       threads: for the rows of a batch.
       path: "native", "xla", or None for the native one where it runs.
 
+    Returns:
+      A `Product`, called with float32 `[n, in]`.
+
+    Raises:
+      ValueError: w is no matrix, or the path is unknown or does not run here.
+
     Example:
       >>> product = compressx.kernels.prepare_product(np.eye(3, dtype=np.float32), path="xla")
       >>> print(product(jnp.asarray([[1.0, 2.0, 3.0]])))
@@ -473,8 +499,19 @@ def prepare_recurrent(
       threads: for the sequences of a batch.
       path: as in `prepare_product`.
 
+    Returns:
+      A `Recurrent`, called with the input's part of the gates, `[t, n, gates * hidden]`.
+
     Raises:
       ValueError: unknown cell or path, or matrices that do not fit.
+
+    Source: P. Dong et al., "RTMobile", 2020 (matrix reorder, load elimination, BSPC).
+
+    Example:
+      >>> cell = compressx.kernels.prepare_recurrent("gru_after", [np.zeros((2, 6), np.float32)], path="xla")
+      >>> y, last = cell(jnp.zeros((3, 1, 6)), h=jnp.ones((1, 2)))  # 3 steps; gates of 1/2 halve the state
+      >>> last.tolist()
+      [[0.125, 0.125]]
     """
     if cell not in CELLS:
         raise ValueError(f"no cell {cell!r}; there are {', '.join(CELLS)}")

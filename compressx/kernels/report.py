@@ -43,6 +43,12 @@ class LayerReport(NamedTuple):
       why: one sentence on why it runs there.
       packed: whether it runs from the packed arrays of its weight.
       others: the other leaves that are part of it: bias, batch normalisation.
+
+    Example:
+      >>> f = compressx.compile(lambda variables, x: x @ variables["kernel"], {"kernel": jnp.eye(2)}, path="xla")
+      >>> (line,) = f.layers(jnp.zeros((1, 2)))
+      >>> line.path, line.kind, line.on, line.macs, line.why
+      ('kernel', 'product', 'xla', 2, 'XLA runs it: only convolutions have kernels in a compiled network')
     """
 
     path: str | None

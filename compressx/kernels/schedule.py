@@ -35,7 +35,19 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Geometry(NamedTuple):
-    """Of a convolution: kernel size, strides, zeros around the image, groups of channels."""
+    """The geometry of a convolution: kernel size, strides, zeros around the image, groups of channels.
+
+    Attributes:
+      size: of the kernel, rows and columns.
+      strides: rows and columns.
+      pads: zeros before and after, per axis.
+      groups: of channels.
+
+    Example:
+      >>> geometry = compressx.kernels.Geometry(size=(3, 3), strides=(2, 2), pads=((1, 1), (1, 1)))
+      >>> geometry.out(8, 8)
+      (4, 4)
+    """
 
     size: tuple[int, int]
     strides: tuple[int, int]
@@ -96,6 +108,16 @@ class Sparse(NamedTuple):
       shape: `[kh, kw, cin / groups, cout]`.
       live: bool `[K, E]`, which weights are the layer's; the others fill a pattern up. A weight stays the layer's
         where a scale makes it zero.
+
+    Source: FKW's order of W. Niu et al., "PatDNN", 2020.
+
+    Example:
+      >>> from compressx.kernels import schedule
+      >>> w = np.zeros((1, 2, 1, 2), np.float32)
+      >>> w[0, 1, 0, 1] = 3.0  # one live kernel, of filter 1, with its second tap
+      >>> s = schedule.from_weight(w)
+      >>> s.patterns.tolist(), s.order[s.place].tolist(), s.weight.tolist()
+      ([[1]], [1], [[3.0]])
     """
 
     order: np.ndarray
@@ -118,6 +140,12 @@ class Plan(NamedTuple):
       width: vectors of a tile.
       channels: input channels of a group, for runs.
       columns: tiles run down columns of the image rather than along it.
+
+    Source: what is tuned follows W. Niu et al., "PatDNN", 2020 (loop order, tiles, unrolling).
+
+    Example:
+      >>> compressx.kernels.Plan(order="runs", width=2)
+      Plan(order='runs', taps=4, filters=128, width=2, channels=16, columns=False)
     """
 
     order: str = "kernels"

@@ -38,10 +38,14 @@ def names(module: str) -> list[str]:
     return [n for n in found if not n.startswith("_")]
 
 
+# Modules of a package whose functions are called by the module's name.
+BESIDE = {"compressx.crossbar": ("program", "network")}
+
+
 def modules(module: str) -> list[str]:
-    """The module itself, or the modules of a package that imports nothing; each has `names`."""
+    """The module itself and those `BESIDE` it, or the modules of a package that imports nothing; each has `names`."""
     if names(module):
-        return [module]
+        return [module, *(f"{module}.{each}" for each in BESIDE.get(module, ()))]
     files = sorted(file_of(module).parent.glob("[!_]*.py"))
     return [f"{module}.{f.stem}" for f in files if names(f"{module}.{f.stem}")]
 
