@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from compressx._retrain import RetrainState, retract, retrain
     from compressx._retrain import find_state as find_retrain_state
     from compressx.constraints import from_spec
+    from compressx.constraints.activations import quantize_activations
     from compressx.constraints.base import (
         LEVEL,
         SIGN,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from compressx.constraints.network import network_structure
     from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
     from compressx.constraints.polarization import polarize
-    from compressx.constraints.quantization import quantize, quantize_activations
+    from compressx.constraints.quantization import quantize
     from compressx.constraints.select import top_k_mask, top_k_masks
     from compressx.constraints.sparsity import (
         block,

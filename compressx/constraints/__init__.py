@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from compressx.constraints.activations import quantize_activations as quantize_activations
 from compressx.constraints.base import LEVEL as LEVEL
 from compressx.constraints.base import MAX_SETS as MAX_SETS
 from compressx.constraints.base import SIGN as SIGN
@@ -24,7 +25,6 @@ from compressx.constraints.network import network_structure
 from compressx.constraints.pattern import connectivity, pattern, pattern_connectivity
 from compressx.constraints.polarization import polarize
 from compressx.constraints.quantization import quantize
-from compressx.constraints.quantization import quantize_activations as quantize_activations
 from compressx.constraints.select import top_k_mask as top_k_mask
 from compressx.constraints.select import top_k_masks as top_k_masks
 from compressx.constraints.sparsity import block, channels, columns, filters, filters_and_columns, n_of_m, unstructured

@@ -35,14 +35,24 @@ def _counts(bits: Array, candidates: Sequence[Array], axis: int | None) -> tuple
     """How many entries reach each candidate (int32), of the whole array or of every line along `axis`, dims kept.
 
     XLA's CPU backend computes a reduction of several operands along the last axis in vectors, and one of a single
-    operand element by element: three counts take a quarter of the time of one. Over several devices it would gather.
+    operand element by element: three counts take a quarter of the time of one. Over several devices it would gather
+    the partial counts of every line, so it is for programs that are lowered for a CPU that is alone: a program may be
+    compiled here for other machines.
     """
     at = bits.ndim - 1
-    if _alone() and bits.ndim and axis in (None, at):
+
+    def apart(bits: Array, *candidates: Array) -> tuple[Array, ...]:
+        return tuple(jnp.sum(bits >= c, axis=axis, keepdims=axis is not None, dtype=jnp.int32) for c in candidates)
+
+    def together(bits: Array, *candidates: Array) -> tuple[Array, ...]:
         flags, zeros = [(bits >= c).astype(jnp.int32) for c in candidates], [jnp.zeros((), jnp.int32)] * len(candidates)
         lines = lax.reduce(flags, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (at,))
         return tuple(jnp.sum(n) if axis is None else jnp.expand_dims(n, at) for n in lines)
-    return tuple(jnp.sum(bits >= c, axis=axis, keepdims=axis is not None, dtype=jnp.int32) for c in candidates)
+
+    if _alone() and bits.ndim and axis in (None, at):
+        found: tuple[Array, ...] = lax.platform_dependent(bits, *candidates, cpu=together, default=apart)
+        return found
+    return apart(bits, *candidates)
 
 
 def _alone() -> bool:
@@ -66,13 +76,21 @@ def _threshold(bits: Sequence[Array], k: int | Array, axis: int | None) -> Array
         return t | (sum(digit[1:], digit[0]) << shift)
 
     shape = () if axis is None else tuple(1 if a == axis else n for a, n in enumerate(bits[0].shape))
-    # Inside a loop XLA's CPU backend counts on one thread: large leaves are worth the longer program.
-    start = jnp.zeros(shape, dtype)
+
+    def looped() -> Array:
+        return lax.fori_loop(0, passes, body, jnp.zeros(shape, dtype))
+
+    def unrolled() -> Array:
+        found = jnp.zeros(shape, dtype)
+        for i in range(passes):
+            found = body(jnp.asarray(i, jnp.int32), found)
+        return found
+
+    # Inside a loop XLA's CPU backend counts on one thread: large leaves are worth the longer program, there alone.
     if sum(b.size for b in bits) < _UNROLL:
-        return lax.fori_loop(0, passes, body, start)
-    for i in range(passes):
-        start = body(jnp.asarray(i, jnp.int32), start)
-    return start
+        return looped()
+    found: Array = lax.platform_dependent(cpu=unrolled, default=looped)
+    return found
 
 
 def _flat_index(shape: tuple[int, ...], axis: int | None) -> Array:

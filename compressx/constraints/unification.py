@@ -197,6 +197,8 @@ def _tied(
                 "a unified block has no zeros, so unifying would bring back weights that the other set made 0; "
                 'zeros="keep" unifies what is left of a block'
             )
+        if other.stage == LEVEL and not other.spec.get("symmetric", True):
+            return "a block shares one magnitude for both signs, and asymmetric levels may have it for one alone"
         if other.stage == LEVEL and other.spec.get("per") not in (None, "tensor", "channel"):
             return 'a block shares one magnitude, which a scale per row or group would part; quantize per "tensor"'
         if other.stage == LEVEL and other.spec.get("per") == "channel" and block[-1] > 1:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from compressx.constraints.quantization import Levels, decode, encode, fit
+from compressx.constraints.levels import Levels, decode, encode
+from compressx.constraints.quantization import fit
 from compressx.crossbar import layers as layer_calls
 from compressx.crossbar.arrays import Programmed
 from compressx.crossbar.design import Design

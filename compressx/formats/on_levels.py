@@ -71,9 +71,9 @@ def on_levels(inner: Format, name: str) -> Format:
     def pack(weight: Weight) -> Packed:
         w, c = weight.w, weight.once(codes_of)
         packed = inner.pack(weight.once(_as_codes))
-        values, b = packed.arrays[name], width(c.levels)
+        values = packed.arrays[name]
         levels, about = write_levels(c)
-        arrays = packed.arrays | {name: pack_signed(values, b)} | levels
+        arrays = packed.arrays | {name: pack_signed(values, c.levels)} | levels
         meta = packed.meta | about | {"values": list(values.shape)}
         return Packed(inner.name + SUFFIX, w.shape, w.dtype.name, arrays, meta)
 

@@ -7,6 +7,7 @@ magnitude). Of a weight of n entries, nnz of them non-zero, the smaller of two l
     codes    ceil(nnz b / 8)  + mask ceil(n / 8)  the non-zero ones, and a bit a weight that tells which
 
 and `levels`: the scale, 4 bytes (8 for float64 weights), or the codebook in the weight's dtype; one, or one a channel.
+Asymmetric levels have the smallest integer beside each scale, and a code is the integer modulo 2**b.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.constraints.quantization import FLOAT8, Levels, encode, fit, levels_of, magnitudes
+from compressx.constraints.levels import FLOAT8, Levels, encode, levels_of, magnitudes, unwrapped
+from compressx.constraints.quantization import fit
 from compressx.formats.base import (
     Format,
     Packed,
@@ -45,7 +47,8 @@ class Coded(NamedTuple):
 
     Attributes:
       codes: signed indices, in the smallest signed dtype, of the weight's shape.
-      structure: scale `[]` or `[cout]`, or codebook `[top]` or `[top, cout]`.
+      structure: scale `[]` or `[cout]`, scale and smallest code `[2]` or `[2, cout]`, or codebook `[top]` or
+        `[top, cout]`.
       levels: which levels.
     """
 
@@ -132,7 +135,7 @@ def decoded(
     codes: np.ndarray, start: int, structure: np.ndarray, levels: Levels, dtype: np.dtype[Any], outputs: int
 ) -> np.ndarray:
     """`weights` of a piece of the codes in stored order, which begins at weight `start` of a leaf `[..., outputs]`."""
-    if levels.top <= _TABLE and codes.size > 2 * _TABLE:
+    if levels.symmetric and levels.top <= _TABLE and codes.size > 2 * _TABLE:
         signed = np.arange(-levels.top, levels.top + 1)
         if levels.per == "tensor":
             table = decoded(signed, 0, structure, levels, dtype, outputs)
@@ -146,9 +149,12 @@ def decoded(
                 rows *= structure
                 return rows.astype(dtype).reshape(-1)
     signed = codes.astype(np.int32)
-    k = np.abs(signed)
     if levels.per != "tensor":
-        channel = units(start, k.size, levels.per, outputs)
+        channel = units(start, signed.size, levels.per, outputs)
+    if not levels.symmetric:
+        structure, low = structure
+        signed = unwrapped(signed, low if levels.per == "tensor" else low[channel], levels)
+    k = np.abs(signed)
     with np.errstate(over="ignore"):
         if levels.grid == "codebook":
             at = np.maximum(k - 1, 0)
@@ -166,6 +172,8 @@ def decoded(
 
 def code_dtype(levels: Levels) -> np.dtype[Any]:
     """The smallest dtype that holds every signed index."""
+    if not levels.symmetric:  # the smallest may lie anywhere
+        return np.dtype(np.int32)
     return next(np.dtype(d) for d in (np.int8, np.int16, np.int32) if levels.top <= np.iinfo(d).max)
 
 
@@ -176,7 +184,9 @@ def width(levels: Levels) -> int:
 
 def write_levels(c: Coded) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays and the meta that `read_levels` understands."""
-    meta = {"bits": c.levels.bits, "grid": c.levels.grid, "per": c.levels.per}
+    meta: dict[str, Any] = {"bits": c.levels.bits, "grid": c.levels.grid, "per": c.levels.per}
+    if not c.levels.symmetric:
+        meta["symmetric"] = False
     return {"levels": c.structure.reshape(-1)}, meta
 
 
@@ -189,16 +199,20 @@ def read_levels(packed: Packed) -> tuple[Levels, np.ndarray]:
     dtype = dtype_of(packed)
     if dtype.name not in ("float64", "float32", "float16", "bfloat16"):
         fail(name, f"dtype {packed.dtype!r} has no levels")
+    symmetric = "symmetric" not in packed.meta or choice(packed, "symmetric", (True, False))
     try:
-        levels = Levels(bits, grid, per, cell_bits=1)
+        levels = Levels(bits, grid, per, cell_bits=1, symmetric=symmetric)
     except ValueError as error:
         fail(f"{name}/bits", str(error))
-    entries = count * (levels.top if grid == "codebook" else 1)
+    each = (levels.top,) if grid == "codebook" else () if symmetric else (2,)
+    entries = count * math.prod(each)
     held = dtype.name if grid == "codebook" else "float64" if dtype.name == "float64" else "float32"
     structure = take(packed, "levels", held, (entries,))
     check_finite(f"{name}/levels", structure)
-    shape = ((levels.top,) if grid == "codebook" else ()) + (() if per == "tensor" else (count,))
-    return levels, structure.reshape(shape)
+    structure = structure.reshape(each + (() if per == "tensor" else (count,)))
+    if not symmetric and not np.isin(structure[1], np.arange(-levels.top, 0)).all():
+        fail(f"{name}/levels", f"the smallest codes must be integers in {-levels.top}..-1")
+    return levels, structure
 
 
 def outputs_of(packed: Packed) -> int:
@@ -226,23 +240,29 @@ def check_codes(entry: str, stored: np.ndarray, bits: int) -> None:
         fail(entry, "bits after the last code are set")
 
 
-def to_unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Signed indices as a sign bit above the magnitude."""
-    unsigned: np.ndarray = np.abs(codes).astype(np.uint32) | (codes < 0).astype(np.uint32) << np.uint32(bits - 1)
+def to_unsigned(codes: np.ndarray, levels: Levels) -> np.ndarray:
+    """Signed indices as a sign bit above the magnitude; of asymmetric levels modulo 2**bits: uint32."""
+    if not levels.symmetric:
+        wrapped: np.ndarray = codes.astype(np.int32).view(np.uint32) & np.uint32(2**levels.bits - 1)
+        return wrapped
+    sign = (codes < 0).astype(np.uint32) << np.uint32(width(levels) - 1)
+    unsigned: np.ndarray = np.abs(codes).astype(np.uint32) | sign
     return unsigned
 
 
-def pack_signed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Signed indices as one string of bits, a sign bit above the magnitude of each: uint8."""
-    flat = codes.reshape(-1)
+def pack_signed(codes: np.ndarray, levels: Levels) -> np.ndarray:
+    """Signed indices as one string of bits, each as `to_unsigned` writes it: uint8."""
+    flat, bits = codes.reshape(-1), width(levels)
     stored = np.empty(-(-flat.size * bits // 8), np.uint8)
     for here in pieces(flat.size):
-        stored[here.start * bits // 8 : -(-here.stop * bits // 8)] = pack_codes(to_unsigned(flat[here], bits), bits)
+        stored[here.start * bits // 8 : -(-here.stop * bits // 8)] = pack_codes(to_unsigned(flat[here], levels), bits)
     return stored
 
 
 def to_signed(entry: str, stored: np.ndarray, bits: int, top: int) -> np.ndarray:
-    """Inverse of `to_unsigned`; a negative zero is no code."""
+    """Inverse of `to_unsigned`, but for asymmetric levels, whose sign `decoded` knows; a negative zero is no code."""
+    if top >> (bits - 1):  # magnitudes that leave no bit for a sign: asymmetric levels
+        return stored.astype(np.int32)
     if bits <= 8 and stored.size > 1 << bits:
         table = np.arange(1 << bits, dtype=np.int32)
         magnitude = table & ((1 << (bits - 1)) - 1)
@@ -279,11 +299,10 @@ def _size(weight: Weight) -> Bytes:
 
 def _pack(weight: Weight) -> Packed:
     w, c = weight.w, weight.once(codes_of)
-    b = width(c.levels)
     flat, mask = c.codes.reshape(-1), weight.once(code_support).mask.reshape(-1)
     arrays, meta = write_levels(c)
     masked = _layout(weight)[0]
-    arrays["codes"] = pack_signed(flat[mask] if masked else flat, b)
+    arrays["codes"] = pack_signed(flat[mask] if masked else flat, c.levels)
     if masked:
         arrays["mask"] = np.packbits(mask)
     return Packed("quantized", w.shape, w.dtype.name, arrays, meta | {"masked": masked})

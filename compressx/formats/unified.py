@@ -157,7 +157,7 @@ def _pack(weight: Weight) -> Packed:
     else:
         b = width(c.levels)
         arrays["magnitudes"] = pack_codes(high[unified], b - 1)
-        arrays["free"] = pack_signed(x[in_free], b)
+        arrays["free"] = pack_signed(x[in_free], c.levels)
         levels, about = write_levels(c)
         arrays |= levels
         meta |= about

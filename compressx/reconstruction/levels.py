@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from compressx.constraints.base import LEVEL, SIGN, TIE, Constraint
-from compressx.constraints.quantization import Levels, columns, from_columns, levels_of, magnitudes
+from compressx.constraints.levels import Levels, columns, from_columns, levels_of, magnitudes
 from compressx.reconstruction.baselines import gptq
 from compressx.reconstruction.iterate import Coordinates, Leaves
 from compressx.reconstruction.problem import Layout, Matrices
@@ -31,9 +31,19 @@ def level_set(sets: tuple[Constraint, ...]) -> Constraint | None:
 
 
 def levels_in(part: Constraint) -> Levels:
-    """The `Levels` of a set of levels, over a leaf, a stack or every leaf of a tuple."""
+    """The `Levels` of a set of levels, over a leaf, a stack or every leaf of a tuple.
+
+    Raises:
+      ValueError: they are asymmetric, for which nothing here is built.
+    """
     single = part.slice or part.leaf or part
-    return levels_of((single.slice or single).spec)
+    levels = levels_of((single.slice or single).spec)
+    if not levels.symmetric:
+        raise ValueError(
+            "quantize(symmetric=False) cannot be reconstructed, nor projected in a metric; take symmetric levels, or "
+            "train towards these with admm"
+        )
+    return levels
 
 
 def table(levels: Levels) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The pages of results: their tables and a picture, made from `docs/results` whenever the site is built.
+"""Tables and the picture of results, made from `docs/results` whenever the site is built.
 
 A page keeps an empty block for each table, as README keeps a full one; `experiments.common.report.tables` fills both.
 """
@@ -11,13 +11,13 @@ from sphinx.application import Sphinx
 
 from experiments.common.report import tables
 
-PAGES = ("results", "post_training")
+BLOCK = "<!-- results:"
 PICTURES = {"light": ("#222222", "#cccccc"), "dark": ("#dddddd", "#444444")}  # text and grid
 
 
 def _fill(app: Sphinx, page: str, source: list[str]) -> None:
     """Puts each table into its block."""
-    if page not in PAGES:
+    if BLOCK not in source[0]:
         return
     source[0] = tables.filled(Path(app.srcdir).parent, source[0], f"{page}.md")
 

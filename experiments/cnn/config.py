@@ -41,7 +41,8 @@ class Model:
     Attributes:
       name: a key of `models.MODELS`.
       options: its fields, such as `width`.
-      checkpoint: file below the data folder with weights to start from (PyTorch names), or "".
+      checkpoint: file below the data folder with weights to start from, or "": .npz with PyTorch's names of a CIFAR
+        ResNet, or .safetensors (`models.plain_file`).
     """
 
     name: str = "digits_cnn"

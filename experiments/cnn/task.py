@@ -17,7 +17,7 @@ from experiments.cnn import measures, reconstruction
 from experiments.cnn.config import Config, Data
 from experiments.common import artifacts, data, driver, init_from, latency, models, runner, training
 from experiments.common.driver import Options
-from experiments.common.models import convert
+from experiments.common.models import convert, plain_file
 from experiments.common.report import html
 from experiments.common.settings import check_batch
 from experiments.common.training import ConfigError, Phase, Weights, mesh, phases, state
@@ -67,15 +67,18 @@ def build_model(name: str, options: Any, classes: int) -> Any:
 
 def first_weights(config: Config, model: Any, shape: tuple[int, ...], data_dir: str | None) -> Weights:
     """The weights before any training: from a checkpoint file, or drawn from the seed."""
-    if config.model.checkpoint:
+    make = jax.jit(lambda k: model.init(k, jnp.zeros((1, *shape), jnp.float32)))
+    if config.model.checkpoint.endswith(".safetensors"):
+        like = jax.eval_shape(make, jax.random.key(0))
+        variables = plain_file.load(data.find_file(config.model.checkpoint, data_dir), like)
+    elif config.model.checkpoint:
         loaded, variables = convert.load_cifar_resnet(data.find_file(config.model.checkpoint, data_dir))
         if loaded != model:
             raise ConfigError(
                 f"model.checkpoint={config.model.checkpoint!r} holds {loaded}, and the config asks for {model}"
             )
     else:
-        key = jax.random.key(config.seed)
-        variables = jax.jit(lambda k: model.init(k, jnp.zeros((1, *shape), jnp.float32)))(key)
+        variables = make(jax.random.key(config.seed))
     others = {name: tree for name, tree in variables.items() if name != "params"}
     return Weights({"params": variables["params"]}, others, {})
 

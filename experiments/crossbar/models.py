@@ -8,7 +8,7 @@ import numpy as np
 
 from compressx import compaction
 from compressx.constraints import Constraint, on_leaf
-from compressx.constraints.quantization import levels_of
+from compressx.constraints.levels import levels_of
 from compressx.crossbar import network
 from compressx.crossbar.arrays import rows_of
 from compressx.rules import Rules, resolve
@@ -117,6 +117,10 @@ def check_sets(rules: Rules, engine: str) -> None:
                 )
             if spec["kind"] != "quantize":
                 continue
+            if not levels_of(spec).symmetric:
+                raise ConfigError(
+                    f"rule {pattern!r}: an engine stores a magnitude and a sign; quantize with symmetric levels"
+                )
             if spec["grid"] == "codebook":
                 raise ConfigError(
                     f"rule {pattern!r}: a codebook's levels are not multiples of one step, and an engine stores "

@@ -64,6 +64,7 @@ EXAMPLES: dict[str, tuple[cx.Constraint, Shape | tuple[Shape, ...]]] = {
     "quantize groups": (cx.quantize(4, per=4), (6, 8)),
     "quantize float8": (cx.quantize(8, grid="float8_e4m3"), (6, 8)),
     "quantize powers": (cx.quantize(3, grid="power_of_two", zero_level=True), (6, 8)),
+    "quantize asymmetric": (cx.quantize(3, per="channel", symmetric=False), (6, 8)),
     "quantize codebook": (cx.quantize(3, grid="codebook"), (3, 3, 4, 6)),
     "unify": (cx.unify((2, 3), 0.5), (7, 8)),
     "unify cubes": (cx.unify((2, 9, 2), 0.5), (3, 3, 4, 5)),
@@ -93,7 +94,7 @@ table = pytest.mark.parametrize("name", list(EXAMPLES))
 # Examples of a kind that another one shows: tests that compile a program of its own for each are slow on these.
 VARIANTS = (
     "unstructured conv", "n_of_m conv", "block", "pattern natural", "connectivity", "bsp_columns", "quantize",
-    "quantize channel", "quantize groups", "quantize float8", "quantize powers", "unify cubes",
+    "quantize channel", "quantize groups", "quantize float8", "quantize powers", "quantize asymmetric", "unify cubes",
     "unify_and_prune exact", "filters & polarize & quantize",
     "unify & quantize", "unstructured global & quantize", "bsp gates & quantize", "unstructured global & filters",
     "n_of_m & columns",

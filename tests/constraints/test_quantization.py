@@ -17,15 +17,9 @@ from hypothesis.extra import numpy as hnp
 import compressx as cx
 from compressx._harden import check, structures
 from compressx._retrain import find_state
-from compressx.constraints.quantization import (
-    Levels,
-    activation_codes,
-    decode,
-    encode,
-    fit,
-    levels_of,
-    quantize_activations,
-)
+from compressx.constraints.activations import activation_codes, quantize_activations
+from compressx.constraints.levels import Levels, decode, encode, levels_of
+from compressx.constraints.quantization import fit
 from tests.thinning import some
 
 CASES = [("uniform", 2), ("uniform", 4), ("uniform", 8), ("power_of_two", 4), ("cells", 4), ("codebook", 3)]
@@ -316,6 +310,7 @@ def test_extreme_magnitudes_neither_vanish_nor_overflow() -> None:
         ({"bits": 9, "grid": "codebook"}, "2..8"),
         ({"bits": 5, "grid": "cells"}, "not a multiple of cell_bits=2"),
         ({"bits": 4, "grid": "floaty"}, "grid must be one of"),
+        ({"bits": 4, "grid": "cells", "symmetric": False}, 'symmetric=False is for the grid "uniform"'),
         ({"bits": 4, "per": "rows"}, 'per must be "tensor", "channel", "row" or a number'),
     ],
 )

@@ -1,5 +1,7 @@
 """Exact top-k by bit search, against a sort in NumPy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +122,13 @@ def test_impossible_counts_are_named() -> None:
         top_k_mask(jnp.ones(6), 7)
     with pytest.raises(ValueError, match="cannot keep -1 of 3 entries along axis 1"):
         top_k_mask(jnp.ones((2, 3)), -1, axis=1)
+
+
+def test_what_is_quick_on_one_cpu_is_lowered_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled here for a TPU, counts are sums of whole arrays in a loop: partial counts of rows would be gathered."""
+    monkeypatch.setattr(select, "_alone", lambda: True)
+    traced = jax.jit(lambda x: top_k_mask(x, 100)).trace(jax.ShapeDtypeStruct((1024, 1024), jnp.float32))
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+    reductions = {name: re.findall(r"stablehlo\.reduce\(.*?dimensions = \[([\d, ]+)\]", t) for name, t in texts.items()}
+    assert reductions["cpu"].count("1") == 16  # three candidates a pass, along the lines
+    assert set(reductions["tpu"]) == {"0, 1"} and len(reductions["tpu"]) < 8

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compressx.constraints.quantization import Levels
+from compressx.constraints.levels import Levels
 from compressx.crossbar import layers, mapping, network, zero_skip
 from compressx.crossbar.aware import Target, training_hardware
 from compressx.crossbar.design import Adc, Design

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import compressx as cx
 from compressx import formats
-from compressx.constraints.quantization import levels_of
+from compressx.constraints.levels import levels_of
 from compressx.formats import CompressedFileError, Packed
 from compressx.formats.base import same
 from compressx.formats.quantized import coded, pack_codes, read_codes
@@ -61,6 +61,8 @@ QUANTIZED = {
     "pruned": cx.unstructured(0.2) & cx.quantize(8),
     "pruned little": cx.unstructured(0.95) & cx.quantize(2),
     "zero level": cx.quantize(2, zero_level=True),
+    "asymmetric": cx.quantize(3, symmetric=False),
+    "asymmetric channels": cx.unstructured(0.3) & cx.quantize(8, per="channel", symmetric=False),
 }
 
 
@@ -78,10 +80,10 @@ def test_quantized_comes_back_in_the_bytes_of_the_formula(name: str, dtype: Any)
     levels = levels_of(constraint.sets[-1].spec)
     b = levels.bits + (levels.grid == "cells")
     channels = 7 if levels.per == "channel" else 1
-    table = channels * (levels.top * w.dtype.itemsize if levels.grid == "codebook" else 4)
+    table = channels * (levels.top * w.dtype.itemsize if levels.grid == "codebook" else 4 if levels.symmetric else 8)
     kept = np.count_nonzero(w)
     assert formats.nbytes(packed) == table + min(up(w.size * b), up(kept * b) + up(w.size))
-    assert ("mask" in packed.arrays) == (name == "pruned")
+    assert ("mask" in packed.arrays) == (name in ("pruned", "asymmetric channels"))
     unknown = formats.pack(w, constraint, None, "quantized")  # without a structure the scale is found again
     assert same(formats.unpack(unknown), w)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import compressx as cx
 from compressx import formats
-from compressx.constraints.quantization import levels_of
+from compressx.constraints.levels import levels_of
 from compressx.formats import CompressedFileError, Packed
 from compressx.formats.base import same
 from compressx.formats.on_levels import ON_LEVELS
@@ -53,6 +53,11 @@ CASES = {
         (64, 40),
     ),
     "banks": ("bank-balanced", cx.bank_balanced(0.25, 16, axis="inputs") & cx.quantize(4, per="channel"), (40, 21)),
+    "banks, asymmetric": (
+        "bank-balanced",
+        cx.bank_balanced(0.25, 16, axis="inputs") & cx.quantize(4, per="channel", symmetric=False),
+        (40, 21),
+    ),
     "filters": ("compact", cx.filters(0.5) & cx.columns(0.5) & cx.quantize(6), (3, 3, 5, 8)),
     "codebooks": ("compact", cx.filters(0.5) & cx.quantize(3, grid="codebook", per="channel"), (3, 3, 5, 8)),
     "rows": ("csr", cx.unstructured(0.1) & cx.quantize(8), (30, 40)),
@@ -93,7 +98,7 @@ def test_weights_come_back_in_b_bits_a_value_and_the_inner_index(name: str, dtyp
     b = levels.bits + (levels.grid == "cells")
     entries = (levels.top if levels.grid == "codebook" else 1) * (w.shape[-1] if levels.per == "channel" else 1)
     number, v = raw.arrays[values].size, w.dtype.itemsize
-    scales = entries * (v if levels.grid == "codebook" else 4)
+    scales = entries * (v if levels.grid == "codebook" else 4 if levels.symmetric else 8)
     assert formats.nbytes(packed) == formats.nbytes(raw) - number * v + math.ceil(number * b / 8) + scales
     for key in set(raw.arrays) - {values}:
         assert same(packed.arrays[key], raw.arrays[key])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import compressx as cx
 from compressx import formats
+from compressx.constraints.levels import Levels
 from compressx.formats import FORMATS
 from compressx.formats.base import same
 from compressx.formats.block_max import row_sizes
@@ -120,7 +121,7 @@ def test_strings_of_integers_of_many_widths(seed: int, number: int) -> None:
 def test_signed_codes_by_table_are_those_by_rule(bits: int) -> None:
     top = 2 ** (bits - 1) - 1
     codes = np.random.default_rng(0).integers(-top, top + 1, 1000)
-    stored = pack_signed(codes.astype(np.int16), bits)
+    stored = pack_signed(codes.astype(np.int16), Levels(bits, "uniform"))
     assert to_signed("x", read_codes(stored, slice(0, 1000), bits), bits, top).tolist() == codes.tolist()
     for wrong in ([1 << (bits - 1)], [top] if bits > 2 else [3]):  # a zero with a sign; an index above the top
         bad = np.concatenate([np.zeros(1000, np.int32), np.array(wrong, np.int32)])

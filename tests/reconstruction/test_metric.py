@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import compressx as cx
+from compressx.capture.matrix import Gram
+from compressx.reconstruction import solve
 from compressx.reconstruction.metric import project_in_metric
 
 
@@ -76,3 +78,11 @@ def test_what_does_not_fit_is_said(pair) -> None:
         project_in_metric(cx.filters(0.5), w, jnp.ones((4, 2)))
     with pytest.raises(ValueError, match="one plain leaf"):
         project_in_metric(cx.unstructured(0.5, scope="rule"), w, jnp.ones(()))
+
+
+def test_asymmetric_levels_are_refused_by_name() -> None:
+    part = cx.quantize(4, symmetric=False)
+    w = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    gram = Gram(np.eye(8)[None], 100, np.zeros((1, 8)))
+    with pytest.raises(ValueError, match="symmetric=False.* cannot be reconstructed"):
+        solve(w, gram, part)

@@ -196,7 +196,14 @@ def _wikitext_partial(blobs: Sequence[Blob]) -> Parts:
 
 
 def _prose(blobs: Sequence[Blob]) -> Parts:
-    words = text_reading.prose(blobs[0])
+    return _in_parts(text_reading.prose(blobs[0]))
+
+
+def _characters(blobs: Sequence[Blob]) -> Parts:
+    return _in_parts(text_reading.characters(blobs[0]))
+
+
+def _in_parts(words: Words) -> Parts:
     a, b = len(words) * 8 // 10, len(words) * 9 // 10
     return {"train": words[:a], "validation": words[a:b], "test": words[b:]}
 
@@ -235,6 +242,19 @@ TEXTS: dict[str, Text] = {
         files=_files("language_model/war_and_peace/warandpeace.txt.gz"),
         read=_prose,
         obtain="Project Gutenberg e-book 2600",
+    ),
+    "tiny_shakespeare": Text(
+        info=Info(
+            name="tiny_shakespeare",
+            source="40,000 lines of Shakespeare's plays, by characters (A. Karpathy, char-rnn)",
+            licence="public domain",
+            classes=0,
+            shape=(),
+            note="read by characters; the first 80 % train, the last 10 % test",
+        ),
+        files=_files("language_model/tiny_shakespeare/input.txt.gz"),
+        read=_characters,
+        obtain="char-rnn's data/tinyshakespeare/input.txt, packed by gzip",
     ),
     "wikitext2_partial": Text(
         info=Info(

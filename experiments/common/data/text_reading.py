@@ -57,3 +57,8 @@ def prose(blob: Blob) -> list[str]:
             words += ["N" if token[0].isdecimal() else token.replace("’", "'") for token in found]
             words.append("<eos>")
     return words
+
+
+def characters(blob: Blob) -> list[str]:
+    """Every character as a word of its own; the end of a line is `<eos>`, a space is itself."""
+    return ["<eos>" if c == "\n" else c for c in decode(blob)]

@@ -172,6 +172,17 @@ def test_count_models_by_hand() -> None:
     assert alone == pytest.approx(1 / q[1])
 
 
+def test_a_character_is_a_word(tmp_path: Path) -> None:
+    folder = tmp_path / "language_model" / "tiny_shakespeare"
+    folder.mkdir(parents=True)
+    (folder / "input.txt.gz").write_bytes(gzip.compress(b"To be,\nor not\n" * 10))
+    corpus = text.load("tiny_shakespeare", tmp_path)
+    parts = [[corpus.words[i] for i in corpus.part(p)] for p in text.PARTS]
+    assert parts[0][:8] == ["T", "o", " ", "b", "e", ",", "<eos>", "o"]
+    assert "".join(sum(parts, [])).replace("<eos>", "\n") == "To be,\nor not\n" * 10
+    assert [len(p) for p in parts] == [112, 14, 14] and set(corpus.unknown.values()) == {0.0}
+
+
 @pytest.mark.data
 def test_the_stand_ins(data_dir) -> None:
     book = text.load("war_and_peace", data_dir, 2048)
