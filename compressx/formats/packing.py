@@ -1,6 +1,7 @@
 """All storage formats by name; packing a weight into the smallest one, or into one that is asked for."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -73,13 +74,13 @@ def pack(w: Any, constraint: Any = None, structure: Any = None, format: str | No
     return _proved(weight, FORMATS[format].pack(weight))
 
 
-def sizes(weight: Weight) -> dict[str, int]:
+def sizes(weight: Weight, without: Collection[str] = ()) -> dict[str, int]:
     """Bytes that each format would take, by name, of those that may be the smallest; nothing is packed for it.
 
     A format that can only be larger than another, by what it takes at least, is left out without being counted.
     """
     counted: dict[str, int] = {}
-    mine = [f for f in FORMATS.values() if f.supports(weight.w, weight.constraint) is True]
+    mine = [f for f in FORMATS.values() if f.name not in without and f.supports(weight.w, weight.constraint) is True]
     for f in sorted(mine, key=lambda f: f.least is not None):
         try:
             if f.least is not None and _total(weight, f.least(weight)) > min(counted.values(), default=math.inf):
@@ -95,9 +96,11 @@ def _total(weight: Weight, size: Bytes) -> int:
 
 
 def _smallest(weight: Weight) -> Packed:
-    """Packed in the smallest format; where its values turn out not to fit it, in the next."""
-    counted = sizes(weight)
-    for name in sorted(counted, key=counted.__getitem__):  # a stable sort: of two alike the first in `FORMATS`
+    """Packed in the smallest format; where its values turn out not to fit it, in the smallest of the others."""
+    failed: set[str] = set()
+    # Counted anew after a failure, for the format that failed may have been why another one was left out.
+    while counted := sizes(weight, failed):
+        name = min(counted, key=counted.__getitem__)  # of two alike the first in `FORMATS`
         try:
             packed = FORMATS[name].pack(weight)
             if nbytes(packed) != counted[name]:
@@ -107,7 +110,7 @@ def _smallest(weight: Weight) -> Packed:
                 )
             return _proved(weight, packed)
         except ValueError:
-            continue
+            failed.add(name)
     raise ValueError(f"no format holds a weight of dtype {weight.w.dtype.name}, shape {weight.w.shape}")
 
 
