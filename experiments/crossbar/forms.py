@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compressx.crossbar import aware, chips, cost, layers, mapping, network, noise, presets
+from compressx.crossbar import aware, chips, cost, energy, layers, mapping, network, noise, presets, scaling
 from compressx.crossbar.design import Design
 from compressx.crossbar.layers import Deployed
 from compressx.crossbar.mapping import Layer
@@ -297,6 +297,8 @@ def _engines(
         plans[f"FORMS-{m}, compressed, no skipping"] = run(p.layers, design, chip["forms"])
         plans[f"FORMS-{m}, compressed"] = run(p.layers, design, chip["forms"], sweeps=sweeps)
     base, peer = plans["ISAAC, dense, 32 bit, split"], plans["ISAAC, compressed"]
+    own = f"FORMS-{main.subject.fragment}, compressed"
+    own = own if own in plans else "ISAAC, compressed"
     return {
         "base": "ISAAC, dense, 32 bit, split",
         "peer": "ISAAC, compressed",
@@ -318,6 +320,7 @@ def _engines(
             for name, plan in plans.items()
         },
         "latency_us": {name: run_one.latency_us for name, run_one in _single(main, skips, chip, hardware).items()},
+        "energy": {"engine": own, "layers": energy.layer_energy(plans[own])},
         "peak": _peaks(chip),
         "unknown": sorted(unknown),
         "assumptions": list(dict.fromkeys(line for p in plans.values() for line in p.assumptions)),
@@ -362,7 +365,8 @@ def _peaks(chip: Mapping[str, chips.Chip]) -> dict[str, dict[str, float]]:
     base = cost.peak_gops(*designs["ISAAC"])
     area, power = base / chip["isaac"].mm2, base / chip["isaac"].mw
     out = {}
-    for name, (design, c) in designs.items():
+    for name, (design, made) in designs.items():
+        c = scaling.fitted(made, design)
         gops = cost.peak_gops(design, c)
         out[name] = {
             "gops": gops,

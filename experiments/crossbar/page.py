@@ -280,7 +280,25 @@ def _engine_tables(engines: Mapping[str, Any]) -> list[tuple[str, Any]]:
     latency = Table(("engine, one frame at a time", "latency, upper bound, µs"), rows_us, (False, True))
     out.append(("Peak, 16-bit weights and inputs", Table(head, rows, (False, *[True] * 5))))
     out.append(("Latency", latency))
+    spent = engines["energy"]
+    out.append((f"Energy of an inference by layer, {spent['engine']}", _energy(spent["layers"])))
     return out
+
+
+def _energy(layers: Sequence[Mapping[str, Any]]) -> list[str | Table]:
+    """Energies by layer and component, with a last row for the network, and the events behind them."""
+    events = ("conversions", "row drives", "cell reads")
+    parts = [key for key in layers[0] if key not in ("layer", *events, "nJ")]
+    total = {key: sum(row[key] for row in layers) for key in ("nJ", *parts, *events)}
+    rows = [
+        (str(row["layer"]), *(f"{row[k]:.4g}" for k in ("nJ", *parts)), *(fmt.count(row[k]) for k in events))
+        for row in [*layers, {"layer": "all", **total}]
+    ]
+    text = (
+        "Counted from conversions, row drives and cell reads of the layers as they lie in the arrays; idle parts and "
+        "links take nothing here. In nJ."
+    )
+    return [text, Table(("layer", "energy", *parts, *events), rows, (False, *[True] * (1 + len(parts) + 3)))]
 
 
 # -- SOT-MRAM ----------------------------------------------------------------------------------------------------------

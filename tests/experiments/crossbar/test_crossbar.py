@@ -73,6 +73,9 @@ def test_it_leaves_everything_behind(done):
     assert check_summary(summary) == read_summary(folder / "summary.json")
     page = (folder / "report.html").read_text()
     assert "Factors of the frame rate" in page and "Inconsistencies of the paper" in page
+    assert "Energy of an inference by layer" in page
+    spent = summary["crossbar"]["engines"]["energy"]["layers"]
+    assert all(row["nJ"] > 0 and row["conversions"] > 0 for row in spent)
 
 
 def test_models_lie_in_their_sets_and_on_the_engine_as_on_paper(done):
