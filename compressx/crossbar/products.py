@@ -35,7 +35,7 @@ def dynamic_products(closed: ClosedJaxpr, given: int) -> list[Layer]:
             out = [any(sides)] * len(eqn.outvars)
             name, inside = eqn.primitive.name, [p for value in eqn.params.values() for p in _jaxprs(value)]
             if name in ("scan", "while"):  # a carry may come to depend on the inputs in a later turn
-                fixed = eqn.params.get("num_consts", 0)
+                fixed = _fixed(eqn, inside[0]) if name == "scan" else 0
                 for each in inside:
                     start = [sides[i] if i < fixed else any(sides) for i in range(len(each.invars))]
                     walk(each, start, times * eqn.params.get("length", 1))
@@ -51,6 +51,13 @@ def dynamic_products(closed: ClosedJaxpr, given: int) -> list[Layer]:
 
     walk(closed.jaxpr, [i >= count - given for i in range(count)], 1)
     return found
+
+
+def _fixed(eqn: Any, body: Jaxpr) -> int:
+    """How many operands of a scan are the same in every step: `trace.scan_parts` for a jaxpr."""
+    deeper = lambda outer, inner: sum(a.aval.ndim > b.aval.ndim for a, b in zip(outer, inner, strict=True))
+    carried = len(eqn.outvars) - deeper(eqn.outvars, body.outvars)
+    return len(eqn.invars) - carried - deeper(eqn.invars, body.invars)
 
 
 def _jaxprs(value: Any) -> list[Jaxpr]:
