@@ -121,14 +121,16 @@ def test_setup_of_real_processes_leaves_secrets_to_their_owners(tmp_path) -> Non
     from experiments.federated import nodes
 
     config = frozen("digits_tiny")
-    nodes.make_keys(config, Options(tmp_path), "localhost", simulated=True)
+    for number in range(config.split.clients):
+        nodes.enroll(tmp_path, number)
+    nodes.make_plan(config, Options(tmp_path), "localhost", simulated=True)
     plan = nodes.read_plan(tmp_path)
     assert sorted(plan.roster) == [0, 1, 2, 3]
     secrets = [*tmp_path.glob("clients/*/identity.key"), tmp_path / "server" / "server.key"]
     assert len(secrets) == 5 and all(p.stat().st_mode & 0o077 == 0 for p in secrets)
-    public = b"".join(p.read_bytes() for p in (tmp_path / "public").iterdir())
+    public = b"".join(p.read_bytes() for p in (tmp_path / "public").rglob("*") if p.is_file())
     assert b"PRIVATE" not in public and not any(p.read_bytes() in public for p in secrets)
     before = (tmp_path / "public" / "plan.json").read_bytes()
-    nodes.make_keys(config, Options(tmp_path), "localhost", simulated=True)
+    nodes.make_plan(config, Options(tmp_path), "localhost", simulated=True)
     assert (tmp_path / "public" / "plan.json").read_bytes() == before
     assert json.loads(before)["initial"] and np.all([len(k) == 64 for k, _ in plan.roster.values()])
