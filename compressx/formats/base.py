@@ -248,6 +248,8 @@ def native(w: Any) -> np.ndarray:
     """
     if isinstance(w, np.ma.MaskedArray):
         raise ValueError("a masked array, whose mask no format keeps; give it filled")
+    if str(getattr(w, "dtype", "")).startswith("key<"):
+        raise ValueError("a random key, which is no weight; leave it out (of NNX: the state of Param and BatchStat)")
     try:
         array = np.asarray(w)
     except TypeError as error:

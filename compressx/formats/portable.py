@@ -136,7 +136,7 @@ def _parse(text: str) -> RulesFile:
 def _object(value: Any, entry: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
     """A JSON object with the keys it needs, and no others than the optional ones."""
     if not isinstance(value, dict):
-        fail(entry, f"{brief(value)} is not a JSON object")
+        fail(entry, f"{brief(value)} is not a JSON object; compressx.write_rules writes such files")
     for key in needed:
         if key not in value:
             fail(entry, f"has no {key!r}")

@@ -154,3 +154,8 @@ def test_the_file_is_safetensors_own_with_metadata_in_order(tmp_path: Path) -> N
         for _ in range(60):  # safetensors writes the two entries of the metadata in either order
             own.add(safetensors.numpy.save(held, metadata))
         assert data in own
+
+
+def test_a_random_key_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match="a random key, which is no weight; leave it out"):
+        cx.formats.pack(jax.random.key(0))
