@@ -1,6 +1,7 @@
 """A traced function as a flat list of operations on numbered values, calls inlined."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax.extend.core import ClosedJaxpr, Literal
 
 from compressx.native.convolve import lax_only
@@ -71,6 +73,9 @@ def function_of(model: Any) -> Function:
 
     A module is given those of `train=False`, `training=False`, `is_training=False` and `deterministic=True` that its
     `__call__` has. An NNX module is split and merged with the variables (its state, or a part of it).
+
+    Warns:
+      UserWarning: when called, where running statistics of an NNX module are not among the variables.
     """
     if not isinstance(model, nn.Module | nnx.Module):
         return model
@@ -79,15 +84,28 @@ def function_of(model: Any) -> Function:
     if isinstance(model, nn.Module):
         return lambda variables, x: model.apply(variables, x, **switches)
     graph, state = nnx.split(model)
+    statistics = _names(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     def run(variables: Any, x: Any) -> Any:
         given = jax.tree.map(lambda leaf: leaf, state)  # variables of this trace, which may be written to
-        nnx.replace_by_pure_dict(given, nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else variables)
+        values = nnx.to_pure_dict(variables) if isinstance(variables, nnx.State) else variables
+        if absent := sorted(statistics - _names(values)):
+            warnings.warn(
+                f"the variables lack the running statistics {', '.join(absent)}: those of the module itself are used. "
+                "Give nnx.state(model, (nnx.Param, nnx.BatchStat)), and save both",
+                stacklevel=2,
+            )
+        nnx.replace_by_pure_dict(given, values)
         merged = nnx.merge(graph, given)
         merged.eval()
         return merged(x, **switches)
 
     return run
+
+
+def _names(tree: Any) -> set[str]:
+    """The slash-joined paths of the leaves of nested dictionaries."""
+    return {"/".join(map(str, path)) for path in flatten_dict(tree)}
 
 
 def arrays(variables: Any) -> list[Any]:

@@ -192,3 +192,23 @@ def test_the_whole_flow_on_a_mesh_of_explicit_axes(name: str, stacked: bool) -> 
     np.testing.assert_array_equal(np.asarray(spread[0].params["k"]), np.asarray(alone[0].params["k"]))
     np.testing.assert_allclose(np.asarray(spread[1].params["k"]), np.asarray(alone[1].params["k"]), rtol=1e-6)
     cx.check(spread[1], rules)
+
+
+def test_statistics_that_an_nnx_file_lacks_are_named() -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.first, self.norm = nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+
+        def __call__(self, x: Any) -> Any:
+            return self.norm(self.first(x))
+
+    net, x = Net(nnx.Rngs(0)), jnp.ones((2, 4), jnp.float32)
+    with pytest.warns(UserWarning, match="lack the running statistics norm/mean, norm/var"):
+        cx.compile(net, nnx.state(net, nnx.Param))(x)
+    whole = nnx.state(net, (nnx.Param, nnx.BatchStat))
+    np.testing.assert_allclose(cx.compile(net, whole)(x), _evaluated(net, x), rtol=1e-5)
+
+
+def _evaluated(net: Any, x: Any) -> Any:
+    net.eval()
+    return net(x)

@@ -250,7 +250,9 @@ class _Run:
         self.constraint, self.sets, self.layouts, self.factored = constraint, constraint.sets, layouts, factored
         self.targets, self.settings, self.counted = targets, settings, counted
         self.on = Coordinates(self.sets, layouts)
-        self.levels = self.sets[-1].stage == LEVEL and levels_in(self.sets[-1]) is not None
+        self.levels = self.sets[-1].stage == LEVEL
+        if self.levels:
+            levels_in(self.sets[-1])  # refuses asymmetric ones
         tied = any(part.stage == TIE for part in self.sets)
         self.problems: tuple[Scaled, ...] = tuple(f.uniform if tied else f.row_scaled for f in factored)
         self.aims: Leaves = tuple(jnp.asarray(a, jnp.float32) for a in targets)
